@@ -1,0 +1,27 @@
+"""Array libraries: one code path over NumPy, CuPy, torch and any other array-API library."""
+
+from ncbatch.arrays.namespace import (
+    Array,
+    as_float64,
+    first_nonfinite_row,
+    namespace,
+    scalar,
+    to_numpy,
+)
+from ncbatch.arrays.products import row_blocks, symmetric_product, triangular_factor
+from ncbatch.arrays.segments import Segments, add_at, segment_sum
+
+__all__ = [
+    "Array",
+    "Segments",
+    "add_at",
+    "as_float64",
+    "first_nonfinite_row",
+    "namespace",
+    "row_blocks",
+    "scalar",
+    "segment_sum",
+    "symmetric_product",
+    "to_numpy",
+    "triangular_factor",
+]

@@ -1,0 +1,111 @@
+"""Which library an array belongs to, and the few conversions between libraries."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import array_namespace, device, is_numpy_array
+
+# An array of any array-API library; no static type spans NumPy, CuPy and torch.
+Array: TypeAlias = Any
+
+
+def namespace(*arrays: Array) -> Any:
+    """Give the array-API namespace that all `arrays` share.
+
+    Parameters
+    ----------
+    *arrays : array
+        Arrays of one library; numbers and ``None`` are ignored.
+
+    Returns
+    -------
+    module
+        The namespace, as in ``xp = namespace(X)``.
+
+    Raises
+    ------
+    TypeError
+        When the arrays come from different libraries.
+    """
+    return array_namespace(*(a for a in arrays if hasattr(a, "shape")))
+
+
+def as_float64(values: Array) -> Array:
+    """Convert to float64 without a copy where there is nothing to convert.
+
+    float16, bfloat16 and float32 are exact in float64.
+    """
+    xp = namespace(values)
+    if is_numpy_array(values):
+        return np.asarray(values, dtype=np.float64)
+    return xp.astype(values, xp.float64, copy=False)
+
+
+def to_numpy(values: Array) -> npt.NDArray[Any]:
+    """Copy an array to the host as NumPy; a NumPy array is returned as it is.
+
+    Parameters
+    ----------
+    values : array
+        A NumPy, CuPy or torch array, or anything ``numpy.asarray`` takes.
+
+    Returns
+    -------
+    numpy.ndarray
+        The same values; torch's bfloat16 becomes ``ml_dtypes.bfloat16``.
+    """
+    if isinstance(values, np.ndarray):
+        return values
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(values, torch.Tensor):
+        host = values.detach().cpu()
+        if host.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            bits: npt.NDArray[Any] = host.contiguous().view(torch.int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        result: npt.NDArray[Any] = host.numpy()
+        return result
+    if hasattr(values, "get") and type(values).__module__.startswith("cupy"):
+        on_host: npt.NDArray[Any] = values.get()
+        return on_host
+    strict = sys.modules.get("array_api_strict")
+    if strict is not None and isinstance(values, strict._array_object.Array):
+        values = values.to_device(strict.Device("CPU_DEVICE"))
+    return np.asarray(values)
+
+
+def scalar(value: Array) -> float:
+    """Bring a 0-d array (or a number) to the host as a float."""
+    result: float = float(value)
+    return result
+
+
+def first_nonfinite_row(rows: Array) -> int | None:
+    """Find the first row that holds a NaN or an infinity.
+
+    Parameters
+    ----------
+    rows : array (N, D)
+        Floating-point values.
+
+    Returns
+    -------
+    int or None
+        The row's index, ``None`` when every value is finite.
+    """
+    xp = namespace(rows)
+    finite = xp.all(xp.isfinite(rows), axis=1)
+    if bool(xp.all(finite)):
+        return None
+    return int(xp.argmin(xp.astype(finite, xp.int8)))
+
+
+def zeros(shape: tuple[int, ...], like: Array, dtype: str = "float64") -> Array:
+    """Make an array of zeros in the library and on the device of `like`."""
+    xp = namespace(like)
+    return xp.zeros(shape, dtype=getattr(xp, dtype), device=device(like))

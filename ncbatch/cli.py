@@ -1,0 +1,206 @@
+"""The command line: arguments only. Commands import what they use, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from ncbatch import __version__
+from ncbatch.errors import NcbatchError
+
+
+class _Commands(click.Group):
+    """Keeps commands in the order of use instead of the alphabet's."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ncbatch")
+def cli() -> None:
+    """Measure neural collapse on stored features: out of core, exact, from one read.
+
+    Import features into a store, add the classifier, then measure.
+    """
+
+
+@cli.command("import")
+@click.argument("store", type=click.Path())
+@click.option("--split", required=True, help="Split that the rows go to, such as train.")
+@click.option("--layer", required=True, help="Layer that they are features of.")
+@click.option(
+    "--features", required=True,
+    help="(N, D): .npy, .npz:key or Zarr path, or a quoted glob of shards of them.",
+)  # fmt: skip
+@click.option("--labels", help="(N,) integers, likewise; negative: no sample.")
+@click.option("--predictions", help="(N,) integers: the model's own decisions at this layer.")
+@click.option(
+    "--classes", "n_classes", type=click.IntRange(min=1),
+    help="Number of classes K of a new store  [default: largest label + 1]",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the layer if it is there.")
+def import_(**arguments: Any) -> None:
+    """Import features from files into STORE, made when it is not there."""
+    from ncbatch.ingest import import_features
+    from ncbatch.report import ProgressBar
+
+    arguments["path"] = arguments.pop("store")
+    done = import_features(**arguments, progress=ProgressBar())
+    if len(done.features.shards) > 1:
+        for shard in done.features.shards:
+            click.echo(f"{shard.shape[0]:>12,} rows  {shard.path}")
+    made = "created with" if done.created else "has"
+    click.echo(
+        f"{done.features.n_rows:,} rows of {done.features.row_shape[0]:,} features imported into "
+        f"{arguments['path']}/{arguments['split']}/{arguments['layer']}; "
+        f"the store {made} K = {done.n_classes:,} classes"
+    )
+
+
+@cli.command()
+@click.argument("store", type=click.Path())
+@click.option("--layer", required=True, help="Layer whose features the classifier reads.")
+@click.option("--weight", required=True, help="(K, D) floats: .npy, .npz:key or Zarr path.")
+@click.option("--bias", help="(K,) floats, likewise.")
+@click.option(
+    "--rows", type=click.IntRange(min=1), help="Keep the first K rows of a padded vocabulary."
+)
+def classifier(store: str, layer: str, weight: str, bias: str | None, rows: int | None) -> None:
+    """Store the linear classifier that reads a layer."""
+    from ncbatch.ingest import import_classifier
+
+    shape = import_classifier(store, layer, weight, bias, rows)
+    click.echo(f"classifier of {shape[0]:,} classes and {shape[1]:,} features stored for {layer}")
+
+
+@cli.command()
+@click.argument("store", type=click.Path())
+def info(store: str) -> None:
+    """Show what is in STORE: splits, layers, sizes, classifiers."""
+    from rich.console import Console
+
+    from ncbatch.report import info_tables
+    from ncbatch.store import FeatureStore
+
+    _show(Console(), info_tables(FeatureStore.open(store)))
+
+
+@cli.command()
+@click.argument("store", type=click.Path())
+def validate(store: str) -> None:
+    """Read everything in STORE and name every bad chunk; exit code 1 if there is any."""
+    from ncbatch.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    faults = opened.validate()
+    for fault in faults:
+        click.echo(str(fault))
+    if faults:
+        click.echo(f"{len(faults)} bad chunk{'s' if len(faults) > 1 else ''} in {store}")
+        sys.exit(1)
+    click.echo(f"{store} is valid: splits {', '.join(opened.splits) or 'none'}")
+
+
+@cli.command()
+@click.argument("stores", nargs=-1, required=True, type=click.Path(), metavar="STORE...")
+@click.option(
+    "--layer", "layers", multiple=True, help="Layer to measure; repeatable  [default: all]"
+)
+@click.option("--train", default="train", show_default=True, help="Split of the class means.")
+@click.option("--test", help="Split that NC4 is measured on  [default: test, if there is one]")
+@click.option("--ood", help="Split of outside data for NC5  [default: ood, if there is one]")
+@click.option("--metrics", help="Names, separated by commas  [default: all that apply]")
+@click.option(
+    "--min-count", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Only classes with at least so many samples.",
+)  # fmt: skip
+@click.option(
+    "--max-count", type=click.IntRange(min=1), help="Only classes with at most so many samples."
+)
+@click.option(
+    "--classes",
+    type=click.Path(),
+    help="Only the classes in this file: ids, one per line, or .npy.",
+)
+@click.option(
+    "--weighted", is_flag=True, help="Take m_G as the mean of samples, not of class means."
+)
+@click.option(
+    "--dist-exp", type=float, default=1.0, show_default=True, help="Exponent p of the CDNV."
+)
+@click.option("--skip-nonfinite", is_flag=True, help="Leave out rows with NaN or infinities.")
+@click.option(
+    "--precision", type=click.Choice(["exact", "fp32"]), default="exact", show_default=True,
+    help="Float64 products, or float32 products for traces good to 1e-6.",
+)  # fmt: skip
+@click.option("--memory", help="Ceiling of resident memory, such as 8GiB  [default: what is free]")
+@click.option(
+    "--out", "outs", multiple=True, type=click.Path(),
+    help="Save as .zarr, .nc, .csv or .json, by ending; repeatable.",
+)  # fmt: skip
+def measure(
+    stores: tuple[str, ...],
+    layers: tuple[str, ...],
+    metrics: str | None,
+    classes: str | None,
+    outs: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Measure neural collapse on the features in STORE..."""
+    from rich.console import Console
+
+    from ncbatch import report
+    from ncbatch.ingest import read_classes
+    from ncbatch.measurement import measure
+    from ncbatch.results import check_output, save_results
+
+    for path in outs:
+        check_output(path)
+    dataset = measure(
+        stores,
+        layers or None,
+        metrics=None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()],
+        classes=None if classes is None else read_classes(classes),
+        progress=report.ProgressBar(),
+        **options,
+    )
+    for path in outs:
+        save_results(dataset, path)
+    console = Console()
+    _show(console, report.result_tables(dataset))
+    for line in report.notes(dataset):
+        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def metrics() -> None:
+    """List every metric: name, formula, what it reads, source."""
+    from rich.console import Console
+
+    from ncbatch.report import metric_table
+
+    _show(Console(), [metric_table()])
+
+
+def _show(console: Any, parts: list[Any]) -> None:
+    """Print tables; never cut them where the output is no terminal."""
+    if not console.is_terminal:
+        console.width = max(console.width, 240)
+    for part in parts:
+        console.print(part)
+
+
+def main() -> None:
+    """Run the command line; errors that users cause become one or two lines and exit code 1."""
+    try:
+        cli(prog_name="ncbatch")
+    except NcbatchError as error:
+        click.echo(f"ncbatch: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The linear module that classifies: what it reads and what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from ncbatch.errors import DataError
+from ncbatch.ingest.places import Batch, Place, find_module
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Head:
+    """Watches the linear module that classifies: what it reads and what it decides.
+
+    Without a name it is the last ``torch.nn.Linear`` of the model, in the order of
+    ``named_modules``, that runs for the first batch; that batch settles it.
+
+    Parameters
+    ----------
+    candidates : mapping of str to module
+        Linear modules by path, in order.
+    named : bool
+        Whether the user named it: then it must run.
+    n_classes : int or None
+        K: decisions are among the first K outputs.
+    """
+
+    def __init__(
+        self, candidates: Mapping[str, torch.nn.Module], named: bool, n_classes: int | None
+    ) -> None:
+        self.candidates = candidates
+        self.named = named
+        self.layer: str | None = None  # the captured layer that the head reads
+        self.decisions: torch.Tensor | None = None  # arg-max of the batch's rows
+        self.calls = 0
+        self._n_classes = n_classes
+        self._order = -1
+        self._settled = False
+        self._inputs: torch.Tensor | None = None
+
+    @classmethod
+    def find(
+        cls, model: torch.nn.Module, head: str | Literal[False] | None, n_classes: int | None
+    ) -> Head:
+        """Look up the head, or everything that may be it.
+
+        Raises
+        ------
+        DataError
+            When the module named is not linear or has fewer outputs than classes.
+        """
+        import torch
+
+        if head is False:
+            return cls({}, False, n_classes)
+        if head is None:
+            linear = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            return cls(linear, False, n_classes)
+        module = find_module(model, head)
+        if not isinstance(module, torch.nn.Linear):
+            raise DataError(f"head '{head}' is a {type(module).__name__}", "a torch.nn.Linear")
+        found = cls({head: module}, True, n_classes)
+        found._order = 0
+        found.check_outputs(n_classes)
+        return found
+
+    @property
+    def path(self) -> str | None:
+        """Path of the module; None as long as none has run."""
+        return None if self._order < 0 else list(self.candidates)[self._order]
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The module; None as long as none has run."""
+        return None if self.path is None else self.candidates[self.path]
+
+    def check_outputs(self, n_classes: int | None) -> None:
+        """Refuse a head that has fewer outputs than there are classes."""
+        if self.module is not None and self.module.out_features < (n_classes or 0):
+            raise DataError(
+                f"head '{self.path}' has {self.module.out_features} outputs",
+                f"{n_classes} or more, one per class",
+                "name the module that classifies with head=, or use head=False",
+            )
+
+    def see(
+        self, order: int, batch: Batch, inputs: torch.Tensor | None, logits: torch.Tensor | None
+    ) -> None:
+        """Take note of a call of the candidate number `order`."""
+        if order < self._order or (self._settled and order > self._order):
+            return
+        if order > self._order:
+            self._order, self.calls = order, 0
+        self.calls += 1
+        if self._settled and self.layer is None:
+            return
+        self.decisions = self._inputs = None
+        if inputs is None or logits is None or tuple(logits.shape[:-1]) != batch.shape:
+            return  # it classifies something else than the rows
+        top = logits[..., : self._n_classes].argmax(-1)
+        self.decisions = batch.select(top.reshape(-1))
+        if not self._settled:
+            self._inputs = batch.rows(inputs, "flatten", Place(str(self.path), of_input=True))
+
+    def settle(self, features: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> None:
+        """After the first batch: find the captured layer that equals the head's input."""
+        if self.calls == 1 and self._inputs is not None:
+            equal = [name for name, rows in features.items() if _equal(rows, self._inputs)]
+            # Several may be equal (an activation and the head's input are one tensor).
+            own = Place(str(self.path), of_input=True)
+            best = [name for name in equal if places[name] == own] or equal[-1:]
+            self.layer = best[0] if best else None
+        self._settled, self._inputs = True, None
+
+
+def _equal(rows: torch.Tensor, others: torch.Tensor) -> bool:
+    import torch
+
+    same = rows.dtype == others.dtype and rows.device == others.device
+    return bool(same and torch.equal(rows, others))

@@ -1,0 +1,58 @@
+"""Neural-collapse formulas: pure functions of arrays and states, and the table of metrics.
+
+The functions take NumPy, CuPy or torch arrays (any array-API library), compute in float64 and
+return Python floats, or arrays of the library they were given.
+"""
+
+from ncbatch.metrics.alignment import (
+    clf_ncc_agreement,
+    distance_norms,
+    orthogonality_deviation,
+    similarities,
+)
+from ncbatch.metrics.catalogue import CATALOGUE, Metric, find_metrics
+from ncbatch.metrics.kernels import (
+    dist_kernel,
+    kernel_grid,
+    kernel_stats,
+    log_kernel,
+    riesz_kernel,
+)
+from ncbatch.metrics.statistics import Statistics, Undefined
+from ncbatch.metrics.structure import (
+    interference_grid,
+    mean_norms,
+    self_duality_error,
+    simplex_etf_error,
+    structure_error,
+)
+from ncbatch.metrics.variability import (
+    class_dist_norm_vars,
+    covariance_ratio,
+    variability_cdnv,
+)
+
+__all__ = [
+    "CATALOGUE",
+    "Metric",
+    "Statistics",
+    "Undefined",
+    "class_dist_norm_vars",
+    "clf_ncc_agreement",
+    "covariance_ratio",
+    "dist_kernel",
+    "distance_norms",
+    "find_metrics",
+    "interference_grid",
+    "kernel_grid",
+    "kernel_stats",
+    "log_kernel",
+    "mean_norms",
+    "orthogonality_deviation",
+    "riesz_kernel",
+    "self_duality_error",
+    "similarities",
+    "simplex_etf_error",
+    "structure_error",
+    "variability_cdnv",
+]

@@ -1,0 +1,72 @@
+"""The eigenvalues and eigenvectors of the between-class covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ncbatch.arrays import Array, namespace, scalar, triangular_factor
+
+# The default of numpy.linalg.pinv and torch.linalg.pinv for a D x D matrix, per unit of D.
+_RELATIVE_FLOOR = 2.220446049250313e-16
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenpairs of S_B that count, in descending order.
+
+    Attributes
+    ----------
+    values : array (r,)
+        Eigenvalues above D * 2.2e-16 of the largest.
+    vectors : array (r, D)
+        Their eigenvectors, one per row.
+    smallest_ratio : float
+        The smallest kept eigenvalue over the largest; 0 when S_B is zero.
+    """
+
+    values: Array
+    vectors: Array
+    smallest_ratio: float
+
+    @property
+    def rank(self) -> int:
+        """Eigenvalues kept."""
+        return int(self.values.shape[0])
+
+    def inverse_trace(self, covariance: Array, rank: int | None = None) -> float:
+        """Compute tr(pinv(S_B) C) from the `rank` leading eigenpairs, all kept ones by default.
+
+        Parameters
+        ----------
+        covariance : array (D, D)
+            A symmetric matrix C, such as S_W.
+        """
+        xp = namespace(covariance)
+        vectors, values = self.vectors[:rank, :], self.values[:rank]
+        spread = xp.sum(xp.matmul(vectors, covariance) * vectors, axis=1)
+        return scalar(xp.sum(spread / values))
+
+
+def between_class_spectrum(centred: Array) -> Spectrum:
+    """Decompose S_B = Mc^T Mc / K.
+
+    Parameters
+    ----------
+    centred : array (K, D)
+        Centred class means Mc.
+
+    Notes
+    -----
+    The singular values of Mc itself are taken: forming S_B would square the condition number,
+    which layer normalisation drives beyond 1e9.
+    """
+    xp = namespace(centred)
+    n_classes, n_features = centred.shape
+    factor = triangular_factor(centred)
+    _, singular, vectors = xp.linalg.svd(factor, full_matrices=False)
+    values = singular * singular / n_classes
+    largest = scalar(values[0])
+    kept = values > n_features * _RELATIVE_FLOOR * largest
+    rank = int(xp.count_nonzero(kept))
+    ratio = scalar(values[rank - 1]) / largest if rank else 0.0
+    return Spectrum(values[:rank], vectors[:rank, :], ratio)

@@ -1,0 +1,152 @@
+"""Statistics: what metrics are computed from, and the parts that several of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ncbatch.arrays import Array, as_float64, namespace, scalar
+from ncbatch.metrics.kernels import directions
+from ncbatch.metrics.spectrum import Spectrum, between_class_spectrum
+from ncbatch.stats.decisions import Decisions
+from ncbatch.stats.moments import Moments
+from ncbatch.stats.pairs import COINCIDENT, PairStats
+
+
+class Undefined(Exception):
+    """A metric that has no value here; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """The states of one layer, over the classes used.
+
+    Attributes
+    ----------
+    moments : Moments
+        Of the K classes used, each with samples.
+    weighted : bool
+        Whether m_G weighs classes by their samples.
+    pairs : PairStats, optional
+        The pair sweep.
+    weight : array (K, D), optional
+        Classifier rows of the classes used.
+    decisions : Decisions, optional
+        Of the evaluated samples.
+    ood_mean : array (D,), optional
+        Mean of the out-of-distribution split's class means.
+    """
+
+    moments: Moments
+    weighted: bool = False
+    pairs: PairStats | None = None
+    weight: Array | None = None
+    decisions: Decisions | None = None
+    ood_mean: Array | None = None
+
+    @property
+    def n_classes(self) -> int:
+        """K, the classes used."""
+        return int(self.moments.means.shape[0])
+
+    @cached_property
+    def global_mean(self) -> Array:
+        """m_G (D,): the mean of class means, or of samples when `weighted`."""
+        xp, means = namespace(self.moments.means), self.moments.means
+        if not self.weighted:
+            return xp.mean(means, axis=0)
+        share = as_float64(self.moments.counts) / self.moments.n_samples
+        return xp.matmul(share[None, :], means)[0, :]
+
+    @cached_property
+    def centred(self) -> Array:
+        """Mc = M - m_G (K, D)."""
+        return self.moments.means - self.global_mean
+
+    @cached_property
+    def square_norms(self) -> Array:
+        """|Mc_c|^2 (K,)."""
+        return namespace(self.centred).sum(self.centred * self.centred, axis=1)
+
+    @cached_property
+    def directed(self) -> Array:
+        """Which centred means have a direction (K,): those that differ from m_G."""
+        xp = namespace(self.centred)
+        size = xp.sum(self.moments.means**2, axis=1) + xp.sum(self.global_mean**2)
+        return self.square_norms > COINCIDENT * size
+
+    @property
+    def n_directed(self) -> int:
+        """How many centred means have a direction."""
+        return int(namespace(self.directed).count_nonzero(self.directed))
+
+    @cached_property
+    def norms(self) -> Array:
+        """|Mc_c| (K,)."""
+        return namespace(self.centred).sqrt(self.square_norms)
+
+    @property
+    def within_trace(self) -> float:
+        """Tr S_W."""
+        traces = self.moments.traces
+        return scalar(namespace(traces).sum(traces)) / self.moments.n_samples
+
+    @property
+    def between_trace(self) -> float:
+        """Tr S_B.
+
+        Raises
+        ------
+        Undefined
+            When S_B is zero.
+        """
+        if not self.n_directed:
+            raise Undefined("S_B is zero: all class means coincide")
+        return scalar(namespace(self.square_norms).sum(self.square_norms)) / self.n_classes
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Eigenpairs of S_B.
+
+        Raises
+        ------
+        Undefined
+            When S_B is zero.
+        """
+        if not self.n_directed:
+            raise Undefined("S_B is zero: all class means coincide")
+        return between_class_spectrum(self.centred)
+
+    @property
+    def classifier_rows(self) -> Array:
+        """The rows w_c (K, D) of the classes used, in float64."""
+        if self.weight is None:
+            raise Undefined("no classifier")
+        return as_float64(self.weight)
+
+    @cached_property
+    def dots(self) -> Array:
+        """w_c . Mc_c (K,)."""
+        return namespace(self.centred).sum(self.classifier_rows * self.centred, axis=1)
+
+    @cached_property
+    def aligned(self) -> Array:
+        """Which classes have a direction of both w_c and Mc_c (K,)."""
+        xp, rows = namespace(self.centred), self.classifier_rows
+        return self.directed & (xp.sum(rows * rows, axis=1) > 0.0)
+
+    @cached_property
+    def cosines(self) -> Array:
+        """cos(w_c, Mc_c) of the classes in `aligned`."""
+        rows = directions(self.classifier_rows[self.aligned, :])
+        centred = directions(self.centred[self.aligned, :])
+        return namespace(rows).sum(rows * centred, axis=1)
+
+    @cached_property
+    def direction_distances(self) -> Array:
+        """|w_c/|w_c| - u_c| of the classes in `aligned`."""
+        xp = namespace(self.centred)
+        apart = directions(self.classifier_rows[self.aligned, :]) - directions(
+            self.centred[self.aligned, :]
+        )
+        return xp.sqrt(xp.sum(apart * apart, axis=1))

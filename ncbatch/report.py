@@ -1,0 +1,194 @@
+"""Tables and progress for a person at a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import xarray as xr
+from dask.utils import format_bytes
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from ncbatch.metrics import CATALOGUE
+from ncbatch.results import metric_names
+from ncbatch.store import FeatureStore
+
+# With more layers than this, layers become lines and metrics columns.
+_WIDE = 5
+_LEFT_OUT = (
+    ("n_rows_skipped", "rows with values that are not finite were left out"),
+    ("n_classes_filtered", "classes were left out by a filter"),
+    ("n_coincident_pairs", "pairs of classes with equal means were left out of ratios"),
+    (
+        "n_coincident_directions",
+        "pairs of classes with equal directions were left out of logarithms",
+    ),
+    ("n_means_without_direction", "class means equal to m_G were left out of cosines"),
+)
+
+
+def result_tables(dataset: xr.Dataset) -> list[RenderableType]:
+    """Lay out results as tables, one per store, and per kind of collapse where layers are many.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `ncbatch.measure`.
+    """
+    tables: list[RenderableType] = []
+    names = metric_names(dataset)
+    for store in dataset["store"].values.tolist():
+        found = dataset.sel(store=store)
+        if dataset.sizes["layer"] <= _WIDE:
+            tables.append(_by_metric(found, names, f"{store}: {_summary(found)}"))
+            continue
+        places = dict.fromkeys(name[:3] for name in names)
+        tables.append(Text(f"{store}: {_summary(found)}", style="bold"))
+        for place in places:
+            tables.append(
+                _by_layer(found, [n for n in names if n.startswith(place)], place.upper())
+            )
+    return tables
+
+
+def notes(dataset: xr.Dataset) -> list[str]:
+    """Say what was left out of the results, and why."""
+    said = [line for line in str(dataset.attrs.get("notes", "")).splitlines() if line]
+    for name, meaning in _LEFT_OUT:
+        if name in dataset and (most := float(dataset[name].max())) > 0:
+            at = dataset[name].where(dataset[name] > 0, drop=True)
+            layers = ", ".join(str(v) for v in at["layer"].values.tolist())
+            said.append(f"up to {int(most)} {meaning} (layers {layers})")
+    for name in metric_names(dataset):
+        undefined = dataset[name].attrs.get("undefined", "")
+        for reason in undefined.split("; ") if undefined else ():
+            place, _, why = reason.partition(": ")
+            if not any(why in line for line in said):
+                said.append(f"{name} is empty at {place}: {why}")
+    return said
+
+
+def info_tables(store: FeatureStore) -> list[RenderableType]:
+    """Lay out what is in a store: splits, layers, sizes and classifiers."""
+    head = f"{store.path}: format 1, id {store.id}, K = {store.n_classes} classes"
+    table = Table("split", "layer", "samples", "features", "dtype", "bytes", "rows per chunk", "")
+    for name in store.splits:
+        split = store.split(name)
+        state = "" if split.finalized else "being written, or interrupted"
+        n = f"{split.n_samples:,}" + (
+            "" if split.n_rows == split.n_samples or not split.finalized
+            else f" of {split.n_rows:,} rows"
+        )  # fmt: skip
+        for layer in split.layers:
+            spec, array = split.spec(layer), split.feature(layer)
+            marks = [state] if state else []
+            if layer in store.classifiers:
+                marks.append("classifier")
+            if split.head == layer:
+                marks.append("predictions")
+            size = format_bytes(split.n_rows * spec.row_bytes)
+            table.add_row(
+                name, layer, n, f"{spec.n_features:,}", spec.dtype, size,
+                f"{array.chunks[0]:,}", ", ".join(marks),
+            )  # fmt: skip
+        for layer in split.incomplete_layers:
+            table.add_row(name, layer, "", "", "", "", "", "incomplete: write it again")
+    return [Text(head), table]
+
+
+def metric_table() -> Table:
+    """Lay out the table of metrics: name, formula, what it reads, source."""
+    table = Table("name", "what it is", "formula", "reads", "source")
+    for metric in CATALOGUE.values():
+        reads = ", ".join(sorted(metric.reads)) or "means"
+        table.add_row(metric.name, metric.long_name, Text(metric.formula), reads, metric.source)
+    return table
+
+
+def _summary(found: xr.Dataset) -> str:
+    n, k = found["n_samples"].max(), found["n_classes"].max()
+    unseen = int(found["n_classes_unseen"].max())
+    return f"{int(n):,} samples, {int(k):,} classes" + (f", {unseen:,} unseen" if unseen else "")
+
+
+def _by_metric(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
+    layers = [str(layer) for layer in found["layer"].values.tolist()]
+    table = Table("metric", "what it is", title=title, title_justify="left")
+    for layer in layers:
+        table.add_column(layer, justify="right", no_wrap=True)
+    for name in names:
+        cells = [_number(float(v)) for v in found[name].values]
+        table.add_row(name, str(found[name].attrs.get("long_name", "")), *cells)
+    return table
+
+
+def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
+    table = Table("layer", title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, justify="right")
+    for layer in found["layer"].values.tolist():
+        cells = [_number(float(found[name].sel(layer=layer))) for name in names]
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.5g}"
+
+
+class _Rate(ProgressColumn):
+    """Shows how much is done, of how much, and how fast."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        speed = task.finished_speed or task.speed
+        return Text(
+            f"{_amount(task.completed, unit)} of {_amount(task.total or 0, unit)}"
+            + (f", {_amount(speed, unit)}/s" if speed else "")
+        )
+
+
+def _amount(value: float, unit: str) -> str:
+    return format_bytes(int(value)) if unit == "B" else f"{value:,.0f} {unit}"
+
+
+class ProgressBar:
+    """Shows a run's progress on a terminal, with rate and time left; silent elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        """Start a bar for a pass."""
+        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), _Rate()]
+        self._bar = RichProgress(
+            *columns, TimeRemainingColumn(), console=self._console,
+            transient=True, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(label, total=total, unit=unit)
+        self._bar.start()
+
+    def advance(self, size: int) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, size)
+
+    def end(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,248 @@
+"""Results: values with their provenance as an xarray Dataset, saved and loaded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ncbatch.errors import OutputError
+from ncbatch.metrics import Metric
+from ncbatch.store.format import ATTRIBUTE
+
+ENDINGS = (".zarr", ".nc", ".csv", ".json")
+_KIND = "ncbatch results"
+
+# What is counted per (store, layer), with what it means.
+COUNTS: Mapping[str, str] = {
+    "n_samples": "samples of the classes used, in train",
+    "n_classes": "classes used (K)",
+    "n_classes_unseen": "classes without a sample in train",
+    "n_classes_filtered": "classes seen in train but left out by a filter",
+    "n_rows_skipped": "rows left out because a feature was not finite",
+    "n_decided": "samples that nc4_agree was measured on",
+    "n_coincident_pairs": "pairs of classes left out of ratios: their means coincide",
+    "n_coincident_directions": "pairs of classes left out of logarithms: their directions coincide",
+    "n_means_without_direction": "classes left out of cosines: their mean equals m_G",
+    "rank": "rank of S_B",
+    "smallest_ratio": "smallest eigenvalue of S_B kept, over the largest",
+}
+
+
+@dataclass
+class Cell:
+    """The results of one layer of one store."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def to_dataset(
+    cells: Mapping[tuple[str, str], Cell],
+    stores: Sequence[str],
+    layers: Sequence[str],
+    metrics: Iterable[Metric],
+    attributes: Mapping[str, str | int | float],
+) -> xr.Dataset:
+    """Arrange cells over dims (store, layer).
+
+    Parameters
+    ----------
+    cells : mapping of (store, layer) to Cell
+        What was measured; a missing cell is NaN.
+    stores, layers : sequence of str
+        The coordinates.
+    metrics : iterable of Metric
+        The metrics asked for; those without any value are kept, with the reasons.
+    attributes : mapping
+        Provenance that holds for all cells.
+    """
+
+    def grid(pick: str, name: str) -> tuple[tuple[str, str], Any]:
+        values = np.full((len(stores), len(layers)), math.nan)
+        for (store, layer), cell in cells.items():
+            found = getattr(cell, pick).get(name, math.nan)
+            values[stores.index(store), layers.index(layer)] = found
+        return ("store", "layer"), values
+
+    variables: dict[str, Any] = {}
+    for metric in metrics:
+        about = {
+            "long_name": metric.long_name,
+            "units": metric.units,
+            "formula": metric.formula,
+            "source": metric.source,
+            "role": "metric",
+        }
+        reasons = {
+            f"{store}/{layer}": cell.reasons[metric.name]
+            for (store, layer), cell in cells.items()
+            if metric.name in cell.reasons
+        }
+        if reasons:
+            about["undefined"] = "; ".join(f"{at}: {why}" for at, why in reasons.items())
+        variables[metric.name] = (*grid("values", metric.name), about)
+    for name, meaning in COUNTS.items():
+        if any(name in cell.counts for cell in cells.values()):
+            about = {"long_name": meaning, "units": "1", "role": "provenance"}
+            variables[name] = (*grid("counts", name), about)
+    return xr.Dataset(
+        variables,
+        coords={"store": list(stores), "layer": list(layers)},
+        attrs={"kind": _KIND, **attributes, **_per_cell(cells)},
+    )
+
+
+def _per_cell(cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:
+    """Write what differs between cells as JSON texts, since attributes must be flat."""
+    nested: dict[str, dict[str, dict[str, Any]]] = {}
+    for (store, layer), cell in cells.items():
+        for name, value in {**cell.texts, **cell.counts}.items():
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            nested.setdefault(name, {}).setdefault(store, {})[layer] = value
+    return {name: json.dumps(by_store) for name, by_store in nested.items()}
+
+
+def metric_names(dataset: xr.Dataset) -> list[str]:
+    """Name the metrics among a result's variables, in order."""
+    return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") == "metric"]
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Check that results can be written to `path`, before any work is done.
+
+    Raises
+    ------
+    OutputError
+        For an unknown ending, a folder that is missing or not writable, or something at the path
+        that is no earlier result.
+    """
+    target = Path(path)
+    if target.suffix not in ENDINGS:
+        raise OutputError(f"output '{target}'", "a name that ends in " + ", ".join(ENDINGS))
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"no folder '{parent}' for output '{target}'", "", "create it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"folder '{parent}' cannot be written to", "", "choose another --out")
+    if target.suffix == ".zarr" and target.exists():
+        if not _is_result(target):
+            raise OutputError(
+                f"'{target}' exists and holds no results",
+                "a free path, or earlier results to replace",
+            )
+    elif target.is_dir():
+        raise OutputError(f"output '{target}' is a folder", "a file's path")
+    return target
+
+
+def save_results(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
+    """Save results by the ending of `path`: ``.zarr``, ``.nc``, ``.csv`` or ``.json``.
+
+    The file appears complete or not at all. CSV has one line per (store, layer), and an empty
+    cell where a metric does not apply; JSON nests store, layer and metric, with null there.
+
+    Raises
+    ------
+    OutputError
+        When the results cannot be written.
+    """
+    target = check_output(path)
+    writers = {".zarr": _write_zarr, ".nc": _write_netcdf, ".csv": _write_csv, ".json": _write_json}
+    with _replacing(target) as partial:
+        writers[target.suffix](dataset, partial)
+
+
+def load_results(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Load results that were saved as ``.zarr`` or ``.nc``.
+
+    Raises
+    ------
+    OutputError
+        When there are none.
+    """
+    target = Path(path)
+    if target.suffix == ".nc" and target.is_file():
+        return xr.load_dataset(target, engine="h5netcdf")
+    if target.suffix == ".zarr" and target.is_dir():
+        return xr.load_dataset(target, engine="zarr", consolidated=False)
+    raise OutputError(f"no results at '{target}'", "an existing .zarr or .nc")
+
+
+def _is_result(target: Path) -> bool:
+    try:
+        attributes = json.loads((target / "zarr.json").read_text())["attributes"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return attributes.get("kind") == _KIND and ATTRIBUTE not in attributes
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give a path to write to that takes the target's name when all went well."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if target.is_dir():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old)
+        else:
+            partial.replace(target)
+    except OSError as error:
+        raise OutputError(f"output '{target}' cannot be written: {error}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
+    with warnings.catch_warnings():
+        # zarr 3.0 warns that its string type is young; zarr and xarray both read it back.
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification")
+        dataset.to_zarr(path, zarr_format=3, consolidated=False)
+
+
+def _write_netcdf(dataset: xr.Dataset, path: Path) -> None:
+    dataset.to_netcdf(str(path), engine="h5netcdf")
+
+
+def _rows(dataset: xr.Dataset) -> Iterator[tuple[str, str, dict[str, float | None]]]:
+    names = metric_names(dataset)
+    for store in dataset["store"].values.tolist():
+        for layer in dataset["layer"].values.tolist():
+            found = dataset.sel(store=store, layer=layer)
+            values = {name: float(found[name]) for name in names}
+            yield store, layer, {n: None if math.isnan(v) else v for n, v in values.items()}
+
+
+def _write_csv(dataset: xr.Dataset, path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["store", "layer", *metric_names(dataset)])
+        for store, layer, values in _rows(dataset):
+            cells = ["" if v is None else repr(v) for v in values.values()]
+            writer.writerow([store, layer, *cells])
+
+
+def _write_json(dataset: xr.Dataset, path: Path) -> None:
+    nested: dict[str, dict[str, dict[str, float | None]]] = {}
+    for store, layer, values in _rows(dataset):
+        nested.setdefault(store, {})[layer] = values
+    path.write_text(json.dumps(nested, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,458 @@
+"""FeatureStore: create, open, describe and view a store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.errors
+
+from ncbatch import __version__
+from ncbatch.arrays import Array, to_numpy
+from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
+from ncbatch.store.chunks import read_rows
+from ncbatch.store.format import (
+    ATTRIBUTE,
+    CLASSIFIER,
+    DTYPES,
+    FORMAT,
+    LayerSpec,
+    check_name,
+    create_array,
+    layer_specs,
+    read_header,
+)
+from ncbatch.store.split import Split
+from ncbatch.store.writing import LayerWriter, Writer
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import xarray as xr
+
+    from ncbatch.store.chunks import Fault
+
+
+class FeatureStore:
+    """Features of layers, labels and classifiers in one Zarr v3 group.
+
+    Use `create` or `open`; the format is described in ``docs/store.md``.
+    """
+
+    def __init__(self, root: zarr.Group, path: str) -> None:
+        self._root = root
+        self.path = path
+        self._header = read_header(root, path)
+
+    def __repr__(self) -> str:
+        return f"FeatureStore('{self.path}', K={self.n_classes}, splits={self.splits})"
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        n_classes: int,
+        layers: Mapping[str, int] | None = None,
+        dtype: str = "float16",
+        *,
+        class_names: Sequence[str] | None = None,
+        overwrite: bool = False,
+    ) -> FeatureStore:
+        """Create an empty store.
+
+        Parameters
+        ----------
+        path : path
+            A directory that does not exist yet.
+        n_classes : int
+            K; labels are 0..K-1.
+        layers : mapping of str to int, optional
+            Width D of each layer that writers write by default.
+        dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+            How those layers are stored.
+        class_names : sequence of str, optional
+            A name per class.
+        overwrite : bool, optional
+            Delete what is there, if that is a store.
+
+        Raises
+        ------
+        StoreError
+            When something is there already.
+        UsageError
+            For bad layer names, widths, dtype or number of classes.
+        """
+        where = os.fspath(path)
+        specs = layer_specs(layers or {}, dtype)
+        if n_classes < 1:
+            raise UsageError(f"a store of {n_classes} classes", "at least 1 class")
+        if class_names is not None and len(class_names) != n_classes:
+            raise DataError(f"{len(class_names)} class names", f"{n_classes}, one per class")
+        if Path(where).exists():
+            if not overwrite:
+                raise StoreError(
+                    f"'{where}' exists", "a path that is free", "choose another, or overwrite it"
+                )
+            cls.open(where)  # never delete what is no store
+            shutil.rmtree(where)
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "id": str(uuid.uuid4()),
+            "n_classes": int(n_classes),
+            "producer": f"ncbatch {__version__}",
+            "layers": {
+                name: {"n_features": s.n_features, "dtype": s.dtype} for name, s in specs.items()
+            },
+        }
+        if class_names is not None:
+            header["class_names"] = [str(name) for name in class_names]
+        root = zarr.create_group(where, zarr_format=3, attributes={ATTRIBUTE: header})
+        return cls(root, where)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
+        """Open a store, a local path or any URL that zarr opens.
+
+        Raises
+        ------
+        StoreError
+            When nothing is there, it is no store, or its format is newer than this version.
+        """
+        where = os.fspath(path)
+        remote = "://" in where
+        if not remote and not Path(where).exists():
+            raise StoreError(f"no store at '{where}': nothing is there", "the path of a store")
+        if not remote and not Path(where).is_dir():
+            raise StoreError(f"'{where}' is a file", "the directory of a store")
+        try:
+            root = zarr.open_group(where, mode="r" if remote else "r+", zarr_format=3)
+        except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError, ValueError) as error:
+            raise StoreError(
+                f"'{where}' is no store: no Zarr v3 group can be read there",
+                remedy="make one with 'ncbatch import' or nc.FeatureStore.create",
+            ) from error
+        return cls(root, where)
+
+    @property
+    def id(self) -> str:
+        """The store's own identifier, a UUID."""
+        return str(self._header["id"])
+
+    @property
+    def n_classes(self) -> int:
+        """K, the number of classes."""
+        return int(self._header["n_classes"])
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """A name per class, where recorded."""
+        return self._header.get("class_names")
+
+    @property
+    def declared_layers(self) -> dict[str, LayerSpec]:
+        """The layers that writers write by default."""
+        return {
+            name: LayerSpec(int(spec["n_features"]), str(spec["dtype"]))
+            for name, spec in self._header.get("layers", {}).items()
+        }
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that hold committed rows or ended empty."""
+        return sorted(
+            name for name, group in self._root.groups() if name != CLASSIFIER and "label" in group
+        )
+
+    def split(self, name: str) -> Split:
+        """Give a split for reading.
+
+        Raises
+        ------
+        UnknownNameError
+            When there is none of that name.
+        """
+        splits = self.splits
+        if name not in splits:
+            raise unknown_name("split", name, splits, self.path)
+        group = self._root[name]
+        assert isinstance(group, zarr.Group)
+        return Split(name, group, self.path, self.n_classes)
+
+    def layers(self, split: str | None = None) -> list[str]:
+        """Name the complete layers of a split, or of any split, in the order written."""
+        names = [split] if split is not None else self.splits
+        return list(dict.fromkeys(layer for name in names for layer in self.split(name).layers))
+
+    def writer(
+        self,
+        split: str,
+        *,
+        layers: Mapping[str, int] | Iterable[str] | None = None,
+        dtype: str | None = None,
+        n_samples: int | None = None,
+        head: str | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Writer:
+        """Start writing a split; a context manager with ``append``.
+
+        Parameters
+        ----------
+        split : str
+            A split that does not exist yet.
+        layers : mapping of str to int, or iterable of str, optional
+            Widths of the layers to write, or names of declared ones; all declared by default.
+        dtype : str, optional
+            Stored dtype of layers given with widths; float16 by default.
+        n_samples : int, optional
+            Rows to come, where known; more or fewer may come.
+        head : str, optional
+            The layer whose classifier made the predictions that will be appended.
+        resume : bool, optional
+            Go on after an interrupted writer; ``writer.position`` rows are committed.
+        overwrite : bool, optional
+            Delete the split first if it exists.
+
+        Raises
+        ------
+        StoreError
+            When the split exists and neither `resume` nor `overwrite` is given.
+        UsageError
+            For bad names or an unknown dtype.
+        """
+        specs = self._specs_to_write(layers, dtype)
+        check_name("split", split)
+        if head is not None and head not in specs:
+            raise unknown_name("head layer", head, specs, f"the layers of split '{split}'")
+        return Writer(
+            self._root, split, self.path, self.n_classes, specs,
+            n_samples=n_samples, head=head, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+
+    def add_layers(
+        self,
+        split: str,
+        layers: Mapping[str, int],
+        dtype: str = "float16",
+        *,
+        head: str | None = None,
+        overwrite: bool = False,
+    ) -> LayerWriter:
+        """Start adding layers to a split that is complete; invisible until all rows are there.
+
+        Parameters
+        ----------
+        split : str
+            A finalized split.
+        layers : mapping of str to int
+            Width of each new layer.
+        dtype : str, optional
+            Their stored dtype.
+        head : str, optional
+            The layer whose classifier made the predictions that will be appended.
+        overwrite : bool, optional
+            Replace complete layers of the same name, and predictions.
+
+        Raises
+        ------
+        StoreError
+            When the split is not complete or a layer exists.
+        DataError
+            When another split has the layer with another width.
+        """
+        specs = layer_specs(layers, dtype)
+        target = self.split(split)
+        for name, spec in specs.items():
+            self.check_width(name, spec.n_features, but=split)
+        return LayerWriter(target, specs, head=head, overwrite=overwrite)
+
+    def delete_split(self, split: str) -> None:
+        """Delete a split with all its layers, if it is there."""
+        if split in self._root:
+            del self._root[split]
+
+    def check_width(self, layer: str, n_features: int, but: str | None = None) -> None:
+        """Refuse a layer whose width differs between splits.
+
+        Raises
+        ------
+        DataError
+            Names the split and both widths.
+        """
+        for name in self.splits:
+            split = self.split(name)
+            if name != but and layer in split.features:
+                width = split.spec(layer).n_features
+                if width != n_features:
+                    raise DataError(
+                        f"layer '{layer}' with {n_features} features",
+                        f"{width}, as in split '{name}' of {self.path}",
+                    )
+
+    def set_classifier(self, layer: str, weight: Array, bias: Array | None = None) -> None:
+        """Store the linear classifier that reads a layer, replacing an earlier one.
+
+        Parameters
+        ----------
+        layer : str
+            The layer whose features the classifier takes.
+        weight : array (K, D)
+            Float weights.
+        bias : array (K,), optional
+            Float biases.
+
+        Raises
+        ------
+        DataError
+            When shapes do not fit or a value is not finite.
+        """
+        check_name("layer", layer)
+        w = _float_array(weight, "classifier weight")
+        b = None if bias is None else _float_array(bias, "classifier bias")
+        self._check_classifier(layer, w, b)
+        classifiers = self._root.require_group(CLASSIFIER)
+        if layer in classifiers:
+            del classifiers[layer]
+        group = classifiers.require_group(layer)
+        rows = max(1, min(len(w), (16 * 2**20) // w[:1].nbytes))
+        if b is not None:
+            array = create_array(
+                group,
+                "bias",
+                shape=b.shape,
+                chunks=b.shape,
+                dtype=str(b.dtype),
+                dimensions=("class",),
+            )
+            array[:] = b
+        array = create_array(
+            group, "weight", shape=w.shape, chunks=(rows, w.shape[1]), dtype=str(w.dtype),
+            dimensions=("class", "unit"),
+        )  # fmt: skip
+        array[:] = w
+        group.update_attributes({"complete": True})
+
+    def classifier(self, layer: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None:
+        """Read the classifier of a layer: weight (K, D) and bias (K,) or None; None without one.
+
+        bfloat16 is read as float32.
+        """
+        if layer not in self.classifiers:
+            return None
+        found = {}
+        for array in self.classifier_arrays(layer):
+            values = read_rows(array, 0, array.shape[0])
+            wide = values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
+            found[array.basename] = wide
+        return found["weight"], found.get("bias")
+
+    def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
+        """Give the stored arrays of a layer's classifier."""
+        group = self._root[f"{CLASSIFIER}/{layer}"]
+        assert isinstance(group, zarr.Group)
+        return [array for _, array in group.arrays()]
+
+    @property
+    def classifiers(self) -> list[str]:
+        """Layers that have a classifier."""
+        if CLASSIFIER not in self._root:
+            return []
+        group = self._root[CLASSIFIER]
+        assert isinstance(group, zarr.Group)
+        return sorted(name for name, g in group.groups() if g.attrs.get("complete"))
+
+    def to_dask(self, split: str, layer: str) -> da.Array:
+        """Give a layer's rows as a Dask array (sample, unit), one block per chunk.
+
+        Rows without a sample (label -1) are included; bfloat16 becomes float32.
+        """
+        import dask.array as da
+
+        array = da.from_zarr(self.split(split).feature(layer))
+        return array.astype("float32") if array.dtype == DTYPES["bfloat16"] else array
+
+    def to_xarray(self, split: str, layer: str) -> xr.Dataset:
+        """Give a layer as a Dask-backed Dataset of its samples.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``feature(sample, unit)`` and ``label(sample)``, and ``prediction(sample)`` where
+            stored; rows that are no samples are left out.
+        """
+        import xarray as xr
+
+        part = self.split(split)
+        labels = part.labels()
+        variables: dict[str, Any] = {
+            "feature": (("sample", "unit"), self.to_dask(split, layer)),
+            "label": (("sample",), labels),
+        }
+        if part.head is not None:
+            variables["prediction"] = (("sample",), part.predictions())
+        dataset = xr.Dataset(
+            variables,
+            attrs={"store": self.path, "store_id": self.id, "split": split, "layer": layer},
+        )
+        rows = np.flatnonzero(labels >= 0)
+        return dataset if rows.size == labels.size else dataset.isel(sample=rows)
+
+    def validate(self) -> list[Fault]:
+        """Read everything and name every bad chunk and impossible value; empty when all is well."""
+        from ncbatch.store.checking import find_faults
+
+        return find_faults(self)
+
+    def _specs_to_write(
+        self, layers: Mapping[str, int] | Iterable[str] | None, dtype: str | None
+    ) -> dict[str, LayerSpec]:
+        declared = self.declared_layers
+        if isinstance(layers, Mapping):
+            specs = layer_specs(layers, dtype or "float16")
+        else:
+            names = list(declared if layers is None else layers)
+            for name in names:
+                if name not in declared:
+                    raise unknown_name("layer", name, declared, self.path)
+            specs = {name: declared[name] for name in names}
+        if not specs:
+            raise UsageError(
+                "no layer to write", "layers declared at create, or layers={name: width}"
+            )
+        for name, spec in specs.items():
+            self.check_width(name, spec.n_features)
+        return specs
+
+    def _check_classifier(
+        self, layer: str, w: npt.NDArray[Any], b: npt.NDArray[Any] | None
+    ) -> None:
+        k = self.n_classes
+        if w.ndim != 2 or w.shape[0] != k:
+            padded = w.ndim == 2 and w.shape[0] > k
+            raise DataError(
+                f"classifier weight of shape {w.shape}",
+                f"({k}, D): one row per class",
+                f"a padded vocabulary? keep its first rows with --rows {k}" if padded else "",
+            )
+        if b is not None and b.shape != (k,):
+            raise DataError(f"classifier bias of shape {b.shape}", f"({k},): one value per class")
+        self.check_width(layer, w.shape[1])
+        for name, values in (("weight", w), ("bias", b)):
+            if values is not None and not np.isfinite(values).all():
+                row = int(np.argwhere(~np.isfinite(values))[0][0])
+                raise DataError(f"classifier {name} is not finite in row {row}", "finite values")
+
+
+def _float_array(values: Array, what: str) -> npt.NDArray[Any]:
+    array = to_numpy(values)
+    if array.dtype.kind in "iu":
+        return array.astype(np.float64)
+    if str(array.dtype) not in DTYPES:
+        raise DataError(f"{what} of dtype {array.dtype}", "one of: " + ", ".join(DTYPES))
+    return array

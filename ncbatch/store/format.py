@@ -1,0 +1,167 @@
+"""Store format 1: names, chunk shapes and how arrays are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from ncbatch.errors import StoreError, UsageError
+from ncbatch.store.bfloat16 import BFloat16, register
+
+register()
+
+FORMAT = 1
+ATTRIBUTE = "ncbatch"
+CLASSIFIER = "classifier"
+# A chunk holds the largest power of two of rows within this many bytes: 8 to 16 MiB.
+CHUNK_BYTES = 16 * 2**20
+# Small rows would make label chunks, the unit of commitment, needlessly large.
+MAX_CHUNK_ROWS = 2**20
+
+DTYPES: Mapping[str, npt.DTypeLike] = {
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Width D and stored dtype of a layer's features."""
+
+    n_features: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.n_features * self.numpy_dtype.itemsize
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The dtype in memory."""
+        return np.dtype(DTYPES[self.dtype])
+
+
+def layer_specs(layers: Mapping[str, int], dtype: str) -> dict[str, LayerSpec]:
+    """Check names, widths and dtype of `layers`.
+
+    Raises
+    ------
+    UsageError
+        For an unknown dtype, a width below 1, or a name that cannot be a path's part.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
+    for name, width in layers.items():
+        check_name("layer", name)
+        if width < 1:
+            raise UsageError(f"layer '{name}' with {width} features", "at least 1")
+    return {name: LayerSpec(int(width), dtype) for name, width in layers.items()}
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuse names that cannot be one part of a path.
+
+    Raises
+    ------
+    UsageError
+        For an empty name, one with ``/``, one that starts with ``.`` or ``__``, or a reserved one.
+    """
+    if not name or "/" in name or name.startswith((".", "__")):
+        raise UsageError(
+            f"{kind} name '{name}'", "a name without '/', not starting with '.' or '__'"
+        )
+    if kind == "split" and name == CLASSIFIER:
+        raise UsageError(f"split name '{name}'", "another name: this one holds the classifiers")
+
+
+def chunk_rows(spec: LayerSpec, n_samples: int | None = None) -> int:
+    """Choose the rows of a chunk over the full D.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+        The layer.
+    n_samples : int, optional
+        Rows of the split, where known.
+
+    Returns
+    -------
+    int
+        A power of two: 8 to 16 MiB, fewer rows for a split that needs no more.
+
+    Examples
+    --------
+    >>> chunk_rows(LayerSpec(768, "float16"))
+    8192
+    >>> chunk_rows(LayerSpec(768, "float16"), n_samples=1000)
+    1024
+    """
+    rows = 1 << max((CHUNK_BYTES // spec.row_bytes).bit_length() - 1, 0)
+    rows = min(rows, MAX_CHUNK_ROWS)
+    if n_samples is not None:
+        rows = min(rows, 1 << max(n_samples - 1, 0).bit_length())
+    return rows
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: str,
+    dimensions: tuple[str, ...],
+    attributes: Mapping[str, Any] | None = None,
+) -> zarr.Array[Any]:
+    """Make an uncompressed array whose chunks carry a checksum.
+
+    Missing chunks read as -1 (integers) or NaN (floats), never as plausible zeros.
+    """
+    is_label = dtype == "int32"
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=BFloat16() if dtype == "bfloat16" else dtype,
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=-1 if is_label else float("nan"),
+        dimension_names=dimensions,
+        attributes=dict(attributes or {}),
+        config={"write_empty_chunks": True},
+    )
+
+
+def read_header(group: zarr.Group, path: str) -> dict[str, Any]:
+    """Check that `group` is a store of a format this version reads; give its header.
+
+    Raises
+    ------
+    StoreError
+        When it is no store, or one of a newer format.
+    """
+    header = group.attrs.get(ATTRIBUTE)
+    if not isinstance(header, dict) or "format" not in header:
+        raise StoreError(
+            f"'{path}' is a Zarr group but no ncbatch store",
+            f"attribute '{ATTRIBUTE}' with a format",
+            "make one with 'ncbatch import' or nc.FeatureStore.create",
+        )
+    number = header["format"]
+    if not isinstance(number, int) or number > FORMAT:
+        raise StoreError(
+            f"'{path}' has store format {number}",
+            f"format {FORMAT} or older",
+            "install a newer ncbatch to read it",
+        )
+    return header

@@ -1,0 +1,209 @@
+"""A split as it is read: its labels, predictions and the layers that are complete."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from ncbatch.errors import StoreError, unknown_name
+from ncbatch.store.chunks import checksums, chunk_fault, present_chunks, read_rows
+from ncbatch.store.format import ATTRIBUTE, LayerSpec
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named set of samples in a store, for reading.
+
+    Parameters
+    ----------
+    name : str
+        The split's name.
+    group : zarr.Group
+        Its group.
+    where : str
+        The store's path, for messages.
+    n_classes : int
+        K of the store.
+    """
+
+    name: str
+    group: zarr.Group
+    where: str
+    n_classes: int
+
+    @cached_property
+    def _label(self) -> zarr.Array[Any]:
+        return _array(self.group, "label")
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the arrays, holes included."""
+        return int(self._label.shape[0])
+
+    @property
+    def base_block(self) -> int:
+        """Rows that one label chunk commits."""
+        return int(self._label.chunks[0])
+
+    @property
+    def finalized(self) -> bool:
+        """Whether writing has ended; otherwise a writer runs or was interrupted."""
+        return "n_samples" in self._attributes
+
+    @property
+    def n_samples(self) -> int:
+        """Rows that are samples (label >= 0)."""
+        if self.finalized:
+            return int(self._attributes["n_samples"])
+        return sum(int(np.count_nonzero(y >= 0)) for _, y in self.label_blocks())
+
+    @property
+    def _attributes(self) -> dict[str, Any]:
+        found = self.group.attrs.get(ATTRIBUTE, {})
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def features(self) -> dict[str, zarr.Array[Any]]:
+        """The stored feature arrays of the complete layers, by name, in the order written."""
+        if "layers" not in self.group:
+            return {}
+        found = []
+        for name, layer in self._layer_groups():
+            if layer.attrs.get("complete") and "feature" in layer:
+                found.append((layer.attrs.get("order", 0), name, _array(layer, "feature")))
+        return {name: array for _, name, array in sorted(found, key=lambda item: item[:2])}
+
+    def _layer_groups(self) -> Iterator[tuple[str, zarr.Group]]:
+        layers = self.group["layers"]
+        assert isinstance(layers, zarr.Group)
+        return layers.groups()
+
+    @property
+    def arrays(self) -> dict[str, zarr.Array[Any]]:
+        """Every array of the split: ``label``, ``prediction`` if stored, and the features."""
+        found = {"label": self._label}
+        if self._prediction is not None:
+            found["prediction"] = self._prediction
+        return found | {f"layers/{name}": array for name, array in self.features.items()}
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the complete layers."""
+        return list(self.features)
+
+    @property
+    def incomplete_layers(self) -> list[str]:
+        """Layers whose writing has not ended, invisible until it has."""
+        if "layers" not in self.group:
+            return []
+        return sorted(name for name, _ in self._layer_groups() if name not in self.features)
+
+    def spec(self, layer: str) -> LayerSpec:
+        """Width and dtype of a layer."""
+        array = self.feature(layer)
+        return LayerSpec(int(array.shape[1]), str(array.dtype))
+
+    def feature(self, layer: str) -> zarr.Array[Any]:
+        """Give a layer's feature array (sample, unit).
+
+        Raises
+        ------
+        UnknownNameError
+            When there is no complete layer of that name.
+        """
+        if layer not in self.features:
+            raise unknown_name(
+                "layer", layer, self.features, f"split '{self.name}' of {self.where}"
+            )
+        return self.features[layer]
+
+    @cached_property
+    def _prediction(self) -> zarr.Array[Any] | None:
+        return _array(self.group, "prediction") if "prediction" in self.group else None
+
+    @property
+    def head(self) -> str | None:
+        """The layer whose classifier made the stored predictions; None without predictions."""
+        if self._prediction is None:
+            return None
+        head = self._prediction.attrs.get("head")
+        return str(head) if head is not None else None
+
+    def labels(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int32]:
+        """Read labels of rows [start, stop); -1 marks rows that are no samples."""
+        return read_rows(self._label, start, self.n_rows if stop is None else stop)
+
+    def predictions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int32]:
+        """Read the model's own decisions for rows [start, stop).
+
+        Raises
+        ------
+        StoreError
+            When the split has none.
+        """
+        if self._prediction is None:
+            raise StoreError(f"split '{self.name}' of {self.where} has no predictions")
+        return read_rows(self._prediction, start, self.n_rows if stop is None else stop)
+
+    def label_blocks(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
+        """Give (first row, labels) of every base block, in order.
+
+        Raises
+        ------
+        CorruptionError
+            When a label chunk of a finalized split is missing: its rows were committed once.
+        """
+        if self.finalized:
+            missing = np.flatnonzero(~present_chunks(self._label))
+            if missing.size:
+                raise chunk_fault(self._label, int(missing[0]), "label chunk is missing").error()
+        for start in range(0, self.n_rows, self.base_block):
+            yield start, self.labels(start, min(start + self.base_block, self.n_rows))
+
+    def read(self, layer: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read features of rows [start, stop) in their stored dtype; bfloat16 as float32."""
+        rows = read_rows(self.feature(layer), start, stop)
+        return rows.astype(np.float32) if self.spec(layer).dtype == "bfloat16" else rows
+
+    def check_chunks(self, layer: str) -> None:
+        """Refuse a layer of which a chunk that holds rows is missing.
+
+        Raises
+        ------
+        CorruptionError
+            Names the first such chunk.
+        """
+        array = self.feature(layer)
+        present = present_chunks(array)
+        if present.all():
+            return
+        for index in np.flatnonzero(~present).tolist():
+            start = index * array.chunks[0]
+            if np.any(self.labels(start, min(start + array.chunks[0], self.n_rows)) >= 0):
+                raise chunk_fault(array, index, "chunk is missing").error()
+
+    def fingerprint(self, layer: str) -> str:
+        """Hash what the layer's values depend on: shapes and the stored checksums of all chunks.
+
+        Returns
+        -------
+        str
+            32 hexadecimal digits; equal for equal content.
+        """
+        digest = hashlib.sha256(repr((self.name, layer, self.n_classes)).encode())
+        digest.update(checksums(self._label))
+        digest.update(checksums(self.feature(layer)))
+        return digest.hexdigest()[:32]
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    found = group[name]
+    assert isinstance(found, zarr.Array)
+    return found
