@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ncbatch import __version__
-from ncbatch.errors import NcbatchError
+from ncbatch.errors import NcbatchError, UsageError
 
 
 class _Commands(click.Group):
@@ -162,7 +162,7 @@ def measure(
     dataset = measure(
         stores,
         layers or None,
-        metrics=None if metrics is None else [m.strip() for m in metrics.split(",") if m.strip()],
+        metrics=None if metrics is None else _names(metrics),
         classes=None if classes is None else read_classes(classes),
         progress=report.ProgressBar(),
         **options,
@@ -185,6 +185,13 @@ def metrics() -> None:
     _show(Console(), [metric_table()])
 
 
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--metrics '{text}'", "names, separated by commas", "see 'ncbatch metrics'")
+    return names
+
+
 def _show(console: Any, parts: list[Any]) -> None:
     """Print tables; never cut them where the output is no terminal."""
     if not console.is_terminal:
@@ -194,12 +201,26 @@ def _show(console: Any, parts: list[Any]) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that users cause become one or two lines and exit code 1."""
+    """Run the command line; errors that users cause become one or two lines and exit code 1 or 2."""
     try:
-        cli(prog_name="ncbatch")
+        sys.exit(cli(prog_name="ncbatch", standalone_mode=False) or 0)
     except NcbatchError as error:
-        click.echo(f"ncbatch: {error}", err=True)
-        sys.exit(1)
+        _fail(str(error), 1)
+    except click.UsageError as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            error.show()
+            sys.exit(error.exit_code)
+        command = error.ctx.command_path if error.ctx else "ncbatch"
+        _fail(f"{error.format_message()}\nsee '{command} --help'", error.exit_code)
+    except click.Abort:
+        _fail("interrupted", 130)
+    except OSError as error:  # a full disk, a folder without permission
+        _fail(f"{error.strerror or error}" + (f": '{f}'" if (f := error.filename) else ""), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"ncbatch: {message}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,10 @@ from ncbatch.store import FeatureStore, Split
 
 if TYPE_CHECKING:
     import xarray as xr
+
+# The unit of rounding of float32, and the relative error that --precision fp32 promises traces.
+_FLOAT32_ERROR = 6e-8
+_PROMISED_ERROR = 1e-6
 
 StoreLike = FeatureStore | str | os.PathLike[str]
 
@@ -151,7 +156,7 @@ def measure(
         list(opened),
         list(dict.fromkeys(task.layer for task in tasks)),
         applied,
-        _attributes(options, tasks),
+        _attributes(options, tasks, [note for cell in cells.values() for note in cell.notes]),
     )
 
 
@@ -351,7 +356,8 @@ class _Task:
         )
 
     def _values(self, statistics: Statistics) -> Cell:
-        cell = Cell(texts={"fingerprint": self.train.fingerprint(self.layer)})
+        fingerprint = self.train.fingerprint(self.layer, self.selection.digest)
+        cell = Cell(texts={"fingerprint": fingerprint})
         if "decisions" in self._reads:
             cell.texts["nc4_split"] = self.decided.name
             cell.texts["nc4_classifier"] = "predictions" if self._by_predictions else "weights"
@@ -365,6 +371,13 @@ class _Task:
         for reason_text, metrics in self.missing.items():
             cell.reasons |= {metric.name: reason_text for metric in metrics}
         cell.counts |= self._counts(statistics)
+        if "rank" in cell.counts and self.options.precision == "fp32":
+            error = _FLOAT32_ERROR / max(cell.counts["smallest_ratio"], _FLOAT32_ERROR)
+            if error > _PROMISED_ERROR:
+                cell.notes.append(
+                    f"{self._where}: products in float32 leave nc1_pinv and nc1_svd an error of up to "
+                    f"{error:.0e} here; --precision exact has none"
+                )
         return cell
 
     def _counts(self, statistics: Statistics) -> dict[str, float]:
@@ -494,19 +507,19 @@ def _notes(tasks: list[_Task]) -> list[str]:
     places: dict[tuple[str, str], list[str]] = {}
     for task in tasks:
         for why, metrics in task.missing.items():
-            names = ", ".join(metric.name for metric in metrics)
-            layers = places.setdefault((why, names), [])
+            kinds = ", ".join(dict.fromkeys(metric.place for metric in metrics))
+            layers = places.setdefault((why, kinds), [])
             if task.layer not in layers:
                 layers.append(task.layer)
     return [
-        f"{why} for layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}: without {names}"
-        for (why, names), layers in places.items()
+        f"{why} for layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}: {kinds} left out"
+        for (why, kinds), layers in places.items()
     ]
 
 
-def _attributes(options: Options, tasks: list[_Task]) -> dict[str, str | int | float]:
-    import json
-
+def _attributes(
+    options: Options, tasks: list[_Task], notes: list[str]
+) -> dict[str, str | int | float]:
     attributes: dict[str, str | int | float] = {
         "ncbatch_version": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -520,7 +533,7 @@ def _attributes(options: Options, tasks: list[_Task]) -> dict[str, str | int | f
         "min_count": options.min_count,
         "skip_nonfinite": int(options.skip_nonfinite),
         "ddof": "variances over classes 1, over pairs 0; covariances and V_c 0",
-        "notes": "\n".join(_notes(tasks)),
+        "notes": "\n".join([*_notes(tasks), *notes]),
     }
     if options.max_count is not None:
         attributes["max_count"] = options.max_count

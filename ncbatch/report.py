@@ -192,3 +192,54 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def metrics_page() -> str:
+    """Write ``docs/metrics.md``: notation, conventions and the table of metrics."""
+    lines = [_PAGE_HEAD]
+    for metric in CATALOGUE.values():
+        reads = ", ".join(sorted(metric.reads)) or "means"
+        formula = metric.formula.replace("|", "\\|")
+        lines.append(
+            f"| `{metric.name}` | {metric.long_name} | {formula} | {metric.units} | {reads} "
+            f"| {metric.source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_PAGE_HEAD = """\
+# Metrics
+
+This page is made from the table in `ncbatch/metrics/catalogue.py`; `ncbatch metrics` prints the same.
+
+## Notation
+
+n_c samples of class c, N in all; m_c mean; V_c = mean |x - m_c|^2; S_W = pooled within-class scatter / N; m_G = global
+mean; Mc_c = m_c - m_G; u_c = Mc_c / |Mc_c|; S_B = Mc^T Mc / K; d_ij = |m_i - m_j|; W (K, D) and b (K) classifier;
+pairs are unordered, i < j.
+
+## Conventions, which differ silently between tools
+
+- K counts the classes used: those with a sample in train (or `--min-count` of them) that pass the filters.
+- m_G is the unweighted mean of class means; `--weighted` makes it the mean of samples, and changes nothing else.
+- Covariances and V_c have ddof 0; variances over pairs ddof 0; variances over classes ddof 1.
+- NC1 by pseudo-inverse is divided by K. The pseudo-inverse keeps eigenvalues of S_B above D * 2.2e-16 of the largest; the
+  result's `rank` and `smallest_ratio` say what that kept.
+- The CDNV has the factor 1/2 and the exponent p = `--dist-exp` on d^2; language-model papers use p = 2.
+- NC4 takes means from train and samples from test, or from train where there is no test; the nearest mean is sought among
+  the classes used, the classifier's maximum among all. Without a class filter every sample counts, also of classes
+  unseen in train; a filter drops the samples of all other classes. Where the layer is the head of stored predictions,
+  those are the classifier's decisions. Equal scores go to the lowest class.
+- NC5 takes m_G^ood as the unweighted mean of the OOD split's class means, and uncentred m_c.
+- Left out, and counted in the result: pairs with d^2 <= 1e-24 (|m_i|^2 + |m_j|^2), from the CDNV (`n_coincident_pairs`); pairs
+  with equal directions, from logarithmic and Riesz energies (`n_coincident_directions`); means equal to m_G, from
+  everything that needs a direction (`n_means_without_direction`).
+- A metric without a value is empty, and its attribute `undefined` says why.
+
+## The table
+
+"reads" names what a metric needs beside counts and class means: `traces` and `scatter` come with the same read,
+`pairs.*` from a sweep over pairs of means, `decisions` from a read of the test split, `ood` from a read of the OOD split.
+
+| name | what it is | formula | units | reads | source |
+|---|---|---|---|---|---|"""

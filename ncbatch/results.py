@@ -48,6 +48,7 @@ class Cell:
     reasons: dict[str, str] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def to_dataset(
@@ -135,6 +136,9 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     if target.suffix not in ENDINGS:
         raise OutputError(f"output '{target}'", "a name that ends in " + ", ".join(ENDINGS))
     parent = target.absolute().parent
+    inside = next((p for p in (parent, *parent.parents) if (p / "zarr.json").is_file()), None)
+    if inside is not None:
+        raise OutputError(f"output '{target}' lies inside the Zarr store '{inside}'", "another place")
     if not parent.is_dir():
         raise OutputError(f"no folder '{parent}' for output '{target}'", "", "create it first")
     if not os.access(parent, os.W_OK):

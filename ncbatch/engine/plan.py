@@ -63,6 +63,12 @@ def memory_budget(text: str | int | None) -> int:
     return budget
 
 
+def _rounded_up(n_bytes: int) -> str:
+    """Name a budget that holds when the interpreter's own share differs by a few MiB."""
+    step = 16 * 2**20
+    return f"{(n_bytes // step + 2) * step // 2**20}MiB"
+
+
 def check_budget(prices: Iterable[Price], budget: int, base_bytes: int) -> int:
     """Refuse a run of which a step does not fit; steps run one after the other.
 
@@ -92,6 +98,6 @@ def check_budget(prices: Iterable[Price], budget: int, base_bytes: int) -> int:
             f"{dearest.step} needs {format_bytes(peak)} resident, the interpreter's "
             f"{format_bytes(base_bytes)} included",
             f"at most {format_bytes(budget)}",
-            f"give at least --memory {-(-peak // 2**20)}MiB, or measure fewer metrics",
+            f"give at least --memory {_rounded_up(peak)}, or measure fewer metrics",
         )
     return peak

@@ -94,7 +94,9 @@ def import_features(
     y = None if labels is None else _integers(labels, "labels", rows)
     p = None if predictions is None else _integers(predictions, "predictions", rows)
     if len(rows.row_shape) != 1:
-        raise DataError(f"features of shape (N, *{rows.row_shape})", "(N, D): one row per sample")
+        raise DataError(f"features of shape {rows.shape}", "(N, D): one row per sample")
+    if not rows.n_rows:
+        raise DataError(f"no rows in '{features}'", "at least one row of features")
     exists = Path(path).exists()
     store = FeatureStore.open(path) if exists else None
     target = _existing_split(store, split, overwrite) if store is not None else None
@@ -226,7 +228,7 @@ def _integers(source: str, what: str, rows: RowStream) -> RowStream:
     stream = open_rows(source, what)
     if stream.row_shape != () or stream.dtype.kind not in "iu":
         raise DataError(
-            f"{what} of shape (N, *{stream.row_shape}), {stream.dtype}", "integers of shape (N,)"
+            f"{what} of shape {stream.shape}, {stream.dtype}", "integers of shape (N,)"
         )
     if stream.n_rows != rows.n_rows:
         raise DataError(f"{stream.n_rows} {what} for {rows.n_rows} rows of features", "one per row")

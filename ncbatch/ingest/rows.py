@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,11 @@ class RowStream:
         return self.shards[0].shape[1:]
 
     @property
+    def shape(self) -> str:
+        """Shape of the whole, for messages."""
+        return str((self.n_rows, *self.row_shape))
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype that holds the values of every shard."""
         return np.result_type(*(shard.dtype for shard in self.shards))
@@ -89,7 +96,7 @@ class RowStream:
         held: list[npt.NDArray[Any]] = []
         count = 0
         for shard in self.shards:
-            for block in shard.blocks(n):
+            for block in _intact(shard, self.what, n):
                 held.append(block)
                 count += len(block)
                 while count >= n:
@@ -149,22 +156,41 @@ def _split_key(source: str) -> tuple[str, str | None]:
 
 def _natural(path: str) -> list[tuple[int, int | str]]:
     parts = re.split(r"(\d+)", path)
-    return [(1, int(part)) if part.isdigit() else (0, part) for part in parts]
+    return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]
+
+
+@contextmanager
+def _readable(path: str, what: str) -> Iterator[None]:
+    """Turn what libraries raise for damaged files into an error of one line."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{what} '{path}' cannot be read: {reason}", "an intact file") from error
+
+
+def _intact(shard: Shard, what: str, n: int) -> Blocks:
+    """Read a shard block by block; damage is named."""
+    blocks = shard.blocks(n)
+    while True:
+        with _readable(shard.path, what):
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
 
 
 def _open_shard(path: str, key: str | None, what: str) -> Shard:
     place = Path(path)
-    try:
+    with _readable(path, what):
         if place.is_dir():
             return _open_zarr(path, what)
         if place.suffix == ".npy":
             return _open_npy(path)
         if place.suffix == ".npz":
             return _open_npz(path, key, what)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zarr.errors.BaseZarrError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{what} '{path}' cannot be read: {error}", "an intact file") from error
     raise DataError(
         f"{what} '{path}' of an unknown kind",
         "a .npy file, a .npz file (path.npz:key) or a Zarr array",
@@ -198,13 +224,15 @@ def _open_npy(path: str) -> Shard:
 
 def _open_npz(path: str, key: str | None, what: str) -> Shard:
     with zipfile.ZipFile(path) as archive:
-        members = [name.removesuffix(".npy") for name in archive.namelist()]
+        members = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+        if not members:
+            raise DataError(f"'{path}' holds no array", "an archive made by numpy.savez")
         if key is None:
             if len(members) != 1:
                 raise DataError(
                     f"'{path}' holds arrays {', '.join(members)}",
                     "one of them to be named",
-                    f"write '{path}:{members[0] if members else 'KEY'}'",
+                    f"write '{path}:{members[0]}'",
                 )
             key = members[0]
         if key not in members:
@@ -239,7 +267,10 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _open_zarr(path: str, what: str) -> Shard:
-    node = zarr.open(path, mode="r")
+    try:
+        node = zarr.open(path, mode="r")
+    except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError) as error:
+        raise DataError(f"{what} '{path}' is a folder", "a file, or a Zarr array") from error
     if isinstance(node, zarr.Group):
         arrays = [name for name, _ in node.arrays()]
         raise DataError(

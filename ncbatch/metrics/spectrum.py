@@ -42,7 +42,8 @@ class Spectrum:
             A symmetric matrix C, such as S_W.
         """
         xp = namespace(covariance)
-        vectors, values = self.vectors[:rank, :], self.values[:rank]
+        kept = self.rank if rank is None else min(rank, self.rank)
+        vectors, values = self.vectors[:kept, :], self.values[:kept]
         spread = xp.sum(xp.matmul(vectors, covariance) * vectors, axis=1)
         return scalar(xp.sum(spread / values))
 

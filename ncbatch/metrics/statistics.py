@@ -138,15 +138,15 @@ class Statistics:
     @cached_property
     def cosines(self) -> Array:
         """cos(w_c, Mc_c) of the classes in `aligned`."""
-        rows = directions(self.classifier_rows[self.aligned, :])
-        centred = directions(self.centred[self.aligned, :])
+        rows = directions(self.classifier_rows[self.aligned])
+        centred = directions(self.centred[self.aligned])
         return namespace(rows).sum(rows * centred, axis=1)
 
     @cached_property
     def direction_distances(self) -> Array:
         """|w_c/|w_c| - u_c| of the classes in `aligned`."""
         xp = namespace(self.centred)
-        apart = directions(self.classifier_rows[self.aligned, :]) - directions(
-            self.centred[self.aligned, :]
+        apart = directions(self.classifier_rows[self.aligned]) - directions(
+            self.centred[self.aligned]
         )
         return xp.sqrt(xp.sum(apart * apart, axis=1))

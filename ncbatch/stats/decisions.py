@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from ncbatch.arrays import (
     to_numpy,
 )
 from ncbatch.errors import DataError, UsageError
-from ncbatch.stats.moments import check_block
+from ncbatch.stats.blocks import check_block
 
-# Classes of a tile of scores, and pairs rescored exactly at a time.
+# Rows and classes of a tile of scores, and pairs rescored exactly at a time.
+TILE_ROWS = 2048
 TILE_CLASSES = 2048
 _RESCORED_PAIRS = 2048
 
@@ -172,8 +174,9 @@ class Rule:
     def peak_bytes(n_classes: int, n_features: int, block_rows: int, itemsize: int = 4) -> int:
         """Price the rule and its decisions of a block: bytes at their peak."""
         rule = n_classes * (n_features * itemsize + 24)
-        tile = block_rows * TILE_CLASSES * (itemsize * 3 + 8)
-        block = block_rows * n_features * (8 * 2 + itemsize)
+        rows = min(block_rows, TILE_ROWS)
+        tile = rows * min(n_classes, TILE_CLASSES) * (itemsize * 3 + 8)
+        block = rows * n_features * (8 * 3 + itemsize) + block_rows * 64
         return rule + tile + block + _RESCORED_PAIRS * n_features * 8 * 4
 
     def decide(self, features: Array) -> Array:
@@ -185,15 +188,22 @@ class Rule:
         lies within the rounding error of the products are decided again from float64 scores.
         """
         xp = namespace(features)
+        blocks = [
+            self._decide_tile(features[p, :]) for p in row_blocks(features.shape[0], TILE_ROWS)
+        ]
+        return xp.concat(blocks) if blocks else self.classes[:0]
+
+    def _decide_tile(self, features: Array) -> Array:
+        xp = namespace(features)
         rows = xp.astype(as_float64(features) - self.origin, self.weight.dtype)
         norms = xp.sqrt(xp.sum(as_float64(rows) ** 2, axis=1))
-        error = self._relative_error() * (norms * self._reach() + scalar(xp.max(xp.abs(self.bias))))
+        error = self._relative_error() * (norms * self._reach + scalar(xp.max(xp.abs(self.bias))))
         best, second, at = self._sweep(rows)
         chosen = xp.take(self.classes, at, axis=0)
         close = as_float64(best) - as_float64(second) <= 2.0 * error
         if bool(xp.any(close)):
             floor = as_float64(best)[close] - 2.0 * error[close]
-            chosen[close] = self._decide_exactly(features[close, :], rows[close, :], floor)
+            chosen[close] = self._decide_exactly(features[close], rows[close], floor)
         return chosen
 
     def _relative_error(self) -> float:
@@ -201,7 +211,9 @@ class Rule:
         n_features: int = self.weight.shape[1]
         return (n_features + 8) * float(xp.finfo(self.weight.dtype).eps)
 
+    @cached_property
     def _reach(self) -> float:
+        """Length of the longest weight."""
         xp = namespace(self.weight)
         longest = 0.0
         for part in row_blocks(self.weight.shape[0]):

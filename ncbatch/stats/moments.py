@@ -22,6 +22,7 @@ from ncbatch.arrays import (
     to_numpy,
 )
 from ncbatch.errors import DataError
+from ncbatch.stats.blocks import check_block
 
 Precision: TypeAlias = Literal["exact", "fp32"]
 
@@ -183,9 +184,7 @@ class Moments:
             )
             if scatter is not None:
                 both = weight > 0.0
-                scatter = scatter + symmetric_product(
-                    apart[both, :] * xp.sqrt(weight[both])[:, None]
-                )
+                scatter = scatter + symmetric_product(apart[both] * xp.sqrt(weight[both])[:, None])
         return Moments(self.counts + other.counts, means, traces, scatter)
 
     def select(self, classes: Array) -> Moments:
@@ -347,7 +346,7 @@ class MomentsAccumulator:
             return
         rows = ~xp.take(known, segments.index, axis=0)
         firsts = Segments.of(segments.index[rows])
-        sums = segment_sum(as_float64(features[rows, :]), firsts)
+        sums = segment_sum(as_float64(features[rows]), firsts)
         pilots = sums / as_float64(firsts.counts)[:, None]
         self._pilots[present & (self._counts == 0)] = xp.astype(pilots, self._pilots.dtype)
 
@@ -357,29 +356,3 @@ class MomentsAccumulator:
         pilots = xp.take(self._pilots, labels, axis=0)
         residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
         return xp.astype(residuals, self._work, copy=False)
-
-
-def check_block(features: Array, labels: Array, n_classes: int) -> tuple[Array, Array]:
-    """Check a block's shapes and labels and drop rows that are no samples.
-
-    Raises
-    ------
-    DataError
-        When shapes do not fit or a label is not below `n_classes`; names the row.
-    """
-    if len(features.shape) != 2 or tuple(labels.shape) != (features.shape[0],):
-        raise DataError(
-            f"features {tuple(features.shape)} with labels {tuple(labels.shape)}",
-            "features (N, D) with labels (N,)",
-        )
-    xp = namespace(features, labels)
-    labels = xp.astype(labels, xp.int64, copy=False)
-    if labels.shape[0] and int(xp.max(labels)) >= n_classes:
-        row = int(xp.argmax(labels))
-        raise DataError(
-            f"label {int(labels[row])} in row {row}", f"labels below {n_classes}, the classes"
-        )
-    samples = labels >= 0
-    if bool(xp.all(samples)):
-        return features, labels
-    return features[samples, :], labels[samples]

@@ -189,15 +189,22 @@ class Split:
             if np.any(self.labels(start, min(start + array.chunks[0], self.n_rows)) >= 0):
                 raise chunk_fault(array, index, "chunk is missing").error()
 
-    def fingerprint(self, layer: str) -> str:
+    def fingerprint(self, layer: str, class_filter: str = "") -> str:
         """Hash what the layer's values depend on: shapes and the stored checksums of all chunks.
+
+        Parameters
+        ----------
+        layer : str
+            Which layer.
+        class_filter : str, optional
+            Names the classes that are used.
 
         Returns
         -------
         str
             32 hexadecimal digits; equal for equal content.
         """
-        digest = hashlib.sha256(repr((self.name, layer, self.n_classes)).encode())
+        digest = hashlib.sha256(repr((self.name, layer, self.n_classes, class_filter)).encode())
         digest.update(checksums(self._label))
         digest.update(checksums(self.feature(layer)))
         return digest.hexdigest()[:32]

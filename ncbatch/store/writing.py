@@ -33,8 +33,9 @@ class _RowBuffer:
             return rows
         with np.errstate(over="ignore"):
             cast = rows.astype(self.spec.numpy_dtype)
-        if self.spec.row_bytes < rows.itemsize * rows.shape[1]:
-            overflow = np.isinf(cast) & np.isfinite(rows)
+        infinite = np.isinf(cast)
+        if infinite.any():  # bfloat16 overflows float16 too, which is no smaller
+            overflow = infinite & np.isfinite(rows)
             if overflow.any():
                 row = int(np.argwhere(overflow)[0][0])
                 raise DataError(
@@ -275,18 +276,35 @@ class Writer:
                 f"split '{self._split}' of {where} has layers {', '.join(split.layers)}",
                 "the layers of this writer: " + ", ".join(self._buffers),
             )
+        for name, buffer in self._buffers.items():
+            if split.spec(name) != buffer.spec:
+                raise StoreError(
+                    f"layer '{name}' of split '{self._split}' of {where} is {split.spec(name)}",
+                    f"{buffer.spec}, as this writer was asked for",
+                )
         self._label = self._group["label"]  # type: ignore[assignment]
         if "prediction" in self._group:
             self._prediction = self._group["prediction"]  # type: ignore[assignment]
         assert self._label is not None
         present = present_chunks(self._label)
         blocks = int(np.argmin(present)) if not present.all() else len(present)
+        if blocks and self._is_partial(split, blocks):
+            blocks -= 1  # killed while it completed the split: the last block is written again
         self._committed = blocks * split.base_block
         for name, buffer in self._buffers.items():
             buffer.array = split.feature(name)
             buffer.chunk, buffer.written = buffer.array.chunks[0], self._committed
         if blocks:
             self._n_samples = int(np.count_nonzero(split.labels(0, self._committed) >= 0))
+
+    def _is_partial(self, split: Split, blocks: int) -> bool:
+        """Whether the last of the committed blocks is not known to be full."""
+        stop = blocks * split.base_block
+        writers = self._group.require_group("writers")
+        record = writers["0"].attrs.get(ATTRIBUTE, {}) if "0" in writers else {}
+        if isinstance(record, dict) and record.get("position", 0) >= stop:
+            return False
+        return split.n_rows < stop or bool(split.labels(stop - 1, stop)[0] < 0)
 
     def _checked_labels(self, values: Array, what: str) -> npt.NDArray[np.int32]:
         array = to_numpy(values) if hasattr(values, "shape") else np.asarray(values)
