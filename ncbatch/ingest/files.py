@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,21 @@ def import_features(
         raise DataError(
             f"no labels for the new split '{split}'", "--labels", "only 'ood' splits may go without"
         )
+    if store is None and y is None and n_classes is None:
+        raise DataError(
+            f"neither labels nor a number of classes for the new store '{path}'",
+            "--classes",
+            "or import the labelled splits first",
+        )
     k = _check_classes(store, y, p, n_classes)
     if target is not None:
         _check_against(target, rows, y)
     if store is not None:
         store.check_width(layer, rows.row_shape[0], but=None if target is None else split)
     dtype = _stored_dtype(rows)
-    if store is None:
-        store = FeatureStore.create(path, k, {layer: rows.row_shape[0]}, dtype)
-    with _undone_on_failure(store, None if exists else path, split if target is None else None):
+    with _undone_on_failure(path, None if target is not None else split):
+        if store is None:
+            store = FeatureStore.create(path, k, {layer: rows.row_shape[0]}, dtype)
         if target is None:
             writer: Writer | LayerWriter = store.writer(
                 split, layers={layer: rows.row_shape[0]}, dtype=dtype, n_samples=rows.n_rows,
@@ -273,7 +279,8 @@ def _check_classes(
                 f"{stream.what} below {k}, the number of classes",
                 "give a larger --classes" if store is None else "",
             )
-    return 1 if k is None else k
+    assert k is not None
+    return k
 
 
 def _largest(stream: RowStream) -> tuple[int, int]:
@@ -319,15 +326,18 @@ def _stored_dtype(rows: RowStream) -> str:
 
 
 @contextmanager
-def _undone_on_failure(
-    store: FeatureStore, created: str | None, split: str | None
-) -> Iterator[None]:
-    """Delete what the import made when it fails: the new store, or the new split."""
+def _undone_on_failure(path: str, split: str | None) -> Iterator[None]:
+    """Delete what the import made when it fails: the new store with its folders, or the new split."""
+    store = Path(path).absolute()
+    created = [place for place in (store, *store.parents) if not place.exists()]
     try:
         yield
     except BaseException:
-        if created is not None:
-            shutil.rmtree(created, ignore_errors=True)
+        if created:
+            shutil.rmtree(store, ignore_errors=True)
+            with suppress(OSError):  # a folder that is not there, or that another process uses
+                for folder in created[1:]:
+                    folder.rmdir()
         elif split is not None:
-            store.delete_split(split)
+            FeatureStore.open(path).delete_split(split)
         raise

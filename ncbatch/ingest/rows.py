@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-import zarr.errors
 
 from ncbatch.errors import DataError, unknown_name
 
@@ -166,7 +165,7 @@ def _readable(path: str, what: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{what} '{path}' cannot be read: {reason}", "an intact file") from error
 
@@ -211,8 +210,10 @@ def _checked(path: str, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
 
 
 def _open_npy(path: str) -> Shard:
+    with open(path, "rb") as file:  # np.load would take what is no array for a pickle
+        shape, _, dtype = _npy_header(file)
+    _checked(path, shape, dtype)
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    _checked(path, array.shape, array.dtype)
 
     def blocks(n: int) -> Blocks:
         for start in range(0, array.shape[0], n):
@@ -269,7 +270,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def _open_zarr(path: str, what: str) -> Shard:
     try:
         node = zarr.open(path, mode="r")
-    except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError) as error:
+    except (FileNotFoundError, KeyError) as error:
         raise DataError(f"{what} '{path}' is a folder", "a file, or a Zarr array") from error
     if isinstance(node, zarr.Group):
         arrays = [name for name, _ in node.arrays()]

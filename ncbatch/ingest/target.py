@@ -270,10 +270,6 @@ def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor
     import torch
 
     source = str(rows.dtype).removeprefix("torch.")
-    if source not in DTYPES:
-        raise DataError(
-            f"features of layer '{name}' of dtype {source}", "one of: " + ", ".join(DTYPES)
-        )
     target = getattr(torch, dtype)
     if source in (dtype, "float64") or rows.dtype.itemsize < target.itemsize:
         return rows

@@ -43,7 +43,7 @@ def covariance_ratio(
     --------
     >>> import numpy as np
     >>> M = np.array([[1.0, 0.0], [-1.0, 0.0]])
-    >>> covariance_ratio(0.5 * np.eye(2), M)
+    >>> round(covariance_ratio(0.5 * np.eye(2), M), 12)
     0.25
     """
     if metric not in ("pinv", "svd", "quotient"):

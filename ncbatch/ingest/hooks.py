@@ -1,0 +1,148 @@
+"""From a torch model to a store: forward hooks on named modules, one forward pass per batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ncbatch.errors import DataError, UsageError
+from ncbatch.ingest.capture import capturing, device_of
+from ncbatch.ingest.head import Head
+from ncbatch.ingest.places import Batch, Pool, find_places
+from ncbatch.ingest.target import Target
+from ncbatch.store import FeatureStore
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Progress(Protocol):
+    """Anything that wants to hear how many rows are done."""
+
+    def advance(self, n_rows: int) -> object:
+        """Count `n_rows` more rows."""
+
+
+def dump(
+    model: torch.nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    store: FeatureStore | str | os.PathLike[str],
+    split: str,
+    layers: str | Sequence[str] | Mapping[str, str],
+    *,
+    pool: Pool = "flatten",
+    head: str | Literal[False] | None = None,
+    predictions: bool = True,
+    n_classes: int | None = None,
+    dtype: str = "float16",
+    device: torch.device | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FeatureStore:
+    """Run a model once over `batches` and store the features of named modules.
+
+    The model runs in eval mode without gradients; afterwards every module has the mode it had
+    and no hook is left, whatever happened. One batch of features is held, and the writer's chunks.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; it is not moved.
+    batches : iterable of (inputs, labels)
+        Inputs: a tensor, a tuple or list for ``model(*inputs)``, or a mapping for
+        ``model(**inputs)``. Labels: integers of shape (B,) or (B, T); a negative label marks a
+        position that is no sample and is never stored.
+    store : FeatureStore or path
+        Where to write; a path where nothing is becomes a new store.
+    split : str
+        A new split, or a complete one that lacks all of `layers`: then they are added to it and
+        the labels must equal the stored ones.
+    layers : sequence of str, or mapping of str to str
+        Places, as in ``model.named_modules()``: ``"h.3"`` for a module's output, ``"h.3:input"``
+        for its input. A mapping gives the stored names: ``{"penultimate": "fc:input"}``. Of
+        outputs with several parts (tuples, dataclasses) the first tensor is taken.
+    pool : {"flatten", "mean"}, optional
+        What becomes of a feature's dimensions after those of the labels. ``"flatten"``: one
+        axis; labels (B,) and (B, C, H, W) give D = C*H*W, labels (B, T) and (B, T, D) give B*T
+        rows. ``"mean"``, with labels (B,): (B, T, D) is averaged over T, (B, C, H, W) and
+        (B, C, L, H, W) over the dimensions after C; (B, D), and (B, T, D) with labels (B, T),
+        are kept as they are.
+    head : str, False, optional
+        The linear module that classifies; by default the last ``torch.nn.Linear`` that runs.
+        Its weight and bias are stored for the captured layer that is its input, the first K rows
+        where it has more. False: no classifier, no predictions.
+    predictions : bool, optional
+        Store the arg-max of the head's first K outputs, where a captured layer is its input.
+    n_classes : int, optional
+        K of a store to be created; by default the head's number of outputs.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+        How layers that the store does not declare are stored.
+    device : torch.device or str, optional
+        Where inputs are moved to; by default where the model's parameters are.
+    resume : bool, optional
+        Go on after an interruption. `batches` must be the same again, in the same order; what is
+        committed is skipped, without a forward pass. A split that is complete is left as it is.
+    overwrite : bool, optional
+        Replace the split if it exists, with all its layers, and a classifier that differs.
+    progress : object with ``advance(n_rows)``, optional
+        Told of rows as they are written or skipped.
+
+    Returns
+    -------
+    FeatureStore
+        The store, with the split complete.
+
+    Raises
+    ------
+    UnknownNameError
+        When a module does not exist.
+    DataError
+        When a module runs never or more than once per pass, shapes or labels do not fit, or a
+        value overflows `dtype`.
+    StoreError
+        When the split exists, and nothing says what to do with it.
+    UsageError
+        For options that make no sense.
+    """
+    places = find_places(model, layers)
+    if pool not in ("flatten", "mean"):
+        raise UsageError(f"pool '{pool}'", "'flatten' or 'mean'")
+    target = Target(store, split, places, dtype, n_classes, resume=resume, overwrite=overwrite)
+    watch = Head.find(model, head, target.n_classes)
+    if target.n_classes is None and not watch.candidates:
+        raise UsageError(
+            "no number of classes", remedy="give n_classes=, or the head that classifies"
+        )
+    if target.mode == "done":
+        return target.opened
+    where = device_of(model) if device is None else device
+    to_skip = 0
+    with capturing(model, places, pool, watch) as capture, ExitStack() as writing:
+        if target.mode == "resume":
+            to_skip = writing.enter_context(target.resume_writer()).position
+        for inputs, labels in _pairs(batches):
+            batch = Batch.of(labels, to_skip)
+            target.check_skipped(batch)
+            to_skip -= len(batch.skipped)
+            if batch.labels.size:
+                features = capture.run(inputs, batch, where)
+                if not target.settled:
+                    target.settle(watch, features, predictions)
+                if target.writer is None:
+                    writing.enter_context(target.open_writer(features))
+                target.append(features, batch.labels, watch.decisions)
+                del features  # before the next forward pass makes as many
+            if progress is not None:
+                progress.advance(len(batch.skipped) + len(batch.labels))
+        target.check_complete(to_skip)
+    return target.opened
+
+
+def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for number, pair in enumerate(batches):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise DataError(f"batch {number} is a {type(pair).__name__}", "a pair (inputs, labels)")
+        yield pair[0], pair[1]
