@@ -80,12 +80,10 @@ def classifier(store: str, layer: str, weight: str, bias: str | None, rows: int 
 @click.argument("store", type=click.Path())
 def info(store: str) -> None:
     """Show what is in STORE: splits, layers, sizes, classifiers."""
-    from rich.console import Console
-
     from ncbatch.report import info_tables
     from ncbatch.store import FeatureStore
 
-    _show(Console(), info_tables(FeatureStore.open(store)))
+    _show(_console(), info_tables(FeatureStore.open(store)))
 
 
 @cli.command()
@@ -150,8 +148,6 @@ def measure(
     **options: Any,
 ) -> None:
     """Measure neural collapse on the features in STORE..."""
-    from rich.console import Console
-
     from ncbatch import report
     from ncbatch.ingest import read_classes
     from ncbatch.measurement import measure
@@ -169,7 +165,7 @@ def measure(
     )
     for path in outs:
         save_results(dataset, path)
-    console = Console()
+    console = _console()
     _show(console, report.result_tables(dataset))
     for line in report.notes(dataset):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -178,11 +174,9 @@ def measure(
 @cli.command()
 def metrics() -> None:
     """List every metric: name, formula, what it reads, source."""
-    from rich.console import Console
-
     from ncbatch.report import metric_table
 
-    _show(Console(), [metric_table()])
+    _show(_console(), [metric_table()])
 
 
 def _names(text: str) -> list[str]:
@@ -190,6 +184,12 @@ def _names(text: str) -> list[str]:
     if not names:
         raise UsageError(f"--metrics '{text}'", "names, separated by commas", "see 'ncbatch metrics'")
     return names
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)  # layer names may hold brackets and colons
 
 
 def _show(console: Any, parts: list[Any]) -> None:

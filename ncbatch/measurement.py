@@ -30,7 +30,7 @@ from ncbatch.passes import (
 from ncbatch.results import Cell, to_dataset
 from ncbatch.stats import Decisions, Moments, PairStats, Rule, linear_rule, nearest_mean_rule
 from ncbatch.stats.moments import Precision
-from ncbatch.stats.pairs import PairTiles
+from ncbatch.stats.pair_tiles import PairTiles
 from ncbatch.store import FeatureStore, Split
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class _Task:
                 )
             )
         if self._quantities:
-            peak = state + PairTiles.peak_bytes(k, d) + k * d * 8
+            peak = state + PairTiles.peak_bytes(k, d, self._quantities)
             prices.append(Price(f"the pair sweep of {self._where}", peak))
         if "decisions" in self._reads:
             prices.append(

@@ -16,9 +16,11 @@ from ncbatch.engine import Item
 from ncbatch.errors import DataError
 from ncbatch.stats import Decisions, Moments, MomentsAccumulator, PairStats, Rule
 from ncbatch.stats.moments import Precision
-from ncbatch.stats.pairs import PairTiles
+from ncbatch.stats.pair_tiles import PairTiles
 from ncbatch.store import Split
 
+# Tiles of an item of the pair sweep: enough for any number of processors to share.
+_ITEM_TILES = 64
 # Bytes of a block of rows in float64, the unit of arithmetic within a chunk.
 BLOCK_BYTES = 64 * 2**20
 
@@ -335,10 +337,14 @@ class PairPass:
 
     @cached_property
     def items(self) -> list[Item]:
-        """The tiles, numbered."""
+        """The tiles, numbered, some at a time."""
+        sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in self._tiles]
+        stops = [
+            min(start + _ITEM_TILES, len(sizes)) for start in range(0, len(sizes), _ITEM_TILES)
+        ]
         return [
-            Item(i, i + 1, (rows.stop - rows.start) * (columns.stop - columns.start))
-            for i, (rows, columns) in enumerate(self._tiles)
+            Item(start, stop, sum(sizes[start:stop]))
+            for start, stop in zip(range(0, len(sizes), _ITEM_TILES), stops, strict=True)
         ]
 
     def start(self) -> PairStats:
@@ -347,9 +353,7 @@ class PairPass:
 
     def fold(self, accumulator: PairStats, item: Item) -> PairStats:
         """Add a tile."""
-        for rows, columns in self._tiles[item.start : item.stop]:
-            accumulator = accumulator.merge(self.pairs.fold(rows, columns))
-        return accumulator
+        return accumulator.merge(self.pairs.fold(self._tiles[item.start : item.stop]))
 
     def finish(self, accumulator: PairStats) -> PairStats:
         """Give the state."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -141,8 +142,13 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         raise OutputError(f"output '{target}' lies inside the Zarr store '{inside}'", "another place")
     if not parent.is_dir():
         raise OutputError(f"no folder '{parent}' for output '{target}'", "", "create it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"folder '{parent}' cannot be written to", "", "choose another --out")
+    try:
+        with TemporaryFile(dir=parent):  # permissions alone do not tell
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"folder '{parent}' cannot be written to: {error.strerror}", "", "choose another --out"
+        ) from error
     if target.suffix == ".zarr" and target.exists():
         if not _is_result(target):
             raise OutputError(

@@ -10,13 +10,16 @@ from ncbatch.arrays.namespace import (
 )
 from ncbatch.arrays.products import row_blocks, symmetric_product, triangular_factor
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
+from ncbatch.arrays.threads import cpu_count, map_threads
 
 __all__ = [
     "Array",
     "Segments",
     "add_at",
     "as_float64",
+    "cpu_count",
     "first_nonfinite_row",
+    "map_threads",
     "namespace",
     "row_blocks",
     "scalar",

@@ -191,7 +191,7 @@ def read_classes(path: str) -> list[int]:
             f"classes '{path}' cannot be read: {error}", "a text file or .npy"
         ) from error
     for word in words:
-        if not word.isdigit():
+        if not word.isdecimal():
             raise DataError(f"class '{word}' in '{path}'", "class ids: integers from 0")
     return [int(word) for word in words]
 

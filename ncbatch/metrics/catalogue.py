@@ -11,7 +11,7 @@ from ncbatch.errors import unknown_name
 from ncbatch.metrics.alignment import clf_ncc_agreement, orthogonality_deviation
 from ncbatch.metrics.statistics import Statistics, Undefined
 from ncbatch.metrics.structure import structure_error
-from ncbatch.stats.pairs import Tally
+from ncbatch.stats.tally import Tally
 
 PAPYAN = "Papyan, Han & Donoho 2020, doi:10.1073/pnas.2015509117"
 HAN = "Han, Papyan & Donoho 2022, arXiv:2106.02073"

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from array_api_compat import device
 
 from ncbatch.arrays import Array, as_float64, namespace, row_blocks, scalar
-from ncbatch.stats.pairs import TILE_CLASSES, PairStats, PairTiles
+from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
 
 Kernel = Callable[..., Array]
+# Classes of a tile's side where none is given.
+_TILE_CLASSES = 512
 
 
 def pair_grid(
@@ -30,8 +32,8 @@ def pair_grid(
     xp = namespace(data)
     n_classes = data.shape[0]
     grid = xp.empty((n_classes, n_classes), dtype=xp.float64, device=device(data))
-    for rows in row_blocks(n_classes, tile_size or TILE_CLASSES):
-        for columns in row_blocks(n_classes, tile_size or TILE_CLASSES):
+    for rows in row_blocks(n_classes, tile_size or _TILE_CLASSES):
+        for columns in row_blocks(n_classes, tile_size or _TILE_CLASSES):
             grid[rows, columns] = tile(rows, columns)
     return grid
 
@@ -145,9 +147,7 @@ def kernel_stats(
     quantity = {dist_kernel: "distance", log_kernel: "log", riesz_kernel: "riesz"}.get(kernel)
     if quantity is None:
         return _grid_stats(kernel_grid(M, m_G, kernel, tile_size))
-    stats = PairStats.from_means(
-        M, m_G, quantities=[quantity], tile_classes=tile_size or TILE_CLASSES
-    )
+    stats = sweep_pairs(M, m_G, quantities=[quantity], tile_classes=tile_size)
     tally = getattr(stats, quantity)
     if not tally.n:
         return math.nan, math.nan
@@ -169,7 +169,7 @@ def _square_distances(data: Array, tile_size: int | None) -> Array:
     pairs = PairTiles(data, namespace(data).mean(as_float64(data), axis=0), quantities=[])
 
     def tile(rows: slice, columns: slice) -> Array:
-        return pairs.tile_square_distances(rows, columns, directions=False)
+        return pairs.square_distances(rows, columns)
 
     return pair_grid(data, tile, tile_size)
 

@@ -10,7 +10,8 @@ from ncbatch.metrics.kernels import directions
 from ncbatch.metrics.spectrum import Spectrum, between_class_spectrum
 from ncbatch.stats.decisions import Decisions
 from ncbatch.stats.moments import Moments
-from ncbatch.stats.pairs import COINCIDENT, PairStats
+from ncbatch.stats.pair_tiles import COINCIDENT
+from ncbatch.stats.pairs import PairStats
 
 
 class Undefined(Exception):

@@ -8,7 +8,7 @@ from ncbatch.arrays import Array, as_float64, namespace, scalar
 from ncbatch.errors import UsageError
 from ncbatch.metrics.kernels import pair_grid
 from ncbatch.metrics.spectrum import between_class_spectrum
-from ncbatch.stats.pairs import TILE_CLASSES, PairStats, PairTiles
+from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
 
 
 def covariance_ratio(
@@ -82,9 +82,9 @@ def variability_cdnv(
     float
         Mean over pairs of distinct means (Galanti et al. 2021); NaN without any.
     """
-    stats = PairStats.from_means(
+    stats = sweep_pairs(
         M, scalar_mean(M), V_norms,
-        quantities=["cdnv"], dist_exp=dist_exp, tile_classes=tile_size or TILE_CLASSES,
+        quantities=["cdnv"], dist_exp=dist_exp, tile_classes=tile_size,
     )  # fmt: skip
     mean: float = stats.cdnv.mean
     return mean if stats.cdnv.n else math.nan
@@ -110,7 +110,7 @@ def class_dist_norm_vars(
     pairs = PairTiles(M, scalar_mean(M), variances, quantities=["cdnv"], dist_exp=dist_exp)
 
     def tile(rows: slice, columns: slice) -> Array:
-        squares = pairs.tile_square_distances(rows, columns, directions=False)
+        squares = pairs.square_distances(rows, columns)
         spread = 0.5 * (variances[rows][:, None] + variances[columns][None, :])
         apart = squares > 0.0
         power = xp.where(apart, squares, xp.ones_like(squares)) ** dist_exp

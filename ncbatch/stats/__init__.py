@@ -2,16 +2,22 @@
 
 from ncbatch.stats.decisions import Decisions, Rule, linear_rule, nearest_mean_rule
 from ncbatch.stats.moments import Moments, MomentsAccumulator
-from ncbatch.stats.pairs import PAIR_QUANTITIES, PairStats, Tally
+from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
+from ncbatch.stats.pairs import PAIR_QUANTITIES, Nearest, PairStats, TopPairs
+from ncbatch.stats.tally import Tally
 
 __all__ = [
     "PAIR_QUANTITIES",
     "Decisions",
     "Moments",
     "MomentsAccumulator",
+    "Nearest",
     "PairStats",
+    "PairTiles",
     "Rule",
     "Tally",
+    "TopPairs",
     "linear_rule",
     "nearest_mean_rule",
+    "sweep_pairs",
 ]

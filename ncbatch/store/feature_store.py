@@ -17,13 +17,15 @@ import zarr.errors
 from ncbatch import __version__
 from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.store.chunks import read_rows
+from ncbatch.store.chunks import chunk_fault, present_chunks, read_rows
 from ncbatch.store.format import (
     ATTRIBUTE,
     CLASSIFIER,
     DTYPES,
     FORMAT,
+    MAX_CLASSES,
     LayerSpec,
+    check_metadata,
     check_name,
     create_array,
     layer_specs,
@@ -90,8 +92,8 @@ class FeatureStore:
         """
         where = os.fspath(path)
         specs = layer_specs(layers or {}, dtype)
-        if n_classes < 1:
-            raise UsageError(f"a store of {n_classes} classes", "at least 1 class")
+        if not 1 <= n_classes <= MAX_CLASSES:
+            raise UsageError(f"a store of {n_classes} classes", f"1 to {MAX_CLASSES} classes")
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"{len(class_names)} class names", f"{n_classes}, one per class")
         if Path(where).exists():
@@ -112,7 +114,14 @@ class FeatureStore:
         }
         if class_names is not None:
             header["class_names"] = [str(name) for name in class_names]
-        root = zarr.create_group(where, zarr_format=3, attributes={ATTRIBUTE: header})
+        try:
+            root = zarr.create_group(
+                _zarr_path(where), zarr_format=3, attributes={ATTRIBUTE: header}
+            )
+        except OSError as error:
+            raise StoreError(
+                f"no store can be made at '{where}': {error.strerror}", "a folder to write to"
+            ) from error
         return cls(root, where)
 
     @classmethod
@@ -122,7 +131,8 @@ class FeatureStore:
         Raises
         ------
         StoreError
-            When nothing is there, it is no store, or its format is newer than this version.
+            When nothing is there, it is no store, its format is newer than this version, or its
+            metadata is damaged.
         """
         where = os.fspath(path)
         remote = "://" in where
@@ -131,13 +141,18 @@ class FeatureStore:
         if not remote and not Path(where).is_dir():
             raise StoreError(f"'{where}' is a file", "the directory of a store")
         try:
-            root = zarr.open_group(where, mode="r" if remote else "r+", zarr_format=3)
+            root = zarr.open_group(
+                _zarr_path(where), mode="r" if remote else "r+", zarr_format=3
+            )
         except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError, ValueError) as error:
             raise StoreError(
                 f"'{where}' is no store: no Zarr v3 group can be read there",
                 remedy="make one with 'ncbatch import' or nc.FeatureStore.create",
             ) from error
-        return cls(root, where)
+        store = cls(root, where)
+        if not remote:
+            check_metadata(Path(where))
+        return store
 
     @property
     def id(self) -> str:
@@ -226,8 +241,10 @@ class FeatureStore:
         UsageError
             For bad names or an unknown dtype.
         """
-        specs = self._specs_to_write(layers, dtype)
         check_name("split", split)
+        specs = self._specs_to_write(layers, dtype)
+        for name, spec in specs.items():
+            self.check_width(name, spec.n_features, but=split if overwrite else None)
         if head is not None and head not in specs:
             raise unknown_name("head layer", head, specs, f"the layers of split '{split}'")
         return Writer(
@@ -278,12 +295,21 @@ class FeatureStore:
             del self._root[split]
 
     def check_width(self, layer: str, n_features: int, but: str | None = None) -> None:
-        """Refuse a layer whose width differs between splits.
+        """Refuse a layer whose width differs from that in other splits, or from its classifier's.
+
+        Parameters
+        ----------
+        layer : str
+            Which layer.
+        n_features : int
+            The width D that it is to have.
+        but : str, optional
+            A split, or ``"classifier"``, that does not matter: it is to be replaced.
 
         Raises
         ------
         DataError
-            Names the split and both widths.
+            Names both widths and where the other is.
         """
         for name in self.splits:
             split = self.split(name)
@@ -294,6 +320,15 @@ class FeatureStore:
                         f"layer '{layer}' with {n_features} features",
                         f"{width}, as in split '{name}' of {self.path}",
                     )
+        if but != CLASSIFIER and layer in self.classifiers:
+            arrays = {array.basename: array for array in self.classifier_arrays(layer)}
+            width = int(arrays["weight"].shape[1])
+            if width != n_features:
+                raise DataError(
+                    f"layer '{layer}' with {n_features} features",
+                    f"{width}, as its classifier in {self.path} reads",
+                    "write it under another name, or into another store",
+                )
 
     def set_classifier(self, layer: str, weight: Array, bias: Array | None = None) -> None:
         """Store the linear classifier that reads a layer, replacing an earlier one.
@@ -347,6 +382,9 @@ class FeatureStore:
             return None
         found = {}
         for array in self.classifier_arrays(layer):
+            missing = np.flatnonzero(~present_chunks(array))
+            if missing.size:
+                raise chunk_fault(array, int(missing[0]), "chunk is missing").error()
             values = read_rows(array, 0, array.shape[0])
             wide = values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
             found[array.basename] = wide
@@ -425,8 +463,6 @@ class FeatureStore:
             raise UsageError(
                 "no layer to write", "layers declared at create, or layers={name: width}"
             )
-        for name, spec in specs.items():
-            self.check_width(name, spec.n_features)
         return specs
 
     def _check_classifier(
@@ -442,11 +478,20 @@ class FeatureStore:
             )
         if b is not None and b.shape != (k,):
             raise DataError(f"classifier bias of shape {b.shape}", f"({k},): one value per class")
-        self.check_width(layer, w.shape[1])
+        self.check_width(layer, w.shape[1], but=CLASSIFIER)
         for name, values in (("weight", w), ("bias", b)):
             if values is not None and not np.isfinite(values).all():
                 row = int(np.argwhere(~np.isfinite(values))[0][0])
                 raise DataError(f"classifier {name} is not finite in row {row}", "finite values")
+
+
+def _zarr_path(path: str) -> str:
+    """Make a local path absolute.
+
+    When zarr (3.1.6) lists keys it cuts the store's path out wherever it occurs, so that a store
+    at ``s`` would lose the end of ``layers/`` in every key.
+    """
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _float_array(values: Array, what: str) -> npt.NDArray[Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +15,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ncbatch.errors import StoreError, UsageError
+from ncbatch.errors import CorruptionError, StoreError, UsageError
 from ncbatch.store.bfloat16 import BFloat16, register
 
 register()
@@ -20,6 +23,8 @@ register()
 FORMAT = 1
 ATTRIBUTE = "ncbatch"
 CLASSIFIER = "classifier"
+STAGED = "."  # begins the name of what replaces something complete, until it is complete itself
+MAX_CLASSES = 2**31 - 1  # labels are int32
 # A chunk holds the largest power of two of rows within this many bytes: 8 to 16 MiB.
 CHUNK_BYTES = 16 * 2**20
 # Small rows would make label chunks, the unit of commitment, needlessly large.
@@ -140,6 +145,28 @@ def create_array(
         attributes=dict(attributes or {}),
         config={"write_empty_chunks": True},
     )
+
+
+def check_metadata(root: Path) -> None:
+    """Refuse a local store of which a metadata file is damaged; reads nothing else.
+
+    Raises
+    ------
+    CorruptionError
+        Names the file.
+    """
+    for folder, folders, files in os.walk(root):
+        if "zarr.json" not in files:
+            continue
+        file = Path(folder) / "zarr.json"
+        try:
+            kind = json.loads(file.read_text(encoding="utf-8"))["node_type"]
+        except FileNotFoundError:  # a writer at work
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptionError(f"metadata '{file}' cannot be read", "", "restore it") from error
+        if kind == "array":
+            folders.clear()
 
 
 def read_header(group: zarr.Group, path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import zarr
 
 from ncbatch.errors import StoreError, unknown_name
 from ncbatch.store.chunks import checksums, chunk_fault, present_chunks, read_rows
-from ncbatch.store.format import ATTRIBUTE, LayerSpec
+from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Split:
             return {}
         found = []
         for name, layer in self._layer_groups():
-            if layer.attrs.get("complete") and "feature" in layer:
+            hidden = name.startswith(STAGED) or not layer.attrs.get("complete")
+            if not hidden and "feature" in layer:
                 found.append((layer.attrs.get("order", 0), name, _array(layer, "feature")))
         return {name: array for _, name, array in sorted(found, key=lambda item: item[:2])}
 
@@ -103,7 +104,8 @@ class Split:
         """Layers whose writing has not ended, invisible until it has."""
         if "layers" not in self.group:
             return []
-        return sorted(name for name, _ in self._layer_groups() if name not in self.features)
+        names = (name for name, _ in self._layer_groups() if name not in self.features)
+        return sorted(name.removeprefix(STAGED) for name in names)
 
     def spec(self, layer: str) -> LayerSpec:
         """Width and dtype of a layer."""
@@ -173,21 +175,21 @@ class Split:
         return rows.astype(np.float32) if self.spec(layer).dtype == "bfloat16" else rows
 
     def check_chunks(self, layer: str) -> None:
-        """Refuse a layer of which a chunk that holds rows is missing.
+        """Refuse a layer of which a chunk that holds rows, or predictions for them, is missing.
 
         Raises
         ------
         CorruptionError
             Names the first such chunk.
         """
-        array = self.feature(layer)
-        present = present_chunks(array)
-        if present.all():
-            return
-        for index in np.flatnonzero(~present).tolist():
-            start = index * array.chunks[0]
-            if np.any(self.labels(start, min(start + array.chunks[0], self.n_rows)) >= 0):
-                raise chunk_fault(array, index, "chunk is missing").error()
+        arrays = [self.feature(layer)]
+        if self._prediction is not None and self.head == layer:
+            arrays.append(self._prediction)
+        for array in arrays:
+            for index in np.flatnonzero(~present_chunks(array)).tolist():
+                start = index * array.chunks[0]
+                if np.any(self.labels(start, min(start + array.chunks[0], self.n_rows)) >= 0):
+                    raise chunk_fault(array, index, "chunk is missing").error()
 
     def fingerprint(self, layer: str, class_filter: str = "") -> str:
         """Hash what the layer's values depend on: shapes and the stored checksums of all chunks.

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.storage import LocalStore
 
 from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import present_chunks
-from ncbatch.store.format import ATTRIBUTE, LayerSpec, chunk_rows, create_array
+from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec, chunk_rows, create_array
 from ncbatch.store.split import Split
 
 
 class _RowBuffer:
     """Collects rows and writes them to an array one whole chunk at a time."""
 
-    def __init__(self, name: str, spec: LayerSpec, rows: int, order: int) -> None:
+    def __init__(
+        self, name: str, spec: LayerSpec, rows: int, order: int, home: str | None = None
+    ) -> None:
         self.name, self.spec, self.chunk, self.order = name, spec, rows, order
+        self.home = name if home is None else home  # the layer's group
         self.array: zarr.Array[Any] | None = None
         self.written = 0  # rows stored
         self._rows = np.empty((0, spec.n_features), spec.numpy_dtype)
@@ -69,7 +75,7 @@ class _RowBuffer:
 
     def create(self, group: zarr.Group, capacity: int, *, complete: bool = True) -> zarr.Array[Any]:
         """Make the layer's array in the split's `group`, with room for `capacity` rows."""
-        home = group.require_group("layers").require_group(self.name)
+        home = group.require_group("layers").require_group(self.home)
         home.update_attributes({"complete": complete, "order": self.order})
         width = self.spec.n_features
         self.array = create_array(
@@ -152,8 +158,9 @@ class Writer:
         """
         if self._closed:
             raise UsageError("append to a writer that is closed")
-        y = self._checked_labels(labels, "label")
-        p = None if predictions is None else self._checked_labels(predictions, "prediction")
+        k, first = self._n_classes, self.position
+        y = _checked_labels(labels, "label", k, first)
+        p = None if predictions is None else _checked_labels(predictions, "prediction", k, first)
         self._check_predictions(p, len(y))
         blocks = self._checked_features(features, len(y))
         start = 0
@@ -306,20 +313,6 @@ class Writer:
             return False
         return split.n_rows < stop or bool(split.labels(stop - 1, stop)[0] < 0)
 
-    def _checked_labels(self, values: Array, what: str) -> npt.NDArray[np.int32]:
-        array = to_numpy(values) if hasattr(values, "shape") else np.asarray(values)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise DataError(
-                f"{what}s of shape {array.shape}, {array.dtype}", "integers, shape (n,)"
-            )
-        if array.size and int(array.max()) >= self._n_classes:
-            row = int(array.argmax())
-            raise DataError(
-                f"{what} {int(array[row])} in row {self.position + row}",
-                f"{what}s below {self._n_classes}, the classes of the store",
-            )
-        return np.where(array < 0, -1, array).astype(np.int32)
-
     def _check_predictions(self, predictions: npt.NDArray[Any] | None, n: int) -> None:
         if predictions is not None and len(predictions) != n:
             raise DataError(f"{len(predictions)} predictions for {n} labels", "one per label")
@@ -354,7 +347,8 @@ class Writer:
 class LayerWriter:
     """Adds layers to a complete split; made by `FeatureStore.add_layers`.
 
-    The layers stay invisible until the ``with`` block is left with all rows written.
+    The layers stay invisible until the ``with`` block is left with all rows written. What they
+    replace stays until then; leaving the block by an exception removes them.
     """
 
     def __init__(
@@ -390,10 +384,11 @@ class LayerWriter:
         layers = split.group.require_group("layers")
         self._buffers = {}
         for order, (name, spec) in enumerate(specs.items(), start=len(split.features)):
-            if name in layers:
-                del layers[name]
+            home = STAGED + name if name in split.features else name
+            if home in layers:
+                del layers[home]
             rows = min(chunk_rows(spec, split.n_rows), split.base_block)
-            self._buffers[name] = _RowBuffer(name, spec, rows, order)
+            self._buffers[name] = _RowBuffer(name, spec, rows, order, home)
             self._buffers[name].create(split.group, split.n_rows, complete=False)
         self.position = 0
 
@@ -431,11 +426,8 @@ class LayerWriter:
                 f"{stop} rows for split '{self._split.name}'", f"{self._split.n_rows}, as stored"
             )
         if labels is not None:
-            self._check_labels(to_numpy(labels), stop)
-        if (predictions is None) != (self._head is None) or (
-            predictions is not None and tuple(predictions.shape) != (n,)
-        ):
-            raise DataError("predictions that do not fit", f"{n} of them where head is given")
+            self._check_labels(labels, stop)
+        p = self._checked_predictions(predictions, n)
         for name, buffer in self._buffers.items():
             if blocks[name].shape != (n, buffer.spec.n_features):
                 raise DataError(
@@ -445,8 +437,7 @@ class LayerWriter:
             blocks[name] = buffer.cast(blocks[name], self.position)
         for name, buffer in self._buffers.items():
             buffer.add(blocks[name], self._split.group, stop)
-        if predictions is not None:
-            self._predictions = np.concatenate([self._predictions, to_numpy(predictions)])
+        self._predictions = np.concatenate([self._predictions, p])
         self.position = stop
         self._write_predictions(self._split.base_block)
 
@@ -463,20 +454,34 @@ class LayerWriter:
                 f"{self.position} rows for split '{self._split.name}'",
                 f"{self._split.n_rows}, as many as its labels",
             )
-        for name, buffer in self._buffers.items():
-            buffer.flush(self._split.group, self.position)
-            self._split.group[f"layers/{name}"].update_attributes({"complete": True})
+        group = self._split.group
+        for buffer in self._buffers.values():
+            buffer.flush(group, self.position)
         self._write_predictions(1)
+        for name, buffer in self._buffers.items():
+            group[f"layers/{buffer.home}"].update_attributes({"complete": True})
+            if buffer.home != name:
+                _rename(group, f"layers/{buffer.home}", f"layers/{name}")
         if self._prediction is not None:
-            self._prediction.update_attributes({"head": self._head})
+            _rename(group, STAGED + "prediction", "prediction")
+
+    def discard(self) -> None:
+        """Remove what was written, and keep what it was to replace."""
+        group = self._split.group
+        for buffer in self._buffers.values():
+            if f"layers/{buffer.home}" in group:
+                del group[f"layers/{buffer.home}"]
+        if self._prediction is not None and STAGED + "prediction" in group:
+            del group[STAGED + "prediction"]
 
     def _create_prediction(self, split: Split) -> zarr.Array[Any]:
-        """Make the array of predictions, which stand for no layer until `close` names it."""
-        if "prediction" in split.group:
-            del split.group["prediction"]
+        """Make the array of predictions under a name that `close` changes."""
+        name = STAGED + "prediction"
+        if name in split.group:
+            del split.group[name]
         return create_array(
-            split.group, "prediction", shape=(split.n_rows,), chunks=(split.base_block,),
-            dtype="int32", dimensions=("sample",),
+            split.group, name, shape=(split.n_rows,), chunks=(split.base_block,), dtype="int32",
+            dimensions=("sample",), attributes={"head": self._head},
         )  # fmt: skip
 
     def _write_predictions(self, unit: int) -> None:
@@ -484,7 +489,7 @@ class LayerWriter:
         start = self.position - len(self._predictions)
         n = len(self._predictions) // unit * unit
         if self._prediction is not None and n:
-            self._prediction[start : start + n] = self._predictions[:n].astype(np.int32)
+            self._prediction[start : start + n] = self._predictions[:n]
             self._predictions = self._predictions[n:]
 
     def __enter__(self) -> Self:
@@ -496,20 +501,67 @@ class LayerWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.close()
+        try:
+            if kind is None:
+                self.close()
+        except BaseException:
+            self.discard()
+            raise
+        if kind is not None:
+            self.discard()
 
-    def _check_labels(self, labels: npt.NDArray[Any], stop: int) -> None:
+    def _checked_predictions(self, predictions: Array | None, n: int) -> npt.NDArray[np.int32]:
+        if (predictions is None) != (self._head is None):
+            raise DataError(
+                "no predictions" if predictions is None else "predictions without a head layer",
+                "predictions in all calls where head is given, in none otherwise",
+            )
+        if predictions is None:
+            return np.empty(0, np.int32)
+        p = _checked_labels(predictions, "prediction", self._split.n_classes, self.position)
+        if len(p) != n:
+            raise DataError(f"{len(p)} predictions for {n} rows", "one per row")
+        return p
+
+    def _check_labels(self, labels: Array, stop: int) -> None:
         stored = self._split.labels(self.position, stop)
-        given = np.where(labels < 0, -1, labels)
+        given = _checked_labels(labels, "label", self._split.n_classes, self.position)
+        if len(given) != len(stored):
+            raise DataError(f"{len(given)} labels for {len(stored)} rows", "one per row")
         differ = np.flatnonzero(given != stored)
         if differ.size:
             row = int(differ[0])
             raise DataError(
-                f"label {int(labels[row])} in row {self.position + row}",
+                f"label {int(given[row])} in row {self.position + row}",
                 f"{int(stored[row])}, as stored in split '{self._split.name}'",
                 "give the features in the order of the stored rows",
             )
+
+
+def _checked_labels(values: Array, what: str, n_classes: int, first: int) -> npt.NDArray[np.int32]:
+    """Check class ids below K for rows from `first` on; negative ones become -1."""
+    array = to_numpy(values) if hasattr(values, "shape") else np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(f"{what}s of shape {array.shape}, {array.dtype}", "integers, shape (n,)")
+    if array.size and int(array.max()) >= n_classes:
+        row = int(array.argmax())
+        raise DataError(
+            f"{what} {int(array[row])} in row {first + row}",
+            f"{what}s below {n_classes}, the classes of the store",
+        )
+    return np.where(array < 0, -1, array).astype(np.int32)
+
+
+def _rename(group: zarr.Group, staged: str, name: str) -> None:
+    """Let what is complete take its name, and the place of what it replaces."""
+    if not isinstance(group.store, LocalStore):
+        raise StoreError(f"{group.store_path} is no local store", "a folder to replace a layer in")
+    root = Path(group.store.root) / group.path
+    replaced = root / f"{staged}{STAGED}replaced"
+    if (root / name).exists():
+        (root / name).rename(replaced)
+    (root / staged).rename(root / name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _reserve(array: zarr.Array[Any], rows: int) -> None:

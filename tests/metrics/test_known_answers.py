@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import polygamma, psi
 
 from ncbatch.metrics import CATALOGUE, Statistics, Undefined, find_metrics
-from ncbatch.stats import Moments, PairStats
+from ncbatch.stats import Moments, sweep_pairs
 from tests import oracles
 from tests.strategies import feature_sets, random_rotation
 
@@ -20,7 +20,7 @@ def statistics(X, y, K, W=None, weighted=False) -> Statistics:
     moments = moments.select(np.flatnonzero(moments.counts))
     weight = None if W is None else W[np.unique(y[y >= 0])]
     s = Statistics(moments, weighted=weighted, weight=weight)
-    return replace(s, pairs=PairStats.from_means(moments.means, s.global_mean, moments.variances))
+    return replace(s, pairs=sweep_pairs(moments.means, s.global_mean, moments.variances))
 
 
 def values(s: Statistics) -> dict[str, float]:
@@ -79,7 +79,7 @@ def test_gaussian_means_have_their_expectations():
         np.full(K, 10), means, np.full(K, 10 * D * sigma**2), np.eye(D) * sigma**2 * 10 * K
     )
     s = Statistics(moments)
-    s = replace(s, pairs=PairStats.from_means(means, s.global_mean, moments.variances))
+    s = replace(s, pairs=sweep_pairs(means, s.global_mean, moments.variances))
     got = values(s)
     a = (D - 1) / 2
     assert got["nc1_pinv"] == pytest.approx(sigma**2 * D / (tau**2 * (K - D - 2)), rel=0.02)
@@ -139,7 +139,7 @@ def test_riesz_beyond_float64_says_so_and_its_logarithm_holds():
     means = rng.normal(size=(5, 5000))
     moments = Moments(np.full(5, 2), means, np.ones(5))
     s = Statistics(moments)
-    s = replace(s, pairs=PairStats.from_means(means, s.global_mean, moments.variances))
+    s = replace(s, pairs=sweep_pairs(means, s.global_mean, moments.variances))
     with pytest.raises(Undefined, match="_log metrics"):
         CATALOGUE["nc2g_riesz"].compute(s)
     assert math.isfinite(CATALOGUE["nc2g_riesz_log"].compute(s))

@@ -1,5 +1,6 @@
 """PairStats: equal to K x K grids of the oracle, without holding one."""
 
+import dataclasses
 import functools
 import math
 
@@ -9,8 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.stats import PairStats, Tally
-from tests.libraries import Library, each_library
+from ncbatch.stats import PairStats, Tally, sweep_pairs
+from tests.libraries import LIBRARIES, NUMPY, Library
+
+# The sweep of NumPy arrays by compiled code is a way of its own, in both dtypes of products.
+COMPILED = {"compiled": True}
+each_way = pytest.mark.parametrize(
+    ("library", "how"),
+    [
+        *(pytest.param(*p.values, {}, marks=p.marks, id="cupy") if hasattr(p, "marks") else pytest.param(p, {}, id=str(p)) for p in LIBRARIES),
+        pytest.param(NUMPY, COMPILED, id="compiled"),
+    ],
+)  # fmt: skip
+each_cpu_way = pytest.mark.parametrize(
+    "how", [{}, COMPILED, {**COMPILED, "products": "float32"}], ids=["arrays", "float64", "float32"]
+)
 
 
 def grids(means, center, variances, p=1.0):
@@ -29,17 +43,22 @@ def grids(means, center, variances, p=1.0):
     }
 
 
-@each_library
+@each_way
 @pytest.mark.parametrize(("K", "D"), [(2, 3), (9, 4), (23, 3), (8, 30)])
 @pytest.mark.parametrize("tile", [4, 64])
-def test_sweep_equals_the_grids(library: Library, K: int, D: int, tile: int):
+def test_sweep_equals_the_grids(library: Library, how: dict, K: int, D: int, tile: int):
     rng = np.random.default_rng(K)
     means, V = rng.normal(size=(K, D)) + 3.0, rng.uniform(size=K)
     center = means.mean(axis=0)
     if K == 2:
         center = center + 0.1  # else the two directions are opposite to the last digit
-    stats = PairStats.from_means(
-        library.put(means), library.put(center), library.put(V), dist_exp=2.0, tile_classes=tile
+    stats = sweep_pairs(
+        library.put(means),
+        library.put(center),
+        library.put(V),
+        dist_exp=2.0,
+        tile_classes=tile,
+        **how,
     )
     for name, values in grids(means, center, V, 2.0).items():
         tally = getattr(stats, name)
@@ -52,14 +71,15 @@ def test_sweep_equals_the_grids(library: Library, K: int, D: int, tile: int):
 @pytest.mark.parametrize(
     ("gap", "offset"), [(1e-3, 0), (1e-7, 0), (1e-10, 0), (1e-3, 1e4), (1e-6, 1e4)]
 )
-def test_nearly_coincident_means_keep_their_digits(gap: float, offset: float):
+@each_cpu_way
+def test_nearly_coincident_means_keep_their_digits(how: dict, gap: float, offset: float):
     rng = np.random.default_rng(0)
     means = rng.normal(size=(12, 6))
     means[7] = means[3] + gap * rng.normal(size=6)
     means = means + offset
     V = rng.uniform(size=12)
     center = means.mean(axis=0)
-    stats = PairStats.from_means(means, center, V, tile_classes=5)
+    stats = sweep_pairs(means, center, V, tile_classes=5, **how)
     values = grids(means, center, V)
     # The stored means themselves are only so exact: their rounding is not the sweep's.
     tolerance = max(1e-6, 1e-15 * (1 + offset) / gap)
@@ -68,38 +88,41 @@ def test_nearly_coincident_means_keep_their_digits(gap: float, offset: float):
     assert stats.coincident_means == 0
 
 
-def test_coincident_means_are_left_out_and_counted():
+@each_cpu_way
+def test_coincident_means_are_left_out_and_counted(how: dict):
     means = np.random.default_rng(0).normal(size=(6, 4))
     means[5] = means[1]
     V = np.ones(6)
     center = means.mean(axis=0)
-    stats = PairStats.from_means(means, center, V)
+    stats = sweep_pairs(means, center, V, **how)
     assert (stats.cdnv.n, stats.coincident_means) == (14, 1)
     assert (stats.log.n, stats.riesz.n, stats.coincident_directions) == (14, 14, 1)
     assert (stats.distance.n, stats.interference.n) == (15, 15)
     assert math.isfinite(stats.cdnv.mean + stats.log.mean + stats.riesz.mean)
 
 
-def test_a_mean_at_the_center_has_no_direction():
+@each_cpu_way
+def test_a_mean_at_the_center_has_no_direction(how: dict):
     means = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    stats = PairStats.from_means(means, 0.0, np.ones(5))
+    stats = sweep_pairs(means, 0.0, np.ones(5), **how)
     assert (stats.distance.n, stats.log.n, stats.cdnv.n) == (6, 6, 10)
 
 
-def test_riesz_energies_beyond_float64_are_tallied_in_logarithms():
+@each_cpu_way
+def test_riesz_energies_beyond_float64_are_tallied_in_logarithms(how: dict):
     rng = np.random.default_rng(0)
     for D in (3000, 20_000):
         means = rng.normal(size=(20, D))
         u = means / np.linalg.norm(means, axis=1, keepdims=True)
         i, j = np.triu_indices(20, 1)
         logs = -(D - 2) * np.log(np.linalg.norm(u[i] - u[j], axis=1))
-        tally = PairStats.from_means(means, 0.0, quantities=["riesz"], tile_classes=6).riesz
+        tally = sweep_pairs(means, 0.0, quantities=["riesz"], tile_classes=6, **how).riesz
         top = logs.max()
         assert tally.log_abs_mean == pytest.approx(
-            top + np.log(np.mean(np.exp(logs - top))), rel=1e-9
+            top + np.log(np.mean(np.exp(logs - top))), rel=1e-7
         )
         assert tally.log_variance == pytest.approx(
-            2 * top + np.log(np.var(np.exp(logs - top))), rel=1e-9
+            2 * top + np.log(np.var(np.exp(logs - top))), rel=1e-7
         )
 
 
@@ -126,15 +149,108 @@ def test_tallies_of_different_scales_merge():
 
 def test_only_what_is_asked_for_is_computed():
     means = np.random.default_rng(0).normal(size=(5, 3))
-    stats = PairStats.from_means(means, quantities=["log"])
+    stats = sweep_pairs(means, quantities=["log"])
     assert stats.log.n == 10
     assert stats.cdnv == stats.distance == stats.riesz == stats.interference == Tally()
-    with pytest.raises(UsageError, match="no pair quantity 'cosine'"):
-        PairStats.from_means(means, quantities=["cosine"])
+    with pytest.raises(UsageError, match="no pair quantity 'angle'"):
+        sweep_pairs(means, quantities=["angle"])
     with pytest.raises(DataError, match="variances"):
-        PairStats.from_means(means, quantities=["cdnv"])
+        sweep_pairs(means, quantities=["cdnv"])
 
 
-def test_zero_is_neutral():
-    stats = PairStats.from_means(np.random.default_rng(0).normal(size=(5, 3)), 0.0, np.ones(5))
-    assert stats.merge(PairStats.zero()) == stats == PairStats.zero().merge(stats)
+@each_cpu_way
+def test_zero_is_neutral_and_tiles_merge(how: dict):
+    rel = 1e-5 if "products" in how else 1e-9
+    means = np.random.default_rng(0).normal(size=(9, 3))
+    all_of_it = dict(counts=np.full(9, 3), within=np.eye(3), **how)
+    stats = sweep_pairs(means, 0.0, np.ones(9), **all_of_it)
+    for other in (
+        stats.merge(PairStats.zero()),
+        PairStats.zero().merge(stats),
+        sweep_pairs(means, 0.0, np.ones(9), tile_classes=2, **all_of_it),
+    ):
+        for f in dataclasses.fields(PairStats):
+            assert_same(getattr(other, f.name), getattr(stats, f.name), rel)
+
+
+@each_way
+@pytest.mark.parametrize("tile", [4, 64])
+def test_everything_else_equals_loops_over_pairs(library: Library, how: dict, tile: int):
+    rng = np.random.default_rng(3)
+    K, D = 17, 5
+    means, V, n = rng.normal(size=(K, D)) + 1.0, rng.uniform(size=K), rng.integers(1, 9, K)
+    A = rng.normal(size=(D, D))
+    S, center = A @ A.T, means.mean(axis=0)
+    put = library.put
+    stats = sweep_pairs(
+        put(means), put(center), put(V), counts=put(n), within=put(S), tile_classes=tile, **how
+    )
+    u = (means - center) / np.linalg.norm(means - center, axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    cos = np.array([u[i] @ u[j] for i, j in pairs])
+    apart = [means[i] - means[j] for i, j in pairs]
+    square = np.array([v @ v for v in apart])
+    cdnv = np.array([(V[i] + V[j]) / 2 for i, j in pairs]) / square
+    along = np.array([v @ S @ v for v in apart]) / square**2
+    corrected = []
+    for (i, j), d2 in zip(pairs, square, strict=True):
+        if min(n[i], n[j]) > 1:
+            vi, vj = (V[c] * n[c] / (n[c] - 1) for c in (i, j))
+            left = d2 - vi / n[i] - vj / n[j]
+            if left > 0:
+                corrected.append((vi + vj) / 2 / left)
+    for tally, values in (
+        (stats.cosine, cos),
+        (stats.deviation, np.abs(cos + 1 / (K - 1))),
+        (stats.uniformity, np.exp(-2 * (2 - 2 * cos))),
+        (stats.cdnv, cdnv),
+        (stats.cdnv_directional, along),
+        (stats.cdnv_corrected, np.array(corrected)),
+    ):
+        assert tally.n == len(values)
+        assert tally.mean == pytest.approx(values.mean(), rel=1e-9, abs=1e-12)
+        assert tally.variance == pytest.approx(values.var(), rel=1e-9, abs=1e-12)
+    assert (stats.cosine.minimum, stats.cosine.maximum) == pytest.approx((cos.min(), cos.max()))
+    assert stats.deviation.maximum == pytest.approx(np.abs(cos + 1 / (K - 1)).max())
+    assert (stats.cdnv.minimum, stats.cdnv.maximum) == pytest.approx((cdnv.min(), cdnv.max()))
+    for top, values in ((stats.top_cdnv, cdnv), (stats.top_cosine, cos)):
+        order = np.argsort(-values)[: len(top.values)]
+        assert len(order) == 10
+        np.testing.assert_allclose(top.values, values[order], rtol=1e-9)
+        assert [tuple(c) for c in top.classes.tolist()] == [pairs[t] for t in order]
+    assert stats.histogram.sum() == len(pairs)
+    np.testing.assert_array_equal(stats.histogram, np.histogram(cos, 200, (-1, 1))[0])
+    grid = np.sum((means[:, None] - means) ** 2, axis=-1) + np.diag(np.full(K, np.inf))
+    np.testing.assert_array_equal(stats.nearest.index, grid.argmin(axis=1))
+    np.testing.assert_allclose(stats.nearest.square, grid.min(axis=1), rtol=1e-9)
+    angle = 2 - 2 * u @ u.T + np.diag(np.full(K, np.inf))
+    np.testing.assert_allclose(stats.nearest.direction_square, angle.min(axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1.0])
+def test_float32_products_keep_six_digits_of_real_looking_means(spread: float):
+    rng = np.random.default_rng(0)
+    K, D = 400, 96
+    # Norms over two decades, a common direction, near-copies: what token embeddings look like.
+    means = rng.normal(size=(K, D)) * np.exp(rng.normal(size=(K, 1))) + 5.0 * rng.normal(size=D)
+    means[200:250] = means[:50] + spread * 1e-3 * rng.normal(size=(50, D))
+    V, center = rng.uniform(size=K), means.mean(axis=0)
+    exact = sweep_pairs(means, center, V, compiled=False)
+    fast = sweep_pairs(means, center, V, compiled=True, products="float32", tile_classes=128)
+    for name in ("cdnv", "distance", "log", "cosine", "deviation", "uniformity"):
+        assert getattr(fast, name).mean == pytest.approx(getattr(exact, name).mean, rel=1e-6), name
+        assert getattr(fast, name).variance == pytest.approx(
+            getattr(exact, name).variance, rel=1e-6
+        ), name
+    np.testing.assert_array_equal(fast.nearest.index[:50], np.arange(200, 250))
+
+
+def assert_same(a, b, rel):
+    if isinstance(a, np.ndarray):
+        np.testing.assert_allclose(a, b, rtol=rel)
+    elif dataclasses.is_dataclass(a):
+        for f in dataclasses.fields(a):
+            if f.name != "log_scale":
+                assert_same(getattr(a, f.name), getattr(b, f.name), rel)
+    else:
+        assert a == pytest.approx(b, rel=rel, abs=1e-15)
