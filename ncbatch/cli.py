@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -25,6 +26,13 @@ def cli() -> None:
 
     Import features into a store, add the classifier, then measure.
     """
+
+
+def _apply_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    if name is not None:
+        from ncbatch.measurement import PRESETS
+
+        ctx.default_map = {**(ctx.default_map or {}), **PRESETS[name]}
 
 
 @cli.command("import")
@@ -134,6 +142,17 @@ def validate(store: str) -> None:
     "--precision", type=click.Choice(["exact", "fp32"]), default="exact", show_default=True,
     help="Float64 products, or float32 products for traces good to 1e-6.",
 )  # fmt: skip
+@click.option(
+    "--null",
+    is_flag=True,
+    help="Measure NC1, NC2 and spectra for labels at random too, in the same read.",
+)
+@click.option("--null-seed", type=int, default=0, show_default=True, help="Which draw of those.")
+@click.option("--per-class", is_flag=True, help="Save results per class too (.zarr, .nc).")
+@click.option(
+    "--preset", type=click.Choice(["papyan2020", "wu2024"]), is_eager=True, expose_value=False,
+    callback=_apply_preset, help="Conventions of a paper, as defaults of the options above.",
+)  # fmt: skip
 @click.option("--memory", help="Ceiling of resident memory, such as 8GiB  [default: what is free]")
 @click.option(
     "--out", "outs", multiple=True, type=click.Path(),
@@ -172,6 +191,30 @@ def measure(
 
 
 @cli.command()
+@click.argument("store", type=click.Path())
+@click.option(
+    "--kind", required=True,
+    type=click.Choice(["cosine", "distance", "log", "riesz", "cdnv", "interference"]),
+    help="What each pair of classes gets.",
+)  # fmt: skip
+@click.option("--layer", required=True, help="Layer of the class means.")
+@click.option("--split", default="train", show_default=True, help="Split of the class means.")
+@click.option("--weighted", is_flag=True, help="Take m_G as the mean of samples.")
+@click.option("--dist-exp", type=float, default=1.0, show_default=True, help="Exponent of cdnv.")
+@click.option("--out", required=True, type=click.Path(), help="A .zarr that does not exist yet.")
+def grid(store: str, **options: Any) -> None:
+    """Write a K x K array over pairs of classes, tile by tile, to a Zarr store.
+
+    Only classes with samples take part; the array 'class' holds their ids.
+    """
+    from ncbatch.grid import write_grid
+    from ncbatch.report import ProgressBar
+
+    n = write_grid(store, **options, progress=ProgressBar())
+    click.echo(f"{options['kind']} of {n:,} x {n:,} classes written to {options['out']}")
+
+
+@cli.command()
 def metrics() -> None:
     """List every metric: name, formula, what it reads, source."""
     from ncbatch.report import metric_table
@@ -182,7 +225,9 @@ def metrics() -> None:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UsageError(f"--metrics '{text}'", "names, separated by commas", "see 'ncbatch metrics'")
+        raise UsageError(
+            f"--metrics '{text}'", "names, separated by commas", "see 'ncbatch metrics'"
+        )
     return names
 
 
@@ -195,13 +240,17 @@ def _console() -> Any:
 def _show(console: Any, parts: list[Any]) -> None:
     """Print tables; never cut them where the output is no terminal."""
     if not console.is_terminal:
-        console.width = max(console.width, 240)
+        console.width = max(console.width, 1000)
     for part in parts:
         console.print(part)
 
 
 def main() -> None:
     """Run the command line; errors that users cause become one or two lines and exit code 1 or 2."""
+    with suppress(
+        AttributeError
+    ):  # a terminal may lack a letter; a stand-in for one has no such method
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         sys.exit(cli(prog_name="ncbatch", standalone_mode=False) or 0)
     except NcbatchError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ncbatch import __version__
 from ncbatch.engine import Price, Progress, check_budget, memory_budget, resident_bytes, run
 from ncbatch.errors import DataError, UsageError
-from ncbatch.metrics import Metric, Statistics, Undefined, find_metrics
+from ncbatch.metrics import ClassView, Metric, Statistics, Undefined, find_metrics
 from ncbatch.passes import (
     DecisionsPass,
     MomentsPass,
@@ -28,7 +28,7 @@ from ncbatch.passes import (
     select_classes,
 )
 from ncbatch.results import Cell, to_dataset
-from ncbatch.stats import Decisions, Moments, PairStats, Rule, linear_rule, nearest_mean_rule
+from ncbatch.stats import Decisions, Moments, Rule, linear_rule, nearest_mean_rule
 from ncbatch.stats.moments import Precision
 from ncbatch.stats.pair_tiles import PairTiles
 from ncbatch.store import FeatureStore, Split
@@ -39,6 +39,14 @@ if TYPE_CHECKING:
 # The unit of rounding of float32, and the relative error that --precision fp32 promises traces.
 _FLOAT32_ERROR = 6e-8
 _PROMISED_ERROR = 1e-6
+
+# Conventions of papers, as arguments of `measure`.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # The notebook of Papyan, Han & Donoho: the global mean is that of the samples.
+    "papyan2020": {"weighted": True, "dist_exp": 1.0, "min_count": 1},
+    # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
+    "wu2024": {"weighted": False, "dist_exp": 2.0, "min_count": 1},
+}
 
 StoreLike = FeatureStore | str | os.PathLike[str]
 
@@ -57,6 +65,9 @@ class Options:
     dist_exp: float
     skip_nonfinite: bool
     precision: Precision
+    null: bool
+    null_seed: int
+    per_class: bool
 
 
 def measure(
@@ -74,6 +85,9 @@ def measure(
     dist_exp: float = 1.0,
     skip_nonfinite: bool = False,
     precision: Precision = "exact",
+    null: bool = False,
+    null_seed: int = 0,
+    per_class: bool = False,
     memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
@@ -104,6 +118,13 @@ def measure(
         Leave out and count rows with NaN or infinities instead of refusing them.
     precision : {"exact", "fp32"}, optional
         Float64 products, or products of residuals in float32 folded in float64.
+    null : bool, optional
+        Measure NC1, NC2 and spectra also for labels drawn at random from the label distribution,
+        in the same read, as ``<metric>_null``.
+    null_seed : int, optional
+        Which draw of those labels.
+    per_class : bool, optional
+        Give results per class too, over the dim ``class``.
     memory : str or int, optional
         Ceiling of resident memory, such as ``"8GiB"``; what the machine has left by default.
     progress : Progress, optional
@@ -134,7 +155,7 @@ def measure(
     options = Options(
         train, test, ood, min_count, max_count,
         None if classes is None else tuple(int(c) for c in classes),
-        weighted, dist_exp, skip_nonfinite, precision,
+        weighted, dist_exp, skip_nonfinite, precision, null, null_seed, per_class,
     )  # fmt: skip
     wanted = find_metrics(metrics)
     opened = _open_all(stores)
@@ -208,7 +229,7 @@ class _Task:
 
     @cached_property
     def _quantities(self) -> frozenset[str]:
-        return frozenset(q for m in self.metrics if (q := m.pair_quantity) is not None)
+        return frozenset[str]().union(*(metric.pair_quantities for metric in self.metrics))
 
     @property
     def _by_predictions(self) -> bool:
@@ -225,6 +246,10 @@ class _Task:
             len(self.selection.classes),
             scatter="scatter" in self._reads,
             precision=self.options.precision,
+            null_counts=self.selection.counts[self.selection.classes]
+            if self.options.null
+            else None,
+            null_seed=self.options.null_seed,
         )
 
     def _ood_pass(self, ood: Split, skipped: list[int]) -> MomentsPass:
@@ -285,24 +310,34 @@ class _Task:
     def measure(self, progress: Progress | None) -> Cell:
         """Read the layer and compute its metrics."""
         skipped: list[int] = []
-        moments = run(self._moments_pass(skipped), progress)
+        moments, null = run(self._moments_pass(skipped), progress)
         moments, classes = self._seen(moments)
         weight, bias = self._classifier()
         statistics = Statistics(
             moments,
             weighted=self.options.weighted,
+            dist_exp=self.options.dist_exp,
             weight=None if weight is None else weight[classes],
+            bias=None if bias is None else bias[classes],
         )
-        if self._quantities:
-            statistics = replace(statistics, pairs=self._pairs(statistics, progress))
+        statistics = self._with_pairs(statistics, self._quantities, self._where, progress)
         if "decisions" in self._reads:
             found = self._decisions(statistics, classes, weight, bias, skipped, progress)
             statistics = replace(statistics, decisions=found)
         if "ood" in self._reads and self.ood is not None:
-            outside = run(self._ood_pass(self.ood, skipped), progress)
+            outside, _ = run(self._ood_pass(self.ood, skipped), progress)
             seen = outside.select(np.flatnonzero(outside.counts))
             statistics = replace(statistics, ood_mean=seen.means.mean(axis=0))
+        if "test" in self._reads:
+            tested, _ = run(self._test_pass(classes, skipped), progress)
+            statistics = replace(statistics, test=tested)
         cell = self._values(statistics)
+        if null is not None:
+            cell.yardsticks |= self._null_values(null, progress)
+        view = ClassView(statistics, classes, self.store.n_classes)
+        cell.deciles = view.deciles()
+        if self.options.per_class:
+            cell.classes = view.classes()
         cell.counts["n_rows_skipped"] = float(sum(skipped))
         return cell
 
@@ -319,15 +354,44 @@ class _Task:
             return None, None
         return self.store.classifier(self.layer) or (None, None)
 
-    def _pairs(self, statistics: Statistics, progress: Progress | None) -> PairStats:
+    def _with_pairs(
+        self,
+        statistics: Statistics,
+        quantities: frozenset[str],
+        what: str,
+        progress: Progress | None,
+    ) -> Statistics:
+        if not quantities:
+            return statistics
+        moments = statistics.moments
         tiles = PairTiles(
-            statistics.moments.means,
+            moments.means,
             statistics.global_mean,
-            statistics.moments.variances,
-            quantities=self._quantities,
+            moments.variances,
+            counts=moments.counts,
+            within=moments.within_covariance if "cdnv_directional" in quantities else None,
+            quantities=quantities,
             dist_exp=self.options.dist_exp,
         )
-        return run(PairPass(tiles, self._where), progress)
+        return replace(statistics, pairs=run(PairPass(tiles, what), progress))
+
+    def _null_values(self, null: Moments, progress: Progress | None) -> dict[str, float]:
+        """Compute the metrics that labels at random have a value for."""
+        metrics = [metric for metric in self.metrics if metric.has_null]
+        quantities = frozenset[str]().union(*(metric.pair_quantities for metric in metrics))
+        seen = null.select(np.flatnonzero(null.counts))
+        if len(seen.counts) < 2:
+            return {}
+        chance = Statistics(seen, weighted=self.options.weighted, dist_exp=self.options.dist_exp)
+        chance = self._with_pairs(chance, quantities, f"null of {self._where}", progress)
+        values = {f"{metric.name}_null": _computed(metric.compute, chance) for metric in metrics}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _test_pass(self, classes: npt.NDArray[np.int64], skipped: list[int]) -> MomentsPass:
+        index = np.full(self.store.n_classes, -1, np.int64)
+        index[classes] = np.arange(len(classes))
+        source = self._source(self.decided, index, skipped)
+        return MomentsPass(source, len(classes), False, self.options.precision)
 
     def _decisions(
         self,
@@ -368,6 +432,11 @@ class _Task:
                 cell.values[metric.name] = metric.compute(statistics)
             except Undefined as reason:
                 cell.reasons[metric.name] = str(reason)
+                continue
+            for kind, compute in (("floor", metric.floor), ("random", metric.random)):
+                value = None if compute is None else _computed(compute, statistics)
+                if value is not None:
+                    cell.yardsticks[f"{metric.name}_{kind}"] = value
         for reason_text, metrics in self.missing.items():
             cell.reasons |= {metric.name: reason_text for metric in metrics}
         cell.counts |= self._counts(statistics)
@@ -399,6 +468,15 @@ class _Task:
             found["rank"] = statistics.spectrum.rank
             found["smallest_ratio"] = statistics.spectrum.smallest_ratio
         return {name: float(value) for name, value in found.items()}
+
+
+def _computed(compute: Callable[[Statistics], float], statistics: Statistics) -> float | None:
+    """Give a yardstick, or None where it has no value."""
+    try:
+        value = compute(statistics)
+    except Undefined:
+        return None
+    return value if np.isfinite(value) else None
 
 
 def _open_all(stores: StoreLike | Sequence[StoreLike]) -> dict[str, FeatureStore]:
@@ -444,7 +522,7 @@ def _tasks(
     for layer in names:
         decided = test if test is not None and layer in test.features else train
         outside = ood if ood is not None and layer in ood.features and ood.n_samples else None
-        applied, missing = _applicable(store, layer, decided, outside, wanted)
+        applied, missing = _applicable(store, layer, train, decided, outside, wanted)
         tasks.append(
             _Task(name, store, layer, options, selection, train, decided, outside, applied, missing)
         )
@@ -468,7 +546,12 @@ def _check_classes(n_classes: int, split: Split, why: str) -> None:
 
 
 def _applicable(
-    store: FeatureStore, layer: str, decided: Split, ood: Split | None, wanted: list[Metric]
+    store: FeatureStore,
+    layer: str,
+    train: Split,
+    decided: Split,
+    ood: Split | None,
+    wanted: list[Metric],
 ) -> tuple[list[Metric], dict[str, list[Metric]]]:
     """Split metrics into those that the store's contents allow, and the rest by reason."""
     has_classifier = layer in store.classifiers
@@ -478,6 +561,7 @@ def _applicable(
         if has_classifier or decided.head == layer
         else "no classifier and no predictions",
         "ood": None if ood is not None else "no out-of-distribution split",
+        "test": None if decided.name != train.name else "no test split",
     }
     applied: list[Metric] = []
     missing: dict[str, list[Metric]] = {}
@@ -532,6 +616,8 @@ def _attributes(
         "dist_exp": float(options.dist_exp),
         "min_count": options.min_count,
         "skip_nonfinite": int(options.skip_nonfinite),
+        "null_seed": options.null_seed if options.null else "no null",
+        "nc1_division": "NC1 by pseudo-inverse is divided by K",
         "ddof": "variances over classes 1, over pairs 0; covariances and V_c 0",
         "notes": "\n".join([*_notes(tasks), *notes]),
     }

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,15 @@ import numpy.typing as npt
 from ncbatch.arrays import first_nonfinite_row
 from ncbatch.engine import Item
 from ncbatch.errors import DataError
-from ncbatch.stats import Decisions, Moments, MomentsAccumulator, PairStats, Rule
+from ncbatch.stats import (
+    Decisions,
+    Moments,
+    MomentsAccumulator,
+    PairStats,
+    Rule,
+    null_labels,
+    null_scatter,
+)
 from ncbatch.stats.moments import Precision
 from ncbatch.stats.pair_tiles import PairTiles
 from ncbatch.store import Split
@@ -227,12 +235,30 @@ class RowSource:
 
 @dataclass(frozen=True)
 class MomentsPass:
-    """Reads the rows of a layer once, into `Moments` over the classes used."""
+    """Reads the rows of a layer once, into `Moments` over the classes used.
+
+    Attributes
+    ----------
+    source : RowSource
+        The rows.
+    n_classes : int
+        How many classes are used.
+    scatter : bool
+        Whether the pooled scatter is kept.
+    precision : {"exact", "fp32"}
+        Of the products.
+    null_counts : array (n_classes,), optional
+        Samples per class; given, the same read also makes the moments under null labels.
+    null_seed : int
+        Which draw of those.
+    """
 
     source: RowSource
     n_classes: int
     scatter: bool
     precision: Precision
+    null_counts: npt.NDArray[np.int64] | None = None
+    null_seed: int = 0
     unit: str = "B"
 
     @property
@@ -248,29 +274,48 @@ class MomentsPass:
     @property
     def peak_bytes(self) -> int:
         """Bytes held at the peak."""
-        return self.source.read_bytes + MomentsAccumulator.peak_bytes(
-            self.n_classes, self.source.n_features, self.source.block_rows, scatter=self.scatter
+        d, rows = self.source.n_features, self.source.block_rows
+        peak = MomentsAccumulator.peak_bytes(self.n_classes, d, rows, scatter=self.scatter)
+        if self.null_counts is not None:
+            peak += MomentsAccumulator.peak_bytes(self.n_classes, d, rows, scatter=False)
+            peak += d * d * 8 * 3
+        return self.source.read_bytes + peak
+
+    def start(self) -> _MomentsPair:
+        """Make empty accumulators."""
+        return self._accumulator(self.scatter), (
+            None if self.null_counts is None else self._accumulator(False)
         )
 
-    def start(self) -> MomentsAccumulator:
-        """Make an empty accumulator."""
+    def fold(self, accumulator: _MomentsPair, item: Item) -> _MomentsPair:
+        """Add the samples of a chunk."""
+        real, null = accumulator
+        for features, labels, numbers in self.source.blocks(item):
+            real.add(features, labels)
+            if null is not None and self.null_counts is not None:
+                null.add(features, null_labels(numbers, self.null_counts, self.null_seed))
+        return accumulator
+
+    def finish(self, accumulator: _MomentsPair) -> tuple[Moments, Moments | None]:
+        """Give the state, and that under null labels."""
+        real, null = accumulator
+        moments = real.finish()
+        if null is None:
+            return moments, None
+        chance = null.finish()
+        return moments, null_scatter(moments, chance) if self.scatter else chance
+
+    def _accumulator(self, scatter: bool) -> MomentsAccumulator:
         return MomentsAccumulator(
             self.n_classes,
             self.source.n_features,
             like=self.source.empty(),
-            scatter=self.scatter,
+            scatter=scatter,
             precision=self.precision,
         )
 
-    def fold(self, accumulator: MomentsAccumulator, item: Item) -> MomentsAccumulator:
-        """Add the samples of a chunk."""
-        for features, labels, _ in self.source.blocks(item):
-            accumulator.add(features, labels)
-        return accumulator
 
-    def finish(self, accumulator: MomentsAccumulator) -> Moments:
-        """Give the state."""
-        return accumulator.finish()
+_MomentsPair: TypeAlias = tuple[MomentsAccumulator, MomentsAccumulator | None]
 
 
 @dataclass(frozen=True)

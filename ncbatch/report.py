@@ -21,8 +21,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from ncbatch.metrics import CATALOGUE
-from ncbatch.results import metric_names
+from ncbatch.metrics import CATALOGUE, Metric
+from ncbatch.results import YARDSTICKS, metric_names
 from ncbatch.store import FeatureStore
 
 # With more layers than this, layers become lines and metrics columns.
@@ -54,7 +54,7 @@ def result_tables(dataset: xr.Dataset) -> list[RenderableType]:
         if dataset.sizes["layer"] <= _WIDE:
             tables.append(_by_metric(found, names, f"{store}: {_summary(found)}"))
             continue
-        places = dict.fromkeys(name[:3] for name in names)
+        places = dict.fromkeys(CATALOGUE[name].place for name in names)
         tables.append(Text(f"{store}: {_summary(found)}", style="bold"))
         for place in places:
             tables.append(
@@ -124,12 +124,23 @@ def _summary(found: xr.Dataset) -> str:
 
 
 def _by_metric(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
+    """Give metrics as lines; a single layer's values stand beside their yardsticks."""
     layers = [str(layer) for layer in found["layer"].values.tolist()]
     table = Table("metric", "what it is", title=title, title_justify="left")
     for layer in layers:
         table.add_column(layer, justify="right", no_wrap=True)
+    suffixes = [
+        suffix
+        for suffix in YARDSTICKS
+        if len(layers) == 1 and any(f"{name}_{suffix}" in found for name in names)
+    ]
+    for suffix in suffixes:
+        table.add_column(suffix, justify="right", no_wrap=True)
     for name in names:
         cells = [_number(float(v)) for v in found[name].values]
+        for suffix in suffixes:
+            yardstick = f"{name}_{suffix}"
+            cells.append(_number(float(found[yardstick][0])) if yardstick in found else "")
         table.add_row(name, str(found[name].attrs.get("long_name", "")), *cells)
     return table
 
@@ -145,7 +156,7 @@ def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
 
 
 def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.5g}"
+    return "" if math.isnan(value) else f"{value:.5g}"
 
 
 class _Rate(ProgressColumn):
@@ -195,16 +206,30 @@ class ProgressBar:
 
 
 def metrics_page() -> str:
-    """Write ``docs/metrics.md``: notation, conventions and the table of metrics."""
+    """Write ``docs/metrics.md``: notation, conventions, the table of metrics, known answers."""
     lines = [_PAGE_HEAD]
     for metric in CATALOGUE.values():
         reads = ", ".join(sorted(metric.reads)) or "means"
         formula = metric.formula.replace("|", "\\|")
+        marks = (
+            ("floor", metric.floor),
+            ("random", metric.random),
+            ("null", metric.has_null or None),
+        )
+        yardsticks = ", ".join(name for name, there in marks if there is not None)
         lines.append(
             f"| `{metric.name}` | {metric.long_name} | {formula} | {metric.units} | {reads} "
-            f"| {metric.source} |"
+            f"| {_cost(metric)} | {yardsticks} | {metric.source} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _PAGE_TAIL
+
+
+def _cost(metric: Metric) -> str:
+    """Give what a metric costs, in the letters of ``docs/metrics.md``."""
+    cost = "B" if "scatter" in metric.reads else "A"
+    if metric.reads & {"decisions", "test"}:
+        cost += "+C"
+    return cost + "+P" if metric.pair_quantities else cost
 
 
 _PAGE_HEAD = """\
@@ -239,7 +264,35 @@ pairs are unordered, i < j.
 ## The table
 
 "reads" names what a metric needs beside counts and class means: `traces` and `scatter` come with the same read,
-`pairs.*` from a sweep over pairs of means, `decisions` from a read of the test split, `ood` from a read of the OOD split.
+`pairs.*` from one sweep over pairs of means, `decisions` from a read of the test split, `ood` from a read of the OOD split,
+`test` from a read of the test split that only naming the metric causes. Cost: **A** counts, sums and traces; **B** A and
+the D x D scatter, same read; **C** a second read; **P** the pair sweep. "yardsticks" are variables named `<metric>_floor`,
+`<metric>_random` and, with `--null`, `<metric>_null`.
 
-| name | what it is | formula | units | reads | source |
-|---|---|---|---|---|---|"""
+| name | what it is | formula | units | reads | cost | yardsticks | source |
+|---|---|---|---|---|---|---|---|"""
+
+_PAGE_TAIL = """
+## Yardsticks
+
+- **floor**: what geometry does not let the value fall below. K vectors in D < K - 1 dimensions cannot be a simplex ETF:
+  `nc2_etf_err` and `nc3_dual_err` >= sqrt(2 - 2 sqrt(D/(K-1))). Welch: `nc2_coherence` >= sqrt((K-D)/(D(K-1))).
+- **random**: the value for class means from N(0, tau^2 I) and S_W = sigma^2 I, with the measured traces of S_W and S_B; closed
+  forms in `ncbatch/metrics/yardsticks.py`. With K far above D raw values sit next to it: the difference is what was learnt.
+- **null** (`--null`): the metric itself for labels drawn anew, row by row, from the distribution of labels, in the same read.
+  The draw of a row depends on its number and `--null-seed` only. Its scatter needs no second product:
+  S_W' N = T - sum_c n'_c (m'_c - x)(m'_c - x)^T, where T, the scatter about the sample mean x, does not depend on labels.
+
+## Known answers
+
+Exact simplex ETF of norm s, S_W = sigma^2 I, D >= K - 1: `nc1_pinv` = sigma^2 (K-1)^2 / (K s^2), `nc1_quot` = D sigma^2 / s^2,
+`nc1_cdnv` = D sigma^2 (K-1) / (2 K s^2), `nc1_cdnv_directional` = `nc1_cdnv` / D, `nc1_vci` = sigma^2 / (sigma^2 + s^2/(K-1)),
+`nc2_etf_err` = 0, `nc2g_dist_mean` = sqrt(2K/(K-1)), `nc2g_log_mean` = -log(2K/(K-1))/2, ranks of S_B = K - 1.
+Labels at random, n per class: `nc1_pinv` ~ (n-1) D / (K-D-2), `nc1_quot` = (n-1) K/(K-1), `nc1_cdnv` = (n-1) D / (2 (D-2)).
+W = 2M with b = -|m|^2: `nc4_agree` = 1. Two classes at distance d, isotropic sigma: nearest-mean error Phi(-d / (2 sigma)).
+
+## By class and by decile
+
+`decile_*` are over tenths of the classes used, from the rarest (1) to the most frequent (10): rates weigh classes by their
+samples, everything else weighs them equally. `--per-class` adds `class_*` over dim `class` (all K; NaN where not used).
+"""

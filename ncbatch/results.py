@@ -16,6 +16,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from ncbatch.errors import OutputError
@@ -25,6 +26,31 @@ from ncbatch.store.format import ATTRIBUTE
 ENDINGS = (".zarr", ".nc", ".csv", ".json")
 _KIND = "ncbatch results"
 
+# Suffixes of yardsticks, with what they are.
+YARDSTICKS: Mapping[str, str] = {
+    "floor": "least possible",
+    "random": "value for Gaussian class means of",
+    "null": "value for labels at random of",
+}
+# What is given per class, and per decile of classes by their samples (1: the rarest tenth).
+CLASSES: Mapping[str, str] = {
+    "class_n_samples": "samples in train",
+    "class_norm": "norm of the centred mean",
+    "class_variance": "mean squared distance to the mean",
+    "class_nearest": "class of the nearest mean",
+    "class_nearest_distance": "distance to the nearest mean",
+    "class_nearest_cdnv": "normalised variance with the nearest class",
+    "class_cos": "cosine of classifier row and centred mean",
+    "class_n_decided": "samples decided",
+    "class_agreement": "share of samples on which nearest mean and classifier agree",
+    "class_ncc_accuracy": "share of samples whose nearest mean is their own",
+    "class_clf_accuracy": "share of samples that the classifier gets right",
+}
+DECILES: Mapping[str, str] = {
+    name.replace("class_", "decile_"): f"{meaning}, over a tenth of the classes"
+    for name, meaning in CLASSES.items()
+    if name != "class_nearest"
+}
 # What is counted per (store, layer), with what it means.
 COUNTS: Mapping[str, str] = {
     "n_samples": "samples of the classes used, in train",
@@ -46,6 +72,9 @@ class Cell:
     """The results of one layer of one store."""
 
     values: dict[str, float] = field(default_factory=dict)
+    yardsticks: dict[str, float] = field(default_factory=dict)
+    deciles: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    classes: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -97,15 +126,49 @@ def to_dataset(
         if reasons:
             about["undefined"] = "; ".join(f"{at}: {why}" for at, why in reasons.items())
         variables[metric.name] = (*grid("values", metric.name), about)
+        for suffix, meaning in YARDSTICKS.items():
+            name = f"{metric.name}_{suffix}"
+            if any(name in cell.yardsticks for cell in cells.values()):
+                about = {"long_name": f"{meaning} {metric.long_name}", "units": metric.units}
+                variables[name] = (*grid("yardsticks", name), {**about, "role": "yardstick"})
     for name, meaning in COUNTS.items():
         if any(name in cell.counts for cell in cells.values()):
             about = {"long_name": meaning, "units": "1", "role": "provenance"}
             variables[name] = (*grid("counts", name), about)
+    variables |= _vectors(cells, stores, layers, "deciles", "decile", DECILES)
+    variables |= _vectors(cells, stores, layers, "classes", "class", CLASSES)
+    coordinates: dict[str, Any] = {"store": list(stores), "layer": list(layers)}
+    if any(cell.deciles for cell in cells.values()):
+        coordinates["decile"] = np.arange(1, 11)
     return xr.Dataset(
         variables,
-        coords={"store": list(stores), "layer": list(layers)},
+        coords=coordinates,
         attrs={"kind": _KIND, **attributes, **_per_cell(cells)},
     )
+
+
+def _vectors(
+    cells: Mapping[tuple[str, str], Cell],
+    stores: Sequence[str],
+    layers: Sequence[str],
+    pick: str,
+    dimension: str,
+    meanings: Mapping[str, str],
+) -> dict[str, Any]:
+    """Arrange what cells hold per class, or per decile, over dims (store, layer, dimension)."""
+    variables: dict[str, Any] = {}
+    length = max(
+        (len(v) for cell in cells.values() for v in getattr(cell, pick).values()), default=0
+    )
+    for name, meaning in meanings.items():
+        if any(name in getattr(cell, pick) for cell in cells.values()):
+            values = np.full((len(stores), len(layers), length), math.nan)
+            for (store, layer), cell in cells.items():
+                found = getattr(cell, pick).get(name, np.empty(0))
+                values[stores.index(store), layers.index(layer), : len(found)] = found
+            about = {"long_name": meaning, "units": "1", "role": dimension}
+            variables[name] = (("store", "layer", dimension), values, about)
+    return variables
 
 
 def _per_cell(cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:
@@ -124,6 +187,12 @@ def metric_names(dataset: xr.Dataset) -> list[str]:
     return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") == "metric"]
 
 
+def column_names(dataset: xr.Dataset) -> list[str]:
+    """Name the metrics and their yardsticks, in order."""
+    roles = ("metric", "yardstick")
+    return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") in roles]
+
+
 def check_output(path: str | os.PathLike[str]) -> Path:
     """Check that results can be written to `path`, before any work is done.
 
@@ -139,7 +208,9 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     parent = target.absolute().parent
     inside = next((p for p in (parent, *parent.parents) if (p / "zarr.json").is_file()), None)
     if inside is not None:
-        raise OutputError(f"output '{target}' lies inside the Zarr store '{inside}'", "another place")
+        raise OutputError(
+            f"output '{target}' lies inside the Zarr store '{inside}'", "another place"
+        )
     if not parent.is_dir():
         raise OutputError(f"no folder '{parent}' for output '{target}'", "", "create it first")
     try:
@@ -234,7 +305,7 @@ def _write_netcdf(dataset: xr.Dataset, path: Path) -> None:
 
 
 def _rows(dataset: xr.Dataset) -> Iterator[tuple[str, str, dict[str, float | None]]]:
-    names = metric_names(dataset)
+    names = column_names(dataset)
     for store in dataset["store"].values.tolist():
         for layer in dataset["layer"].values.tolist():
             found = dataset.sel(store=store, layer=layer)
@@ -245,7 +316,7 @@ def _rows(dataset: xr.Dataset) -> Iterator[tuple[str, str, dict[str, float | Non
 def _write_csv(dataset: xr.Dataset, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["store", "layer", *metric_names(dataset)])
+        writer.writerow(["store", "layer", *column_names(dataset)])
         for store, layer, values in _rows(dataset):
             cells = ["" if v is None else repr(v) for v in values.values()]
             writer.writerow([store, layer, *cells])

@@ -10,7 +10,7 @@ from ncbatch.arrays.namespace import (
 )
 from ncbatch.arrays.products import row_blocks, symmetric_product, triangular_factor
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
-from ncbatch.arrays.threads import cpu_count, map_threads
+from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 
 __all__ = [
     "Array",
@@ -20,6 +20,7 @@ __all__ = [
     "cpu_count",
     "first_nonfinite_row",
     "map_threads",
+    "max_pending",
     "namespace",
     "row_blocks",
     "scalar",

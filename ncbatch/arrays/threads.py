@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
@@ -27,8 +28,19 @@ def map_threads(function: Callable[[Task], Result], tasks: Iterable[Task]) -> It
     Results come in the order of the tasks. A BLAS with threads of its own would idle while the
     rest of a task runs, and then compete with it; so it gets one thread per task.
     """
+    pending: deque[Future[Result]] = deque()
     with _controller().limit(limits=1, user_api="blas"), ThreadPoolExecutor(cpu_count()) as pool:
-        yield from pool.map(function, tasks)
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) == max_pending():
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def max_pending() -> int:
+    """Count the results that may wait to be taken."""
+    return 2 * cpu_count()
 
 
 @cache

@@ -233,9 +233,7 @@ def _copy(
 def _integers(source: str, what: str, rows: RowStream) -> RowStream:
     stream = open_rows(source, what)
     if stream.row_shape != () or stream.dtype.kind not in "iu":
-        raise DataError(
-            f"{what} of shape {stream.shape}, {stream.dtype}", "integers of shape (N,)"
-        )
+        raise DataError(f"{what} of shape {stream.shape}, {stream.dtype}", "integers of shape (N,)")
     if stream.n_rows != rows.n_rows:
         raise DataError(f"{stream.n_rows} {what} for {rows.n_rows} rows of features", "one per row")
     return stream

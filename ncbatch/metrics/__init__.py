@@ -10,7 +10,8 @@ from ncbatch.metrics.alignment import (
     orthogonality_deviation,
     similarities,
 )
-from ncbatch.metrics.catalogue import CATALOGUE, Metric, find_metrics
+from ncbatch.metrics.by_class import ClassView
+from ncbatch.metrics.catalogue import CATALOGUE, find_metrics
 from ncbatch.metrics.kernels import (
     dist_kernel,
     kernel_grid,
@@ -18,6 +19,7 @@ from ncbatch.metrics.kernels import (
     log_kernel,
     riesz_kernel,
 )
+from ncbatch.metrics.metric import Metric
 from ncbatch.metrics.statistics import Statistics, Undefined
 from ncbatch.metrics.structure import (
     interference_grid,
@@ -34,6 +36,7 @@ from ncbatch.metrics.variability import (
 
 __all__ = [
     "CATALOGUE",
+    "ClassView",
     "Metric",
     "Statistics",
     "Undefined",

@@ -48,6 +48,16 @@ class Spectrum:
         return scalar(xp.sum(spread / values))
 
 
+def pseudo_inverse_trace(matrix: Array, other: Array, ridge: float = 0.0) -> float:
+    """Compute tr(pinv(A + ridge I) B) of symmetric matrices A and B (D, D)."""
+    xp = namespace(matrix, other)
+    values, vectors = xp.linalg.eigh(matrix)
+    values = values + ridge
+    kept = values > matrix.shape[0] * _RELATIVE_FLOOR * xp.max(values)
+    along = xp.sum(xp.matmul(other, vectors) * vectors, axis=0)
+    return scalar(xp.sum(along[kept] / values[kept]))
+
+
 def between_class_spectrum(centred: Array) -> Spectrum:
     """Decompose S_B = Mc^T Mc / K.
 

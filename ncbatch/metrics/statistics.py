@@ -8,6 +8,7 @@ from functools import cached_property
 from ncbatch.arrays import Array, as_float64, namespace, scalar
 from ncbatch.metrics.kernels import directions
 from ncbatch.metrics.spectrum import Spectrum, between_class_spectrum
+from ncbatch.metrics.structure import symmetric_sum
 from ncbatch.stats.decisions import Decisions
 from ncbatch.stats.moments import Moments
 from ncbatch.stats.pair_tiles import COINCIDENT
@@ -30,34 +31,43 @@ class Statistics:
         Whether m_G weighs classes by their samples.
     pairs : PairStats, optional
         The pair sweep.
-    weight : array (K, D), optional
+    dist_exp : float
+        p of the CDNV.
+    weight, bias : array (K, D), (K,), optional
         Classifier rows of the classes used.
     decisions : Decisions, optional
         Of the evaluated samples.
     ood_mean : array (D,), optional
         Mean of the out-of-distribution split's class means.
+    test : Moments, optional
+        Of the test split, over the same classes.
     """
 
     moments: Moments
     weighted: bool = False
+    dist_exp: float = 1.0
     pairs: PairStats | None = None
     weight: Array | None = None
+    bias: Array | None = None
     decisions: Decisions | None = None
     ood_mean: Array | None = None
+    test: Moments | None = None
 
     @property
     def n_classes(self) -> int:
         """K, the classes used."""
         return int(self.moments.means.shape[0])
 
+    @property
+    def n_features(self) -> int:
+        """D."""
+        return int(self.moments.means.shape[1])
+
     @cached_property
     def global_mean(self) -> Array:
         """m_G (D,): the mean of class means, or of samples when `weighted`."""
         xp, means = namespace(self.moments.means), self.moments.means
-        if not self.weighted:
-            return xp.mean(means, axis=0)
-        share = as_float64(self.moments.counts) / self.moments.n_samples
-        return xp.matmul(share[None, :], means)[0, :]
+        return self._sample_mean if self.weighted else xp.mean(means, axis=0)
 
     @cached_property
     def centred(self) -> Array:
@@ -118,6 +128,43 @@ class Statistics:
             raise Undefined("S_B is zero: all class means coincide")
         return between_class_spectrum(self.centred)
 
+    @cached_property
+    def between_covariance(self) -> Array:
+        """S_B (D, D)."""
+        return symmetric_sum(self.centred) / self.n_classes
+
+    @cached_property
+    def within_eigenvalues(self) -> Array:
+        """Eigenvalues of S_W."""
+        return _eigenvalues(self.moments.within_covariance)
+
+    @cached_property
+    def between_eigenvalues(self) -> Array:
+        """Eigenvalues of S_B that count."""
+        return self.spectrum.values
+
+    @cached_property
+    def total_eigenvalues(self) -> Array:
+        """Eigenvalues of the covariance of all samples."""
+        return _eigenvalues(self._total(self._sample_mean))
+
+    @cached_property
+    def raw_singular_values(self) -> Array:
+        """Singular values of the uncentred samples over sqrt(N)."""
+        return namespace(self.centred).sqrt(_eigenvalues(self._total(0.0)))
+
+    @property
+    def _sample_mean(self) -> Array:
+        share = as_float64(self.moments.counts) / self.moments.n_samples
+        return namespace(share).matmul(share[None, :], self.moments.means)[0, :]
+
+    def _total(self, center: Array | float) -> Array:
+        """Mean of (x - center)(x - center)^T over samples."""
+        xp = namespace(self.moments.means)
+        root = xp.sqrt(as_float64(self.moments.counts) / self.moments.n_samples)
+        rows = (self.moments.means - center) * root[:, None]
+        return self.moments.within_covariance + symmetric_sum(rows)
+
     @property
     def classifier_rows(self) -> Array:
         """The rows w_c (K, D) of the classes used, in float64."""
@@ -151,3 +198,9 @@ class Statistics:
             self.centred[self.aligned]
         )
         return xp.sqrt(xp.sum(apart * apart, axis=1))
+
+
+def _eigenvalues(matrix: Array) -> Array:
+    """Eigenvalues of a covariance, which rounding must not leave below zero."""
+    xp = namespace(matrix)
+    return xp.clip(xp.linalg.eigvalsh(matrix), 0.0, None)

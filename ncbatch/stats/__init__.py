@@ -2,6 +2,7 @@
 
 from ncbatch.stats.decisions import Decisions, Rule, linear_rule, nearest_mean_rule
 from ncbatch.stats.moments import Moments, MomentsAccumulator
+from ncbatch.stats.null import null_labels, null_scatter
 from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
 from ncbatch.stats.pairs import PAIR_QUANTITIES, Nearest, PairStats, TopPairs
 from ncbatch.stats.tally import Tally
@@ -19,5 +20,7 @@ __all__ = [
     "TopPairs",
     "linear_rule",
     "nearest_mean_rule",
+    "null_labels",
+    "null_scatter",
     "sweep_pairs",
 ]

@@ -16,6 +16,7 @@ from ncbatch.arrays import (
     as_float64,
     cpu_count,
     map_threads,
+    max_pending,
     namespace,
     row_blocks,
     scalar,
@@ -46,8 +47,6 @@ _LOST_IN_FLOAT32 = 0.05
 # So many classes, and more than an ETF can have, before products are worth taking in float32.
 _FLOAT32_CLASSES = 4096
 _SAMPLE_CLASSES = 128
-# States of tiles that threads may have finished before they are merged.
-_ITEM_STATES = 64
 
 
 class PairTiles:
@@ -160,7 +159,7 @@ class PairTiles:
         if n_classes > _COMPILED_CLASSES:
             itemsize = 4 if n_classes > _FLOAT32_CLASSES else 8
             tile = _COMPILED_TILE * (_COMPILED_TILE * itemsize * directional + 1024)
-            states = _ITEM_STATES * n_classes * 24 if "nearest" in quantities else 0
+            states = 3 * max_pending() * n_classes * 24 if "nearest" in quantities else 0
             return operands + tile * cpu_count() + states + _COMPILER_BYTES
         return operands + min(_ARRAYS_TILE, n_classes) ** 2 * 8 * 16
 

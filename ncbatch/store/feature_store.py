@@ -141,9 +141,7 @@ class FeatureStore:
         if not remote and not Path(where).is_dir():
             raise StoreError(f"'{where}' is a file", "the directory of a store")
         try:
-            root = zarr.open_group(
-                _zarr_path(where), mode="r" if remote else "r+", zarr_format=3
-            )
+            root = zarr.open_group(_zarr_path(where), mode="r" if remote else "r+", zarr_format=3)
         except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError, ValueError) as error:
             raise StoreError(
                 f"'{where}' is no store: no Zarr v3 group can be read there",

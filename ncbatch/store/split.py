@@ -162,12 +162,16 @@ class Split:
         CorruptionError
             When a label chunk of a finalized split is missing: its rows were committed once.
         """
-        if self.finalized:
-            missing = np.flatnonzero(~present_chunks(self._label))
-            if missing.size:
-                raise chunk_fault(self._label, int(missing[0]), "label chunk is missing").error()
+        self._check_labels_present()
         for start in range(0, self.n_rows, self.base_block):
             yield start, self.labels(start, min(start + self.base_block, self.n_rows))
+
+    def _check_labels_present(self) -> None:
+        if not self.finalized:
+            return
+        missing = np.flatnonzero(~present_chunks(self._label))
+        if missing.size:
+            raise chunk_fault(self._label, int(missing[0]), "chunk is missing").error()
 
     def read(self, layer: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Read features of rows [start, stop) in their stored dtype; bfloat16 as float32."""
@@ -175,13 +179,14 @@ class Split:
         return rows.astype(np.float32) if self.spec(layer).dtype == "bfloat16" else rows
 
     def check_chunks(self, layer: str) -> None:
-        """Refuse a layer of which a chunk that holds rows, or predictions for them, is missing.
+        """Refuse a layer of which a chunk of rows, their labels or predictions is missing.
 
         Raises
         ------
         CorruptionError
             Names the first such chunk.
         """
+        self._check_labels_present()
         arrays = [self.feature(layer)]
         if self._prediction is not None and self.head == layer:
             arrays.append(self._prediction)

@@ -1,0 +1,113 @@
+"""The view by class, and by decile of classes: what a mean over all of them hides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncbatch.arrays import to_numpy
+from ncbatch.metrics.nc1 import nearest_cdnv
+from ncbatch.metrics.statistics import Statistics
+
+Values = npt.NDArray[np.float64]
+# What is counted in samples of the class, and so is added over a decile before it is divided.
+_RATES = {"agreement": "agreements", "ncc_accuracy": "ncc_hits", "clf_accuracy": "clf_hits"}
+
+
+@dataclass(frozen=True, eq=False)
+class ClassView:
+    """Results of the classes used, one by one.
+
+    Attributes
+    ----------
+    statistics : Statistics
+        Of the classes used.
+    ids : array (C,) of int
+        Their class ids.
+    n_classes : int
+        K, all classes of the store.
+    """
+
+    statistics: Statistics
+    ids: npt.NDArray[np.int64]
+    n_classes: int
+
+    @cached_property
+    def _values(self) -> dict[str, Values]:
+        """Give what is known of each class used (C,)."""
+        s = self.statistics
+        found: dict[str, Any] = {
+            "n_samples": s.moments.counts,
+            "norm": s.norms,
+            "variance": s.moments.variances,
+        }
+        if s.pairs is not None and s.pairs.nearest is not None:
+            near = s.pairs.nearest
+            cdnv, exists = nearest_cdnv(s)
+            found["nearest"] = np.where(near.index >= 0, self.ids[near.index], np.nan)
+            found["nearest_distance"] = np.sqrt(near.square)
+            found["nearest_cdnv"] = np.where(exists, cdnv, np.nan)
+        if s.weight is not None:
+            found["cos"] = np.full(len(self.ids), np.nan)
+            found["cos"][to_numpy(s.aligned)] = to_numpy(s.cosines)
+        return {name: to_numpy(values).astype(np.float64) for name, values in found.items()}
+
+    @cached_property
+    def _counts(self) -> dict[str, Values]:
+        """Give samples decided and hits of each class used (C,)."""
+        decisions = self.statistics.decisions
+        if decisions is None:
+            return {}
+        kinds = {"n_decided": "samples", **_RATES}
+        return {
+            name: to_numpy(getattr(decisions, kind))[self.ids].astype(np.float64)
+            for name, kind in kinds.items()
+        }
+
+    def classes(self) -> dict[str, Values]:
+        """Give every value over all K classes; NaN for classes that are not used."""
+        found = dict(self._values)
+        if self._counts:
+            decided = self._counts["n_decided"]
+            found["n_decided"] = decided
+            found |= {name: _divided(self._counts[name], decided) for name in _RATES}
+        return {f"class_{name}": self._spread(values) for name, values in found.items()}
+
+    def deciles(self) -> dict[str, Values]:
+        """Give means over tenths of the classes, from the rarest to the most frequent.
+
+        Rates weigh classes by their samples; everything else weighs them equally.
+        """
+        order = np.argsort(self._values["n_samples"], kind="stable")
+        tenths = np.array_split(order, 10)
+        found = {
+            name: np.array([_mean(values[tenth]) for tenth in tenths])
+            for name, values in self._values.items()
+            if name != "nearest"
+        }
+        sums = {
+            name: np.array([values[tenth].sum() for tenth in tenths])
+            for name, values in self._counts.items()
+        }
+        if sums:
+            found["n_decided"] = sums["n_decided"]
+            found |= {name: _divided(sums[name], sums["n_decided"]) for name in _RATES}
+        return {f"decile_{name}": values for name, values in found.items()}
+
+    def _spread(self, values: Values) -> Values:
+        whole = np.full(self.n_classes, np.nan)
+        whole[self.ids] = values
+        return whole
+
+
+def _mean(values: Values) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else np.nan
+
+
+def _divided(hits: Values, samples: Values) -> Values:
+    return np.where(samples > 0, hits / np.maximum(samples, 1.0), np.nan)

@@ -1,0 +1,162 @@
+"""NC1: how far the samples of a class have shrunk onto their mean."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ncbatch.arrays import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.metrics import yardsticks
+from ncbatch.metrics.metric import (
+    GALANTI,
+    HAN,
+    HUI,
+    PAPYAN,
+    TIRER,
+    Compute,
+    Metric,
+    mean,
+    reads,
+    tally,
+)
+from ncbatch.metrics.spectrum import pseudo_inverse_trace
+from ncbatch.metrics.statistics import Statistics, Undefined
+
+_XU = "Xu & Liu 2023, arXiv:2306.03440"
+_FISHER = "Fisher 1936; ridge eps = 1e-6 tr S_W / D"
+_LUTHRA = "Luthra, Galanti et al. 2025, arXiv:2506.04411"
+_CORRECTED = "Galanti 2021, without the bias of finite samples"
+
+
+def _inverse_trace(s: Statistics, limit: int | None = None) -> float:
+    return s.spectrum.inverse_trace(s.moments.within_covariance, limit) / s.n_classes
+
+
+def _vci(s: Statistics) -> float:
+    between = s.between_covariance
+    explained = pseudo_inverse_trace(s.moments.within_covariance + between, between)
+    return 1.0 - explained / min(s.n_features, s.n_classes - 1)
+
+
+def _lda(s: Statistics) -> float:
+    within = s.moments.within_covariance
+    xp = namespace(within)
+    ridge = 1e-6 * scalar(xp.linalg.trace(within)) / s.n_features
+    if ridge <= 0.0:
+        raise Undefined("S_W is zero")
+    return pseudo_inverse_trace(within, s.between_covariance, ridge)
+
+
+def _ratios(s: Statistics) -> Array:
+    """V_c / |Mc_c|^2 of the classes with a direction."""
+    return s.moments.variances[s.directed] / s.square_norms[s.directed]
+
+
+def _quantile(s: Statistics, q: float) -> float:
+    ratios = to_numpy(_ratios(s))
+    if not ratios.size:
+        raise Undefined("no class mean differs from m_G")
+    return float(np.quantile(ratios, q))
+
+
+def nearest_cdnv(s: Statistics) -> tuple[Array, Array]:
+    """Give the CDNV of each class with its nearest, and which classes it exists for."""
+    if s.pairs is None or s.pairs.nearest is None:
+        raise Undefined("no pairs")
+    near = s.pairs.nearest
+    variances, means = to_numpy(s.moments.variances), to_numpy(s.moments.means)
+    size = np.sum(means**2, axis=1)
+    # The sweep's distance may come from float32 products: it chose, this measures.
+    square = np.sum((means - means[near.index]) ** 2, axis=1)
+    exists = (near.index >= 0) & (square > 1e-24 * (size + size[near.index]))
+    spread = 0.5 * (variances + variances[near.index])
+    return spread / np.where(exists, square, 1.0) ** s.dist_exp, exists
+
+
+def _nearest_mean(s: Statistics) -> float:
+    values, exists = nearest_cdnv(s)
+    return mean(values[exists], "a nearest class mean that is not its own")
+
+
+def _at_quantile(q: float) -> Compute:
+    return lambda s: _quantile(s, q)
+
+
+def _test_to_train(s: Statistics) -> float:
+    if s.test is None:
+        raise Undefined("no test split")
+    xp = namespace(s.test.means)
+    seen = s.test.counts > 0
+    apart = s.test.means[seen] - s.moments.means[seen]
+    spread = s.test.traces[seen] / as_float64(s.test.counts[seen])
+    return mean(spread + xp.sum(apart * apart, axis=1), "test samples")
+
+
+NC1 = (
+    Metric(
+        "nc1_pinv", "within- to between-class covariance", "tr(pinv(S_B) S_W) / K", PAPYAN,
+        reads("traces", "scatter"), _inverse_trace, random=yardsticks.covariance_ratio,
+    ),
+    Metric(
+        "nc1_svd", "within- to between-class covariance, leading directions",
+        "tr(pinv_r(S_B) S_W) / K, r = min(K-1, D, rank)", HAN,
+        reads("traces", "scatter"), lambda s: _inverse_trace(s, s.n_classes - 1),
+        random=yardsticks.covariance_ratio,
+    ),
+    Metric(
+        "nc1_quot", "within- to between-class variance", "tr S_W / tr S_B", TIRER,
+        reads("traces"), lambda s: s.within_trace / s.between_trace,
+    ),
+    Metric(
+        "nc1_cdnv", "class-distance normalised variance",
+        "mean over pairs of (V_i + V_j) / (2 d_ij^(2p))", GALANTI,
+        reads("traces", "pairs.cdnv"), lambda s: tally(s, "cdnv").mean, random=yardsticks.cdnv,
+    ),
+    Metric(
+        "nc1_cdnv_corrected", "the same, corrected for small classes",
+        "mean over pairs, n >= 2, of (V'_i + V'_j) / (2 (d_ij^2 - V'_i/n_i - V'_j/n_j)^p), V' = V n/(n-1)",
+        _CORRECTED, reads("traces", "pairs.cdnv_corrected"),
+        lambda s: tally(s, "cdnv_corrected").mean,
+    ),
+    Metric(
+        "nc1_cdnv_nearest", "class-distance normalised variance with the nearest class",
+        "mean over classes of the CDNV with the class of least d_ij", GALANTI,
+        reads("traces", "pairs.nearest"), _nearest_mean,
+    ),
+    Metric(
+        "nc1_cdnv_directional", "normalised variance along the line between two means",
+        "mean over pairs of u^T S_W u / d_ij^2, u = (m_j - m_i) / d_ij", _LUTHRA,
+        reads("scatter", "pairs.cdnv_directional"), lambda s: tally(s, "cdnv_directional").mean,
+    ),
+    Metric(
+        "nc1_trace_share", "share of the variance that is within classes", "tr S_W / (tr S_W + tr S_B)",
+        TIRER, reads("traces"), lambda s: s.within_trace / (s.within_trace + s.between_trace),
+    ),
+    Metric(
+        "nc1_vci", "variability collapse index", "1 - tr(pinv(S_T) S_B) / min(D, K-1), S_T = S_W + S_B",
+        _XU, reads("scatter"), _vci,
+    ),
+    Metric(
+        "nc1_lda", "separation in the metric of S_W", "tr(inv(S_W + eps I) S_B)", _FISHER,
+        reads("scatter"), _lda,
+    ),
+    Metric(
+        "nc1_v_ratio_mean", "mean variance over squared norm of a class",
+        "mean over classes of V_c / |Mc_c|^2", TIRER,
+        reads("traces"), lambda s: mean(_ratios(s), "a mean that differs from m_G"),
+    ),
+    *(
+        Metric(
+            f"nc1_v_ratio_{name}", f"{what} of variance over squared norm of a class",
+            f"{what} over classes of V_c / |Mc_c|^2", TIRER,
+            reads("traces"), _at_quantile(q),
+        )
+        for name, what, q in (
+            ("q10", "10 % quantile", 0.1), ("median", "median", 0.5), ("q90", "90 % quantile", 0.9)
+        )
+    ),
+    Metric(
+        "nc1_test_to_train", "scatter of test samples about train means",
+        "mean over classes of V_c^test + |m_c^test - m_c|^2", HUI,
+        reads("test"), _test_to_train, "feature^2", only_named=True,
+    ),
+)  # fmt: skip
