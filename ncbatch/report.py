@@ -235,7 +235,7 @@ def _cost(metric: Metric) -> str:
 _PAGE_HEAD = """\
 # Metrics
 
-This page is made from the table in `ncbatch/metrics/catalogue.py`; `ncbatch metrics` prints the same.
+This page is made from the table in `ncbatch/metrics`; `ncbatch metrics` prints the same.
 
 ## Notation
 

@@ -36,6 +36,7 @@ def test_readme_names_only_what_exists():
         "docs/design.md",
         "docs/store.md",
         "docs/metrics.md",
+        "docs/benchmarks.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
     ):
