@@ -20,6 +20,7 @@ from ncbatch.errors import DataError, UsageError
 from ncbatch.metrics import ClassView, Metric, Statistics, Undefined, find_metrics
 from ncbatch.passes import (
     DecisionsPass,
+    DirectionalPass,
     MomentsPass,
     PairPass,
     RowSource,
@@ -28,7 +29,14 @@ from ncbatch.passes import (
     select_classes,
 )
 from ncbatch.results import Cell, to_dataset
-from ncbatch.stats import Decisions, Moments, Rule, linear_rule, nearest_mean_rule
+from ncbatch.stats import (
+    Decisions,
+    DirectionalVariance,
+    Moments,
+    Rule,
+    linear_rule,
+    nearest_mean_rule,
+)
 from ncbatch.stats.moments import Precision
 from ncbatch.stats.pair_tiles import PairTiles
 from ncbatch.store import FeatureStore, Split
@@ -294,6 +302,10 @@ class _Task:
             prices.append(
                 Price(f"the decisions of {self._where}", state + self._decision_bytes(k, d))
             )
+        if "directional" in self._reads:
+            source = self._source(self.train, None, [])
+            peak = DirectionalVariance.peak_bytes(k, d, source.block_rows) + source.read_bytes
+            prices.append(Price(f"the directional variance of {self._where}", state + peak))
         prices.append(Price(f"the formulas of {self._where}", formulas + labels))
         return prices
 
@@ -322,8 +334,8 @@ class _Task:
         )
         statistics = self._with_pairs(statistics, self._quantities, self._where, progress)
         if "decisions" in self._reads:
-            found = self._decisions(statistics, classes, weight, bias, skipped, progress)
-            statistics = replace(statistics, decisions=found)
+            decisions = self._decisions(statistics, classes, weight, bias, skipped, progress)
+            statistics = replace(statistics, decisions=decisions)
         if "ood" in self._reads and self.ood is not None:
             outside, _ = run(self._ood_pass(self.ood, skipped), progress)
             seen = outside.select(np.flatnonzero(outside.counts))
@@ -331,11 +343,14 @@ class _Task:
         if "test" in self._reads:
             tested, _ = run(self._test_pass(classes, skipped), progress)
             statistics = replace(statistics, test=tested)
+        if "directional" in self._reads:
+            found = run(self._directional_pass(statistics, classes), progress)
+            statistics = replace(statistics, directional=found)
         cell = self._values(statistics)
         if null is not None:
             cell.yardsticks |= self._null_values(null, progress)
         view = ClassView(statistics, classes, self.store.n_classes)
-        cell.deciles = view.deciles()
+        cell.deciles, cell.bins, cell.tops = view.deciles(), view.bins(), view.tops()
         if self.options.per_class:
             cell.classes = view.classes()
         cell.counts["n_rows_skipped"] = float(sum(skipped))
@@ -386,6 +401,15 @@ class _Task:
         chance = self._with_pairs(chance, quantities, f"null of {self._where}", progress)
         values = {f"{metric.name}_null": _computed(metric.compute, chance) for metric in metrics}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _directional_pass(
+        self, statistics: Statistics, classes: npt.NDArray[np.int64]
+    ) -> DirectionalPass:
+        index = np.full(self.store.n_classes, -1, np.int64)
+        index[classes] = np.arange(len(classes))
+        pairs = PairTiles(statistics.moments.means, statistics.global_mean, quantities=[])
+        # Rows that are not finite were counted already when train was read.
+        return DirectionalPass(self._source(self.train, index, []), pairs)
 
     def _test_pass(self, classes: npt.NDArray[np.int64], skipped: list[int]) -> MomentsPass:
         index = np.full(self.store.n_classes, -1, np.int64)

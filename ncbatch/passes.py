@@ -16,6 +16,7 @@ from ncbatch.engine import Item
 from ncbatch.errors import DataError
 from ncbatch.stats import (
     Decisions,
+    DirectionalVariance,
     Moments,
     MomentsAccumulator,
     PairStats,
@@ -359,6 +360,40 @@ class DecisionsPass:
         return accumulator
 
     def finish(self, accumulator: Decisions) -> Decisions:
+        """Give the state."""
+        return accumulator
+
+
+@dataclass(frozen=True)
+class DirectionalPass:
+    """Reads the rows of a layer a second time, into `DirectionalVariance`."""
+
+    source: RowSource
+    pairs: PairTiles
+    unit: str = "B"
+
+    @property
+    def label(self) -> str:
+        """What the pass does."""
+        return f"directional variance of {self.source.split.name}/{self.source.layer}"
+
+    @property
+    def items(self) -> list[Item]:
+        """The chunks."""
+        return self.source.items
+
+    def start(self) -> DirectionalVariance:
+        """Give the state of no samples."""
+        return DirectionalVariance.zero(self.pairs.n_classes)
+
+    def fold(self, accumulator: DirectionalVariance, item: Item) -> DirectionalVariance:
+        """Add the samples of a chunk."""
+        for features, labels, _ in self.source.blocks(item):
+            block = DirectionalVariance.from_block(features, labels, self.pairs)
+            accumulator = accumulator.merge(block)
+        return accumulator
+
+    def finish(self, accumulator: DirectionalVariance) -> DirectionalVariance:
         """Give the state."""
         return accumulator
 

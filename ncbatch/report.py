@@ -227,7 +227,7 @@ def metrics_page() -> str:
 def _cost(metric: Metric) -> str:
     """Give what a metric costs, in the letters of ``docs/metrics.md``."""
     cost = "B" if "scatter" in metric.reads else "A"
-    if metric.reads & {"decisions", "test"}:
+    if metric.reads & {"decisions", "test", "directional"}:
         cost += "+C"
     return cost + "+P" if metric.pair_quantities else cost
 
@@ -265,7 +265,7 @@ pairs are unordered, i < j.
 
 "reads" names what a metric needs beside counts and class means: `traces` and `scatter` come with the same read,
 `pairs.*` from one sweep over pairs of means, `decisions` from a read of the test split, `ood` from a read of the OOD split,
-`test` from a read of the test split that only naming the metric causes. Cost: **A** counts, sums and traces; **B** A and
+`test` and `directional` from a read that only naming the metric causes. Cost: **A** counts, sums and traces; **B** A and
 the D x D scatter, same read; **C** a second read; **P** the pair sweep. "yardsticks" are variables named `<metric>_floor`,
 `<metric>_random` and, with `--null`, `<metric>_null`.
 

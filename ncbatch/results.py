@@ -51,6 +51,16 @@ DECILES: Mapping[str, str] = {
     for name, meaning in CLASSES.items()
     if name != "class_nearest"
 }
+# What is given per bin of the cosine, and for the most confusable pairs of classes.
+BINS: Mapping[str, str] = {"cosine_histogram": "pairs of classes per bin of cos(u_i, u_j)"}
+TOPS: Mapping[str, str] = {
+    "top_cosine": "greatest cosines between class means",
+    "top_cosine_i": "first class of the pair of top_cosine",
+    "top_cosine_j": "second class of the pair of top_cosine",
+    "top_cdnv": "greatest class-distance normalised variances",
+    "top_cdnv_i": "first class of the pair of top_cdnv",
+    "top_cdnv_j": "second class of the pair of top_cdnv",
+}
 # What is counted per (store, layer), with what it means.
 COUNTS: Mapping[str, str] = {
     "n_samples": "samples of the classes used, in train",
@@ -75,6 +85,8 @@ class Cell:
     yardsticks: dict[str, float] = field(default_factory=dict)
     deciles: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     classes: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    bins: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    tops: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
@@ -137,9 +149,14 @@ def to_dataset(
             variables[name] = (*grid("counts", name), about)
     variables |= _vectors(cells, stores, layers, "deciles", "decile", DECILES)
     variables |= _vectors(cells, stores, layers, "classes", "class", CLASSES)
+    variables |= _vectors(cells, stores, layers, "bins", "bin", BINS)
+    variables |= _vectors(cells, stores, layers, "tops", "top", TOPS)
     coordinates: dict[str, Any] = {"store": list(stores), "layer": list(layers)}
     if any(cell.deciles for cell in cells.values()):
         coordinates["decile"] = np.arange(1, 11)
+    if "cosine_histogram" in variables:
+        edges = np.linspace(-1.0, 1.0, variables["cosine_histogram"][1].shape[-1] + 1)
+        coordinates["bin"] = 0.5 * (edges[1:] + edges[:-1])
     return xr.Dataset(
         variables,
         coords=coordinates,

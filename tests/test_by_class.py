@@ -75,3 +75,18 @@ def test_results_with_classes_and_deciles_are_saved(measured, tmp_path):
     for ending in ("nc", "zarr"):
         nc.save_results(whole, tmp_path / f"r.{ending}")
         assert nc.load_results(tmp_path / f"r.{ending}").equals(whole)
+
+
+def test_top_pairs_and_histogram_name_classes_by_id(measured):
+    X, y, _, ds = measured
+    ids = np.unique(y[y >= 0])
+    means = np.stack([X[y == c].mean(axis=0) for c in ids])
+    u = means - means.mean(axis=0)
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    cosines = np.triu(u @ u.T, 1) - 2 * np.tril(np.ones((len(ids), len(ids))))
+    i, j = np.unravel_index(np.argmax(cosines), cosines.shape)
+    assert (float(ds.top_cosine_i[0]), float(ds.top_cosine_j[0])) == (ids[i], ids[j])
+    assert float(ds.top_cosine[0]) == pytest.approx(cosines[i, j])
+    assert float(ds.cosine_histogram.sum()) == len(ids) * (len(ids) - 1) / 2
+    above = ds.cosine_histogram.sel(bin=slice(0, None)).sum()
+    assert float(above) == np.sum(cosines >= 0)

@@ -98,6 +98,25 @@ class ClassView:
             found |= {name: _divided(sums[name], sums["n_decided"]) for name in _RATES}
         return {f"decile_{name}": values for name, values in found.items()}
 
+    def bins(self) -> dict[str, Values]:
+        """Give the histogram of cosines between class means."""
+        pairs = self.statistics.pairs
+        if pairs is None or not pairs.cosine.n:
+            return {}
+        return {"cosine_histogram": pairs.histogram.astype(np.float64)}
+
+    def tops(self) -> dict[str, Values]:
+        """Give the pairs of classes with the greatest cosines and CDNVs, by class id."""
+        pairs = self.statistics.pairs
+        found: dict[str, Values] = {}
+        for name in ("top_cosine", "top_cdnv") if pairs is not None else ():
+            top = getattr(pairs, name)
+            if len(top.values):
+                found[name] = top.values
+                ids = self.ids[top.classes].astype(np.float64)
+                found[f"{name}_i"], found[f"{name}_j"] = ids[:, 0], ids[:, 1]
+        return found
+
     def _spread(self, values: Values) -> Values:
         whole = np.full(self.n_classes, np.nan)
         whole[self.ids] = values

@@ -39,7 +39,7 @@ class Metric:
         The paper.
     reads : frozenset of str
         The statistics it needs beside counts and means: ``traces``, ``scatter``, ``classifier``,
-        ``decisions``, ``ood``, ``test``, or ``pairs.<quantity>``.
+        ``decisions``, ``ood``, ``test``, ``directional``, or ``pairs.<quantity>``.
     compute : callable
         ``compute(statistics) -> float``; raises `Undefined` where there is no value.
     units : str
@@ -76,7 +76,7 @@ class Metric:
     @property
     def has_null(self) -> bool:
         """Whether it can be computed for labels at random, from the same read."""
-        return not self.reads & {"classifier", "decisions", "ood", "test"}
+        return not self.reads & {"classifier", "decisions", "ood", "test", "directional"}
 
 
 def reads(*names: str) -> frozenset[str]:

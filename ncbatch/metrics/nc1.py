@@ -91,6 +91,14 @@ def _test_to_train(s: Statistics) -> float:
     return mean(spread + xp.sum(apart * apart, axis=1), "test samples")
 
 
+def _directional_exact(s: Statistics) -> float:
+    if s.directional is None:
+        raise Undefined("no second read")
+    xp = namespace(s.directional.sums)
+    per_class = s.directional.sums / as_float64(s.moments.counts)
+    return scalar(xp.sum(per_class)) / (2 * tally(s, "cdnv").n)
+
+
 NC1 = (
     Metric(
         "nc1_pinv", "within- to between-class covariance", "tr(pinv(S_B) S_W) / K", PAPYAN,
@@ -126,6 +134,11 @@ NC1 = (
         "nc1_cdnv_directional", "normalised variance along the line between two means",
         "mean over pairs of u^T S_W u / d_ij^2, u = (m_j - m_i) / d_ij", _LUTHRA,
         reads("scatter", "pairs.cdnv_directional"), lambda s: tally(s, "cdnv_directional").mean,
+    ),
+    Metric(
+        "nc1_cdnv_directional_exact", "the same with the covariance of each class itself",
+        "mean over ordered pairs of u^T S_i u / d_ij^2, S_i of class i", _LUTHRA,
+        reads("traces", "pairs.cdnv", "directional"), _directional_exact, only_named=True,
     ),
     Metric(
         "nc1_trace_share", "share of the variance that is within classes", "tr S_W / (tr S_W + tr S_B)",

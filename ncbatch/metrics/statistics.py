@@ -10,6 +10,7 @@ from ncbatch.metrics.kernels import directions
 from ncbatch.metrics.spectrum import Spectrum, between_class_spectrum
 from ncbatch.metrics.structure import symmetric_sum
 from ncbatch.stats.decisions import Decisions
+from ncbatch.stats.directional import DirectionalVariance
 from ncbatch.stats.moments import Moments
 from ncbatch.stats.pair_tiles import COINCIDENT
 from ncbatch.stats.pairs import PairStats
@@ -41,6 +42,8 @@ class Statistics:
         Mean of the out-of-distribution split's class means.
     test : Moments, optional
         Of the test split, over the same classes.
+    directional : DirectionalVariance, optional
+        Of the train samples.
     """
 
     moments: Moments
@@ -52,6 +55,7 @@ class Statistics:
     decisions: Decisions | None = None
     ood_mean: Array | None = None
     test: Moments | None = None
+    directional: DirectionalVariance | None = None
 
     @property
     def n_classes(self) -> int:

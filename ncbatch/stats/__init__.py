@@ -1,6 +1,7 @@
 """States: mergeable summaries of samples. They know no Zarr and no Dask."""
 
 from ncbatch.stats.decisions import Decisions, Rule, linear_rule, nearest_mean_rule
+from ncbatch.stats.directional import DirectionalVariance
 from ncbatch.stats.moments import Moments, MomentsAccumulator
 from ncbatch.stats.null import null_labels, null_scatter
 from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
@@ -10,6 +11,7 @@ from ncbatch.stats.tally import Tally
 __all__ = [
     "PAIR_QUANTITIES",
     "Decisions",
+    "DirectionalVariance",
     "Moments",
     "MomentsAccumulator",
     "Nearest",

@@ -113,7 +113,7 @@ class PairTiles:
         place = {"device": device(means)}
         self.means = as_float64(means)
         self.n_classes, self.n_features = means.shape
-        self._center = xp.zeros((self.n_features,), dtype=xp.float64, **place) + center
+        self.center = xp.zeros((self.n_features,), dtype=xp.float64, **place) + center
         self._variances = None if variances is None else as_float64(variances)
         self._counts = None if counts is None else as_float64(counts)
         self._set_norms()
@@ -131,8 +131,8 @@ class PairTiles:
         self._size = xp.sum(self.means**2, axis=1)
         self._square = xp.empty_like(self._size)
         for part in row_blocks(self.n_classes):
-            self._square[part] = xp.sum((self.means[part, :] - self._center) ** 2, axis=1)
-        directed = self._square > COINCIDENT * (self._size + xp.sum(self._center**2))
+            self._square[part] = xp.sum((self.means[part, :] - self.center) ** 2, axis=1)
+        directed = self._square > COINCIDENT * (self._size + xp.sum(self.center**2))
         norms = xp.sqrt(xp.where(directed, self._square, xp.ones_like(self._square)))
         self._inverse = xp.where(directed, 1.0 / norms, xp.zeros_like(norms))
 
@@ -143,7 +143,7 @@ class PairTiles:
         root = vectors * xp.sqrt(xp.clip(values, 0.0, None))[None, :]
         rows = xp.empty_like(self.means)
         for part in row_blocks(self.n_classes):
-            rows[part, :] = xp.matmul(self.means[part, :] - self._center, root)
+            rows[part, :] = xp.matmul(self.means[part, :] - self.center, root)
         return rows
 
     @staticmethod
@@ -182,22 +182,25 @@ class PairTiles:
 
     # ------------------------------------------------------------ any array library, in float64
 
-    def square_distances(self, rows: slice, columns: slice, *, directions: bool = False) -> Array:
+    def square_distances(
+        self, rows: slice | Array, columns: slice, *, directions: bool = False
+    ) -> Array:
         """Give |m_i - m_j|^2, or |u_i - u_j|^2, of a tile to full float64 accuracy.
 
-        Distances that cancelled in the product are computed from differences.
+        The rows may be an integer array of classes. Distances that cancelled in the product are computed from differences.
         """
         xp = self._xp
-        a, b = self.means[rows, :] - self._center, self.means[columns, :] - self._center
-        total = self._square[rows][:, None] + self._square[columns][None, :]
+        means_a, means_b = _at(self.means, rows), self.means[columns, :]
+        a, b = means_a - self.center, means_b - self.center
+        total = _at(self._square, rows)[:, None] + self._square[columns][None, :]
         if directions:
-            a, b = a * self._inverse[rows][:, None], b * self._inverse[columns][:, None]
+            a, b = a * _at(self._inverse, rows)[:, None], b * self._inverse[columns][:, None]
             total = xp.full_like(total, 2.0)
         squares = xp.clip(total - 2.0 * xp.matmul(a, xp.matrix_transpose(b)), 0.0, None)
         lost = squares < _LOST_IN_FLOAT64 * total
         if bool(xp.any(lost)):
             if not directions:
-                a, b = self.means[rows, :], self.means[columns, :]
+                a, b = means_a, means_b
             squares[lost] = self._from_differences(a, b, lost)
         return squares
 
@@ -210,9 +213,9 @@ class PairTiles:
             parts.append(xp.sum(apart * apart, axis=1))
         return xp.concat(parts)
 
-    def apart(self, rows: slice, columns: slice, squares: Array) -> Array:
+    def apart(self, rows: slice | Array, columns: slice, squares: Array) -> Array:
         """Mark the pairs of a tile whose means do not coincide."""
-        size = self._size[rows][:, None] + self._size[columns][None, :]
+        size = _at(self._size, rows)[:, None] + self._size[columns][None, :]
         return squares > COINCIDENT * size
 
     def directed(self, rows: slice, columns: slice) -> Array:
@@ -222,7 +225,7 @@ class PairTiles:
     def interference(self, rows: slice, columns: slice) -> Array:
         """Give the products of centred means of a tile."""
         xp = self._xp
-        a, b = self.means[rows, :] - self._center, self.means[columns, :] - self._center
+        a, b = self.means[rows, :] - self.center, self.means[columns, :] - self.center
         return xp.matmul(a, xp.matrix_transpose(b))
 
     def _fold_arrays(self, rows: slice, columns: slice) -> PairStats:
@@ -352,7 +355,7 @@ class PairTiles:
         """Centred means in the dtype of the products (K, D)."""
         rows = np.empty(self.means.shape, self._products)
         for part in row_blocks(self.n_classes):
-            rows[part] = self.means[part] - self._center
+            rows[part] = self.means[part] - self.center
         return rows
 
     @cached_property
@@ -370,7 +373,7 @@ class PairTiles:
         within = np.empty((0, self.n_features)) if self._within is None else self._within
         square_w = nothing if self._within is None else np.sum(within**2, axis=1)
         return (
-            self.means, self._center, within, self._square, COINCIDENT * self._size, self._inverse,
+            self.means, self.center, within, self._square, COINCIDENT * self._size, self._inverse,
             variances, *corrected, square_w,
         )  # fmt: skip
 
@@ -426,6 +429,12 @@ class PairTiles:
             out, self.quantities, self._references, self._riesz_exponent,
             rows.start, columns.start, self.n_classes,
         )  # fmt: skip
+
+
+def _at(values: Array, rows: slice | Array) -> Array:
+    if not isinstance(rows, slice):
+        return namespace(values).take(values, rows, axis=0)
+    return values[rows] if len(values.shape) == 1 else values[rows, :]
 
 
 def sweep_pairs(

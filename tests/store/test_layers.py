@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,19 @@ WIDE = np.hstack([TOY.X, TOY.X, TOY.X])
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncbatch.store.format.CHUNK_BYTES", 1024)
+        store = FeatureStore.create(tmp_path_factory.mktemp("made") / "s", 5, {"h": 4}, "float32")
+        with store.writer("train", head="h") as writer:
+            writer.append({"h": TOY.X}, TOY.y, TOY.y)
+    return store.path
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    store = FeatureStore.create(tmp_path / "s", 5, {"h": 4}, "float32")
-    with store.writer("train", head="h") as writer:
-        writer.append({"h": TOY.X}, TOY.y, TOY.y)
-    return store
+def store(made: str, tmp_path: Path) -> FeatureStore:
+    return FeatureStore.open(shutil.copytree(made, tmp_path / "s"))
 
 
 def add(store: FeatureStore, name: str = "fc", rows=WIDE, **options) -> None:

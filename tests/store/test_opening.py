@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,13 +15,18 @@ from ncbatch.store import FeatureStore
 from tests.conftest import tree
 
 
-@pytest.fixture
-def path(tmp_path):
-    store = FeatureStore.create(tmp_path / "s", 5, {"h": 4}, "float32")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    store = FeatureStore.create(tmp_path_factory.mktemp("made") / "s", 5, {"h": 4}, "float32")
     with store.writer("train") as writer:
         writer.append({"h": np.ones((10, 4))}, np.arange(10) % 5)
     store.set_classifier("h", np.ones((5, 4)))
-    return tmp_path / "s"
+    return store.path
+
+
+@pytest.fixture
+def path(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "s")
 
 
 def edit_header(path, **changes):

@@ -47,11 +47,21 @@ def make(path: Path, dtype: str) -> FeatureStore:
     return FeatureStore.open(path)
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.fixture(scope="module", params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncbatch.store.format.CHUNK_BYTES", 1024)
+        return Path(make(tmp_path_factory.mktemp(dtype) / "s", dtype).path)
+
+
 class TestRoundTrip:
-    def test_split_reads_the_stored_values(self, tmp_path, dtype):
-        split = make(tmp_path / "s", dtype).split("train")
+    def test_split_reads_the_stored_values(self, path, dtype):
+        split = FeatureStore.open(path).split("train")
         wanted = rows(dtype)
         for start, stop in [(0, 300), (0, 1), (63, 65), (299, 300), (10, 250)]:
             found = split.read("h", start, stop)
@@ -62,30 +72,28 @@ class TestRoundTrip:
         assert split.read("fc.1", 0, 300).shape == (300, 16)
         assert split.spec("h") == LayerSpec(4, dtype)
 
-    def test_dask_blocks_are_the_chunks(self, tmp_path, dtype):
-        store = make(tmp_path / "s", dtype)
+    def test_dask_blocks_are_the_chunks(self, path, dtype):
+        store = FeatureStore.open(path)
         array = store.to_dask("train", "h")
         assert array.chunks[0][0] == store.split("train").feature("h").chunks[0]
         assert array.dtype == (np.float32 if dtype == "bfloat16" else in_memory(dtype))
         assert_same(array.compute(scheduler="synchronous"), rows(dtype))
 
-    def test_xarray_view_is_lazy_and_equal(self, tmp_path, dtype):
-        dataset = make(tmp_path / "s", dtype).to_xarray("train", "h")
+    def test_xarray_view_is_lazy_and_equal(self, path, dtype):
+        dataset = FeatureStore.open(path).to_xarray("train", "h")
         assert dataset["feature"].chunks is not None
         assert dataset["feature"].dims == ("sample", "unit")
         assert_same(dataset["feature"].values, rows(dtype))
         np.testing.assert_array_equal(dataset["label"], LABELS)
         np.testing.assert_array_equal(dataset["prediction"], LABELS[::-1])
 
-    def test_xarray_opens_a_layer_by_path(self, tmp_path, dtype):
-        make(tmp_path / "s", dtype)
-        dataset = xr.open_zarr(tmp_path / "s/train/layers/h", consolidated=False)
+    def test_xarray_opens_a_layer_by_path(self, path, dtype):
+        dataset = xr.open_zarr(path / "train/layers/h", consolidated=False)
         assert dataset["feature"].dims == ("sample", "unit")
         assert_same(dataset["feature"].values, rows(dtype))
 
-    def test_zarr_opens_the_store(self, tmp_path, dtype):
-        make(tmp_path / "s", dtype)
-        group = zarr.open_group(tmp_path / "s", mode="r")
+    def test_zarr_opens_the_store(self, path, dtype):
+        group = zarr.open_group(path, mode="r")
         found = group["train/layers/h/feature"][:]
         assert found.dtype == in_memory(dtype)
         assert_same(found, rows(dtype))

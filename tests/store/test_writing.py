@@ -21,7 +21,7 @@ from tests.conftest import make_toy, tree
 from tests.strategies import partitions
 
 K = 5
-WIDTHS = {"h": 4, "fc": 16}  # 64 and 16 rows per chunk of 1 KiB: a base block is 64 rows
+WIDTHS = {"h": 4, "fc": 8}  # 64 and 32 rows per chunk of 1 KiB: a base block is 64 rows
 REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
