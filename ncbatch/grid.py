@@ -15,7 +15,8 @@ from ncbatch import __version__
 from ncbatch.engine import Item, Progress, run
 from ncbatch.errors import DataError, OutputError, UsageError
 from ncbatch.metrics import Statistics
-from ncbatch.passes import MomentsPass, RowSource, count_labels, select_classes
+from ncbatch.passes import MomentsPass
+from ncbatch.rows import RowSource, count_labels, select_classes
 from ncbatch.stats import PairTiles
 from ncbatch.store import FeatureStore
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import first_nonfinite_row
 from ncbatch.engine import Item
-from ncbatch.errors import DataError
+from ncbatch.rows import RowSource
 from ncbatch.stats import (
     Decisions,
     DirectionalVariance,
@@ -26,212 +23,9 @@ from ncbatch.stats import (
 )
 from ncbatch.stats.moments import Precision
 from ncbatch.stats.pair_tiles import PairTiles
-from ncbatch.store import Split
 
 # Tiles of an item of the pair sweep: enough for any number of processors to share.
 _ITEM_TILES = 64
-# Bytes of a block of rows in float64, the unit of arithmetic within a chunk.
-BLOCK_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The classes a measurement uses, found from the labels alone.
-
-    Attributes
-    ----------
-    counts : array (K,) of int64
-        Samples per class of the split.
-    classes : array (C,) of int64
-        Class ids used, ascending.
-    filtered : bool
-        Whether a filter was asked for, beyond the class being seen.
-    """
-
-    counts: npt.NDArray[np.int64]
-    classes: npt.NDArray[np.int64]
-    filtered: bool
-
-    @cached_property
-    def index(self) -> npt.NDArray[np.int64]:
-        """For each class id its place among the classes used, or -1 (K,)."""
-        index = np.full(self.counts.shape[0], -1, np.int64)
-        index[self.classes] = np.arange(self.classes.shape[0])
-        return index
-
-    @property
-    def n_samples(self) -> int:
-        """Samples of the classes used."""
-        return int(self.counts[self.classes].sum())
-
-    @property
-    def digest(self) -> str:
-        """A hash of the classes used."""
-        return hashlib.sha256(self.classes.tobytes()).hexdigest()[:32]
-
-
-def count_labels(split: Split) -> npt.NDArray[np.int64]:
-    """Count the samples of each class (K,), reading labels only.
-
-    Raises
-    ------
-    DataError
-        For a label that is not below K; names the row.
-    """
-    counts = np.zeros(split.n_classes, np.int64)
-    for start, labels in split.label_blocks():
-        if labels.size and labels.max() >= split.n_classes:
-            row = int(labels.argmax())
-            raise DataError(
-                f"label {int(labels[row])} in row {start + row} of split '{split.name}' of {split.where}",
-                f"labels below {split.n_classes}, the classes of the store",
-            )
-        counts += np.bincount(labels[labels >= 0], minlength=split.n_classes)
-    return counts
-
-
-def select_classes(
-    counts: npt.NDArray[np.int64],
-    *,
-    min_count: int = 1,
-    max_count: int | None = None,
-    classes: Iterable[int] | None = None,
-) -> Selection:
-    """Choose the classes to use: seen, and within the filters.
-
-    Parameters
-    ----------
-    counts : array (K,)
-        Samples per class.
-    min_count, max_count : int, optional
-        Least and greatest number of samples.
-    classes : iterable of int, optional
-        Class ids to choose among.
-
-    Raises
-    ------
-    DataError
-        When a class id is not below K.
-    """
-    used = counts >= max(min_count, 1)
-    if max_count is not None:
-        used &= counts <= max_count
-    if classes is not None:
-        ids = np.asarray(list(classes), np.int64)
-        bad = ids[(ids < 0) | (ids >= counts.shape[0])]
-        if bad.size:
-            raise DataError(f"class {int(bad[0])} in the list of classes", f"0..{len(counts) - 1}")
-        listed = np.zeros(counts.shape[0], np.bool_)
-        listed[ids] = True
-        used &= listed
-    filtered = min_count > 1 or max_count is not None or classes is not None
-    return Selection(counts, np.flatnonzero(used).astype(np.int64), filtered)
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """The rows of one layer of one split, chunk by chunk, as labelled blocks of samples.
-
-    Attributes
-    ----------
-    split : Split
-        Where they are.
-    layer : str
-        Which layer.
-    index : array (K,) of int, optional
-        Maps stored labels to those given out; rows mapped below 0 are left out.
-    skip_nonfinite : bool
-        Leave out rows with NaN or infinities, and count them, instead of refusing them.
-    skipped : list of int
-        One number per block that had such rows; filled while reading.
-    """
-
-    split: Split
-    layer: str
-    index: npt.NDArray[np.int64] | None = None
-    skip_nonfinite: bool = False
-    skipped: list[int] = field(default_factory=list)
-
-    @cached_property
-    def items(self) -> list[Item]:
-        """One item per chunk."""
-        rows, n = self.split.feature(self.layer).chunks[0], self.split.n_rows
-        width = self.split.spec(self.layer).row_bytes
-        return [
-            Item(start, min(start + rows, n), (min(start + rows, n) - start) * width)
-            for start in range(0, n, rows)
-        ]
-
-    @property
-    def n_features(self) -> int:
-        """D."""
-        return self.split.spec(self.layer).n_features
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block: a chunk's, or fewer where a chunk in float64 would be large."""
-        rows = int(self.split.feature(self.layer).chunks[0])
-        return min(rows, max(256, BLOCK_BYTES // (8 * self.n_features)))
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes held while a chunk is read: its file, its decoded bytes and the array."""
-        array = self.split.feature(self.layer)
-        chunk = int(array.chunks[0]) * self.split.spec(self.layer).row_bytes
-        wide = 2 if self.split.spec(self.layer).dtype == "bfloat16" else 0
-        return chunk * (3 + wide) + int(self.split.base_block) * 24
-
-    def empty(self) -> npt.NDArray[Any]:
-        """Give no rows, of the dtype that blocks have."""
-        spec = self.split.spec(self.layer)
-        dtype = np.dtype(np.float32) if spec.dtype == "bfloat16" else spec.numpy_dtype
-        return np.empty((0, spec.n_features), dtype)
-
-    def blocks(
-        self, item: Item
-    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Give (features, labels, row numbers) of the samples of an item, block by block.
-
-        Raises
-        ------
-        DataError
-            For a NaN or infinite feature, unless those are skipped; names split, layer and row.
-        CorruptionError
-            For a chunk that cannot be read.
-        """
-        labels = self.split.labels(item.start, item.stop)
-        y = np.full(labels.shape, -1, np.int64)
-        exists = labels >= 0
-        y[exists] = labels[exists] if self.index is None else self.index[labels[exists]]
-        if not (y >= 0).any():
-            return
-        rows = self.split.read(self.layer, item.start, item.stop)
-        for start in range(0, len(rows), self.block_rows):
-            part = slice(start, start + self.block_rows)
-            kept = np.flatnonzero(y[part] >= 0)
-            whole = kept.size == y[part].size
-            block = rows[part] if whole else rows[part][kept]
-            yield self._finite(block, y[part][kept], kept + (item.start + start))
-
-    def _finite(
-        self,
-        block: npt.NDArray[Any],
-        labels: npt.NDArray[np.int64],
-        numbers: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        row = first_nonfinite_row(block) if len(block) else None
-        if row is None:
-            return block, labels, numbers
-        if not self.skip_nonfinite:
-            raise DataError(
-                f"a feature that is not finite: split '{self.split.name}', layer '{self.layer}', "
-                f"row {int(numbers[row])} of {self.split.where}",
-                "finite features",
-                "--skip-nonfinite (skip_nonfinite=True) leaves such rows out and counts them",
-            )
-        good = np.isfinite(block).all(axis=1)
-        self.skipped.append(int(np.count_nonzero(~good)))
-        return block[good], labels[good], numbers[good]
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,8 @@ def result_tables(dataset: xr.Dataset) -> list[RenderableType]:
         places = dict.fromkeys(CATALOGUE[name].place for name in names)
         tables.append(Text(f"{store}: {_summary(found)}", style="bold"))
         for place in places:
-            tables.append(
-                _by_layer(found, [n for n in names if n.startswith(place)], place.upper())
-            )
+            chosen = [name for name in names if CATALOGUE[name].place == place]
+            tables.append(_by_layer(found, chosen, place))
     return tables
 
 

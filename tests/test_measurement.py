@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ncbatch as nc
-from ncbatch import passes
+from ncbatch import rows
 from ncbatch.errors import BudgetError, DataError, UnknownNameError, UsageError
 from ncbatch.store import FeatureStore
 from ncbatch.store import format as store_format
@@ -55,7 +55,7 @@ def assert_equals_oracle(ds, oracle: dict[str, float], rel: float = 1e-6, floor:
 def small_chunks(monkeypatch: pytest.MonkeyPatch):
     """Make many chunks and blocks of little data."""
     monkeypatch.setattr(store_format, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(passes, "BLOCK_BYTES", 2048)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 2048)
 
 
 def outside(data: Features, seed: int = 5):
