@@ -185,7 +185,7 @@ def measure(
     for path in outs:
         save_results(dataset, path)
     console = _console()
-    _show(console, report.result_tables(dataset))
+    _show(console, report.result_tables(dataset, console.width))
     for line in report.notes(dataset):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -234,22 +234,21 @@ def _names(text: str) -> list[str]:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(markup=False, emoji=False)  # layer names may hold brackets and colons
+    console = Console(markup=False, emoji=False)  # layer names may hold brackets and colons
+    if not console.is_terminal:  # never cut a table there
+        console.width = max(console.width, 1000)
+    return console
 
 
 def _show(console: Any, parts: list[Any]) -> None:
-    """Print tables; never cut them where the output is no terminal."""
-    if not console.is_terminal:
-        console.width = max(console.width, 1000)
     for part in parts:
         console.print(part)
 
 
 def main() -> None:
     """Run the command line; errors that users cause become one or two lines and exit code 1 or 2."""
-    with suppress(
-        AttributeError
-    ):  # a terminal may lack a letter; a stand-in for one has no such method
+    # A terminal may lack a letter; what stands in for one has no such method.
+    with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         sys.exit(cli(prog_name="ncbatch", standalone_mode=False) or 0)

@@ -27,6 +27,7 @@ from ncbatch.store import FeatureStore
 
 # With more layers than this, layers become lines and metrics columns.
 _WIDE = 5
+_NUMBER = len("-1.2346e-300")
 _LEFT_OUT = (
     ("n_rows_skipped", "rows with values that are not finite were left out"),
     ("n_classes_filtered", "classes were left out by a filter"),
@@ -39,13 +40,15 @@ _LEFT_OUT = (
 )
 
 
-def result_tables(dataset: xr.Dataset) -> list[RenderableType]:
+def result_tables(dataset: xr.Dataset, width: int = 100) -> list[RenderableType]:
     """Lay out results as tables, one per store, and per kind of collapse where layers are many.
 
     Parameters
     ----------
     dataset : xarray.Dataset
         From `ncbatch.measure`.
+    width : int, optional
+        Columns of the terminal; where layers are lines, metrics that need more get a table more.
     """
     tables: list[RenderableType] = []
     names = metric_names(dataset)
@@ -58,7 +61,7 @@ def result_tables(dataset: xr.Dataset) -> list[RenderableType]:
         tables.append(Text(f"{store}: {_summary(found)}", style="bold"))
         for place in places:
             chosen = [name for name in names if CATALOGUE[name].place == place]
-            tables.append(_by_layer(found, chosen, place))
+            tables.extend(_by_layer(found, part, place) for part in _fitting(found, chosen, width))
     return tables
 
 
@@ -144,10 +147,25 @@ def _by_metric(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
     return table
 
 
-def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
-    table = Table("layer", title=title, title_justify="left")
+def _fitting(found: xr.Dataset, names: Sequence[str], width: int) -> list[list[str]]:
+    """Part metrics so that a table of each part fits the terminal, its column of layers included."""
+    parts: list[list[str]] = []
+    room = 0
     for name in names:
-        table.add_column(name, justify="right")
+        need = max(len(name), _NUMBER) + 3
+        if room < need:
+            parts.append([])
+            room = width - max(len(str(layer)) for layer in ("layer", *found["layer"].values)) - 4
+        parts[-1].append(name)
+        room -= need
+    return parts
+
+
+def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in found["layer"].values.tolist():
         cells = [_number(float(found[name].sel(layer=layer))) for name in names]
         table.add_row(str(layer), *cells)
@@ -184,7 +202,7 @@ class ProgressBar:
 
     def begin(self, label: str, total: int, unit: str) -> None:
         """Start a bar for a pass."""
-        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), _Rate()]
+        columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), _Rate()]
         self._bar = RichProgress(
             *columns, TimeRemainingColumn(), console=self._console,
             transient=True, disable=not self._console.is_terminal,

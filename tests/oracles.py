@@ -384,3 +384,123 @@ def _simplex_answers(K: int, D: int, s: float, sigma: float, dist_exp: float) ->
         "nc2g_riesz_mean": float(np.sign(D - 2) * on_sphere ** (2.0 - D)),
         "nc2g_riesz": 0.0,
     }
+
+
+# ------------------------------------------------------- what the field reports beside the base set
+
+
+def _pseudo_inverse(matrix: Array) -> Array:
+    return np.linalg.pinv(matrix, hermitian=True)
+
+
+def _corrected_cdnv(train: Geometry, dist_exp: float) -> float:
+    """Return the mean CDNV without the bias of small classes, over pairs where it exists."""
+    i, j = pairs(len(train.means))
+    n, several = train.counts, train.counts >= 2
+    V = np.where(several, train.variances * n / np.maximum(n - 1, 1), 0)
+    sizes = (train.means**2).sum(axis=1)
+    d2 = squared_distances(train.means) - V[i] / n[i] - V[j] / n[j]
+    good = several[i] & several[j] & (d2 > SAME * (sizes[i] + sizes[j]))
+    return mean_and_variance((V[i] + V[j])[good] / 2 / d2[good] ** dist_exp, ddof=0)[0]
+
+
+def _nearest_cdnv(train: Geometry, dist_exp: float) -> float:
+    """Return the mean over classes of the CDNV with the nearest other mean."""
+    values = []
+    for c, m in enumerate(train.means):
+        d2 = ((train.means - m) ** 2).sum(axis=1)
+        d2[c] = np.inf
+        k = int(d2.argmin())
+        if d2[k] > SAME * ((m**2).sum() + (train.means[k] ** 2).sum()):
+            values.append((train.variances[c] + train.variances[k]) / 2 / d2[k] ** dist_exp)
+    return mean_and_variance(np.array(values), ddof=0)[0]
+
+
+def more_collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
+    """Return NC1 beside the base set."""
+    K, D = train.centred.shape
+    S_W, S_B = train.within, train.centred.T @ train.centred / K
+    ratios = (train.variances / (train.centred**2).sum(axis=1))[train.directed]
+    i, j = pairs(K)
+    apart = ~coincident(train.means)
+    lines = (train.means[j] - train.means[i])[apart]
+    along = ((lines @ S_W) * lines).sum(axis=1) / (lines**2).sum(axis=1) ** 2
+    within, between = (np.asarray(S, np.float64) for S in (S_W, S_B))
+    ridge = 1e-6 * np.trace(within) / D
+    values = {
+        "nc1_trace_share": np.trace(S_W) / (np.trace(S_W) + np.trace(S_B)),
+        "nc1_vci": 1 - np.trace(_pseudo_inverse(within + between) @ between) / min(D, K - 1),
+        "nc1_lda": np.trace(np.linalg.solve(within + ridge * np.eye(D), between))
+        if ridge
+        else np.nan,
+        "nc1_v_ratio_mean": ratios.mean(),
+        "nc1_v_ratio_median": np.median(ratios),
+        "nc1_v_ratio_q10": np.quantile(ratios.astype(np.float64), 0.1),
+        "nc1_v_ratio_q90": np.quantile(ratios.astype(np.float64), 0.9),
+        "nc1_cdnv_nearest": _nearest_cdnv(train, dist_exp),
+        "nc1_cdnv_corrected": _corrected_cdnv(train, dist_exp),
+        "nc1_cdnv_directional": mean_and_variance(along, ddof=0)[0],
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def more_structure(train: Geometry) -> dict[str, float]:
+    """Return NC2 beside the base set."""
+    K = len(train.means)
+    norms = np.sqrt((train.centred**2).sum(axis=1))
+    units = unit_rows(train.centred[train.directed])
+    i, j = pairs(len(units))
+    cos = (units[i] * units[j]).sum(axis=1)
+    r = np.sqrt(squared_distances(units))
+    grid = np.full((len(units), len(units)), np.inf)
+    grid[i, j] = grid[j, i] = r
+    values = {
+        "nc2_norm_cv": norms.std(ddof=1) / norms.mean(),
+        "nc2_cos_mean": cos.mean(),
+        "nc2_cos_std": cos.std(),
+        "nc2_cos_dev_mean": np.abs(cos + 1 / (K - 1)).mean(),
+        "nc2_cos_dev_max": np.abs(cos + 1 / (K - 1)).max(),
+        "nc2_coherence": np.abs(cos).max(),
+        "nc2_uniformity": np.log(np.exp(-2 * r**2).mean()),
+        "nc2_tammes": r.min(),
+        "nc2_tammes_mean": grid.min(axis=1).mean(),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def more_duality(train: Geometry, W: Array, b: Array | None = None) -> dict[str, float]:
+    """Return NC3 beside the base set, for the classifier rows of the classes used."""
+    W = wide(W)
+    norms = np.sqrt((W**2).sum(axis=1))
+    size = np.sqrt((train.centred**2).sum())
+    apart = W / np.sqrt((W**2).sum()) - train.centred / size
+    logits = W @ train.global_mean + (0 if b is None else wide(b))
+    values = {
+        "nc3_papyan": (apart**2).sum(),
+        "nc3_bias": np.sqrt((logits**2).sum()),
+        "nc2_weight_norm_cv": norms.std(ddof=1) / norms.mean(),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def _entropy_rank(values: Array) -> float:
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def spectra(X: Array, train: Geometry) -> dict[str, float]:
+    """Return ranks of S_W, S_B and the covariance of the samples X of the classes used."""
+    X = np.asarray(X, np.float64)
+    residuals = X - X.mean(axis=0)
+    K = len(train.means)
+    found = {"spec_rankme": _entropy_rank(np.linalg.svd(X, compute_uv=False))}
+    for name, matrix in (
+        ("within", train.within.astype(np.float64)),
+        ("between", (train.centred.T @ train.centred / K).astype(np.float64)),
+        ("total", residuals.T @ residuals / len(X)),
+    ):
+        values = np.maximum(np.linalg.eigvalsh(matrix), 0)
+        found[f"spec_{name}_erank"] = _entropy_rank(values)
+        found[f"spec_{name}_participation"] = float(values.sum() ** 2 / (values**2).sum())
+        found[f"spec_{name}_stable_rank"] = float(values.sum() / values.max())
+    return found

@@ -395,7 +395,8 @@ def test_a_bad_chunk_is_named_by_validate_and_refused_by_measure(folder, place, 
     validated = run_here("validate", "s", cwd=folder)
     assert (validated.code, validated.err) == (1, "")
     assert validated.out == f"{file} ({rows}): {what}\n1 bad chunk in s\n"
-    refused(folder, "measure s --out r.csv", re.escape(f"{file} ({rows})"), what, "ncbatch valid")
+    line = "measure s --metrics nc3_cos_mean,nc4_agree,nc5_ood_dev --out r.csv"
+    refused(folder, line, re.escape(f"{file} ({rows})"), what, "ncbatch validate")
     assert tree(folder) == before
 
 

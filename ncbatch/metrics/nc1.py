@@ -18,7 +18,7 @@ from ncbatch.metrics.metric import (
     reads,
     tally,
 )
-from ncbatch.metrics.spectrum import pseudo_inverse_trace
+from ncbatch.metrics.spectrum import ridge_trace, separation_eigenvalues
 from ncbatch.metrics.statistics import Statistics, Undefined
 
 _XU = "Xu & Liu 2023, arXiv:2306.03440"
@@ -32,9 +32,12 @@ def _inverse_trace(s: Statistics, limit: int | None = None) -> float:
 
 
 def _vci(s: Statistics) -> float:
-    between = s.between_covariance
-    explained = pseudo_inverse_trace(s.moments.within_covariance + between, between)
-    return 1.0 - explained / min(s.n_features, s.n_classes - 1)
+    """Sum 1 / (1 + mu) over eigenvalues mu of inv(S_W) S_B, where 1 - mu / (1 + mu) has no digits."""
+    most = min(s.n_features, s.n_classes - 1)
+    rank = min(s.spectrum.rank, most)
+    separations = separation_eigenvalues(s.spectrum, s.moments.within_covariance)[:rank]
+    xp = namespace(separations)
+    return (scalar(xp.sum(1.0 / (1.0 + separations))) + most - rank) / most
 
 
 def _lda(s: Statistics) -> float:
@@ -43,7 +46,7 @@ def _lda(s: Statistics) -> float:
     ridge = 1e-6 * scalar(xp.linalg.trace(within)) / s.n_features
     if ridge <= 0.0:
         raise Undefined("S_W is zero")
-    return pseudo_inverse_trace(within, s.between_covariance, ridge)
+    return ridge_trace(within, s.between_covariance, ridge)
 
 
 def _ratios(s: Statistics) -> Array:

@@ -48,14 +48,28 @@ class Spectrum:
         return scalar(xp.sum(spread / values))
 
 
-def pseudo_inverse_trace(matrix: Array, other: Array, ridge: float = 0.0) -> float:
-    """Compute tr(pinv(A + ridge I) B) of symmetric matrices A and B (D, D)."""
+def ridge_trace(matrix: Array, other: Array, ridge: float) -> float:
+    """Compute tr(inv(A + ridge I) B) of covariances A and B (D, D), ridge above 0."""
     xp = namespace(matrix, other)
     values, vectors = xp.linalg.eigh(matrix)
-    values = values + ridge
-    kept = values > matrix.shape[0] * _RELATIVE_FLOOR * xp.max(values)
     along = xp.sum(xp.matmul(other, vectors) * vectors, axis=0)
-    return scalar(xp.sum(along[kept] / values[kept]))
+    return scalar(xp.sum(along / (xp.clip(values, 0.0, None) + ridge)))
+
+
+def separation_eigenvalues(between: Spectrum, within: Array) -> Array:
+    """Compute the eigenvalues of inv(S_W) S_B that are not 0 (r,), descending.
+
+    Directions in which S_W vanishes beside its largest eigenvalue count as that much above 0, so
+    that a class separated by them has a large but finite eigenvalue.
+    """
+    xp = namespace(within)
+    values, vectors = xp.linalg.eigh(within)
+    values = xp.clip(values, 0.0, None)
+    tiny = within.shape[0] * _RELATIVE_FLOOR * scalar(xp.max(values))
+    values = xp.clip(values, tiny if tiny > 0.0 else 1e-300, None)
+    rows = between.vectors * xp.sqrt(between.values)[:, None]
+    whitened = xp.matmul(rows, vectors) / xp.sqrt(values)[None, :]
+    return xp.linalg.svdvals(whitened) ** 2
 
 
 def between_class_spectrum(centred: Array) -> Spectrum:

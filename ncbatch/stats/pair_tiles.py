@@ -44,8 +44,6 @@ COINCIDENT = 1e-24
 # Below this share of |a|^2 + |b|^2 a squared distance from products is computed anew.
 _LOST_IN_FLOAT64 = 1e-7
 _LOST_IN_FLOAT32 = 0.05
-# So many classes, and more than an ETF can have, before products are worth taking in float32.
-_FLOAT32_CLASSES = 4096
 _SAMPLE_CLASSES = 128
 
 
@@ -123,7 +121,8 @@ class PairTiles:
         if compiled is None:
             compiled = is_numpy_array(means) and self.n_classes > _COMPILED_CLASSES
         self._compiled = compiled
-        many = self.n_classes > max(_FLOAT32_CLASSES, self.n_features + 1)
+        # With more classes than an ETF can have no variance is so small that float32 shows in it.
+        many = self.n_classes > max(_COMPILED_CLASSES, self.n_features + 1)
         self._products = np.dtype(products or (np.float32 if many else np.float64))
 
     def _set_norms(self) -> None:
@@ -157,7 +156,7 @@ class PairTiles:
         operands = n_classes * n_features * 8 * (2 * directional - 1)
         operands += n_classes * 256 + n_features**2 * 8 * 3 * (directional - 1)
         if n_classes > _COMPILED_CLASSES:
-            itemsize = 4 if n_classes > _FLOAT32_CLASSES else 8
+            itemsize = 4 if n_classes > n_features + 1 else 8
             tile = _COMPILED_TILE * (_COMPILED_TILE * itemsize * directional + 1024)
             states = 3 * max_pending() * n_classes * 24 if "nearest" in quantities else 0
             return operands + tile * cpu_count() + states + _COMPILER_BYTES

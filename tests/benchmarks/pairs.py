@@ -2,7 +2,7 @@
 
 Run it from the project's root::
 
-    python -m tests.benchmarks.pairs [--quick] [--json FILE]
+    python -m tests.benchmarks.pairs [CASE...] [--quick] [--repeats N] [--json FILE]
 
 Each case runs in a process of its own, so that its peak of resident memory is its own. Peers do the
 work on the same means: scikit-learn's chunked pairwise distances (one statistic, the mean distance),
@@ -77,7 +77,7 @@ def sweep(k: int, d: int, which: str) -> float:
         n = len(means)
         pairs = PairTiles(
             means, means.mean(axis=0), variances[:n], counts=counts[:n], within=within,
-            quantities=quantities, compiled=True, products=np.float32 if k > 4096 else None,
+            quantities=quantities, compiled=True, products=np.float32,
         )  # fmt: skip
         run(PairPass(pairs, "benchmark"))
 
@@ -146,7 +146,9 @@ def measure(name: str, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all by default")
     parser.add_argument("--quick", action="store_true", help="the small cases, once")
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,8 +163,8 @@ def main() -> None:
     print(json.dumps(about))
     print(f"{'case':<24}{'seconds':>10}{'limit':>10}{'ratio':>8}{'peak MiB':>10}")
     results = {}
-    for name in QUICK if options.quick else CASES:
-        found = results[name] = measure(name, 1 if options.quick else 3)
+    for name in options.cases or (QUICK if options.quick else CASES):
+        found = results[name] = measure(name, 1 if options.quick else options.repeats)
         print(
             f"{name:<24}{found['seconds']:>10.2f}{found['limit_seconds']:>10.2f}"
             f"{found['ratio']:>8.2f}{found['peak_bytes'] / 2**20:>10.0f}",
