@@ -500,6 +500,8 @@ def spectra(X: Array, train: Geometry) -> dict[str, float]:
         ("total", residuals.T @ residuals / len(X)),
     ):
         values = np.maximum(np.linalg.eigvalsh(matrix), 0)
+        if not values.any():
+            continue
         found[f"spec_{name}_erank"] = _entropy_rank(values)
         found[f"spec_{name}_participation"] = float(values.sum() ** 2 / (values**2).sum())
         found[f"spec_{name}_stable_rank"] = float(values.sum() / values.max())
