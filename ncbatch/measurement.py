@@ -30,6 +30,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "wu2024": {"weighted": False, "dist_exp": 2.0, "min_count": 1},
 }
 
+# Greater exponents of distances leave the range of float64 on ordinary data.
+_MAX_DIST_EXP = 16.0
+
 StoreLike = FeatureStore | str | os.PathLike[str]
 
 
@@ -113,8 +116,8 @@ def measure(
     """
     if precision not in ("exact", "fp32"):
         raise UsageError(f"precision '{precision}'", "exact or fp32")
-    if not dist_exp > 0:
-        raise UsageError(f"dist_exp {dist_exp}", "a number above 0")
+    if not 0.0 < dist_exp <= _MAX_DIST_EXP:
+        raise UsageError(f"dist_exp {dist_exp}", f"a number above 0, at most {_MAX_DIST_EXP:g}")
     options = Options(
         train, test, ood, min_count, max_count,
         None if classes is None else tuple(int(c) for c in classes),
@@ -268,9 +271,11 @@ def _notes(tasks: list[LayerTask]) -> list[str]:
     """Say once what is missing where."""
     places: dict[tuple[str, str], list[str]] = {}
     for task in tasks:
+        applied = {metric.place for metric in task.metrics}
         for why, metrics in task.missing.items():
-            kinds = ", ".join(dict.fromkeys(metric.place for metric in metrics))
-            layers = places.setdefault((why, kinds), [])
+            # A kind of collapse is named as a whole where none of its metrics is left.
+            names = [m.name if m.place in applied else m.place for m in metrics]
+            layers = places.setdefault((why, ", ".join(dict.fromkeys(names))), [])
             if task.layer not in layers:
                 layers.append(task.layer)
     return [

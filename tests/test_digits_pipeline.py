@@ -45,7 +45,7 @@ def test_the_recipe_shows_collapse(tmp_path):
         assert store.split(name).head == "hidden3"
 
     results = nc.load_results(tmp_path / "results.zarr")
-    assert dict(results.sizes) == {"store": len(stores), "layer": 4}
+    assert (results.sizes["store"], results.sizes["layer"]) == (len(stores), 4)
     last = results.sel(layer="hidden3")
     assert last["nc1_pinv"].values[-1] < last["nc1_pinv"].values[0] / 10
     assert last["nc2_etf_err"].values[-1] < last["nc2_etf_err"].values[0] / 2

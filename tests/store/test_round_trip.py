@@ -164,6 +164,17 @@ def test_chunks_of_zeros_exist_on_disk(tmp_path):
     assert len(list((tmp_path / "s/train/label/c").iterdir())) == 4
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_of_nothing_but_fill_values_exist_on_disk(tmp_path):
+    store = FeatureStore.create(tmp_path / "s", 1, {"h": 4}, "float32")
+    with store.writer("train", head="h") as writer:
+        holes = np.full(200, -1)
+        writer.append({"h": np.full((200, 4), np.nan)}, holes, holes)
+    for name in ("layers/h/feature", "label", "prediction"):
+        assert len(list((tmp_path / "s/train" / name / "c").iterdir())) == 4
+    assert store.validate() == []
+
+
 def test_header_holds_format_id_and_classes(tmp_path):
     store = FeatureStore.create(
         tmp_path / "s", 3, {"h": 4}, "bfloat16", class_names=["a", "b", "ç"]
