@@ -16,6 +16,7 @@ from ncbatch.engine import Item, Progress, run
 from ncbatch.errors import DataError, OutputError, UsageError
 from ncbatch.metrics import Statistics
 from ncbatch.passes import MomentsPass
+from ncbatch.results import check_output
 from ncbatch.rows import RowSource, count_labels, select_classes
 from ncbatch.stats import PairTiles
 from ncbatch.store import FeatureStore
@@ -137,8 +138,7 @@ def write_grid(
         raise OutputError(f"output '{out}'", "a name that ends in .zarr")
     if target.exists():
         raise OutputError(f"'{out}' exists", "a free path")
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"no folder '{target.absolute().parent}'", "", "create it first")
+    check_output(target)
     store = FeatureStore.open(path)
     part = store.split(split)
     part.feature(layer)

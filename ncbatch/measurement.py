@@ -123,6 +123,8 @@ def measure(
         None if classes is None else tuple(int(c) for c in classes),
         weighted, dist_exp, skip_nonfinite, precision, null, null_seed, per_class,
     )  # fmt: skip
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    layers = [layers] if isinstance(layers, str) else layers
     wanted = find_metrics(metrics)
     opened = _open_all(stores)
     tasks = [

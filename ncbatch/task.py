@@ -110,7 +110,7 @@ class LayerTask:
     def check_chunks(self) -> None:
         """Refuse missing chunks in every split that will be read."""
         used = [self.train]
-        if "decisions" in self._reads:
+        if self._reads & {"decisions", "test"}:
             used.append(self.decided)
         if "ood" in self._reads and self.ood is not None:
             used.append(self.ood)
@@ -122,6 +122,10 @@ class LayerTask:
         k, d = len(self.selection.classes), self.train.spec(self.layer).n_features
         # Means and moments stay; metrics hold centred means, directions and S_B's factors.
         state = k * (d * 8 + 48) + (d * d * 8 if "scatter" in self._reads else 0)
+        if self._reads & {"classifier", "decisions"} and self.layer in self.store.classifiers:
+            state += (self.store.n_classes + k) * d * 8  # the classifier, and its rows used
+        if self.options.null:
+            state += k * (d * 8 + 48) + (d * d * 8 if "scatter" in self._reads else 0)
         labels = self.store.n_classes * 32
         prices = [
             Price(f"the moments of {self._where}", self._moments_pass([]).peak_bytes + labels)
@@ -142,6 +146,10 @@ class LayerTask:
             prices.append(
                 Price(f"the decisions of {self._where}", state + self._decision_bytes(k, d))
             )
+        if "test" in self._reads:
+            classes = self.selection.classes
+            peak = state + self._test_pass(classes, []).peak_bytes
+            prices.append(Price(f"the test moments of {self._where}", peak))
         if "directional" in self._reads:
             source = self._source(self.train, None, [])
             peak = DirectionalVariance.peak_bytes(k, d, source.block_rows) + source.read_bytes
@@ -155,7 +163,6 @@ class LayerTask:
         rows = source.block_rows
         peak = source.read_bytes + k * d * 16 + Rule.peak_bytes(k, d, rows, itemsize)
         if not self._by_predictions:
-            peak += self.store.n_classes * d * 8
             peak += Rule.peak_bytes(self.store.n_classes, d, rows, itemsize)
         return peak
 
@@ -179,9 +186,12 @@ class LayerTask:
         if "ood" in self._reads and self.ood is not None:
             outside, _ = run(self._ood_pass(self.ood, skipped), progress)
             seen = outside.select(np.flatnonzero(outside.counts))
-            statistics = replace(statistics, ood_mean=seen.means.mean(axis=0))
+            if len(seen.counts):
+                statistics = replace(statistics, ood_mean=seen.means.mean(axis=0))
         if "test" in self._reads:
-            tested, _ = run(self._test_pass(classes, skipped), progress)
+            tested, _ = run(
+                self._test_pass(classes, [] if "decisions" in self._reads else skipped), progress
+            )
             statistics = replace(statistics, test=tested)
         if "directional" in self._reads:
             found = run(self._directional_pass(statistics, classes), progress)

@@ -317,3 +317,29 @@ def test_measured_peak_stays_below_the_planned(tmp_path, n: int, D: int, K: int,
     planned = int(smallest.removesuffix("MiB")) * 1024
     assert peak <= planned
     assert planned - before <= 4 * (peak - before), "a plan so loose that it refuses what works"
+
+
+def test_degenerate_outside_data_and_equal_means_have_reasons(tmp_path):
+    X = np.array([[1.0, 2.0], [3.0, 4.0], [1.5, 2.5], [2.5, 3.5]]) + 0.1
+    ood = np.full((3, 2), np.nan)
+    data = Features(X, np.array([0, 0, 1, 1]), 2)
+    store = make_store(
+        tmp_path / "s.zarr", data, splits={"ood": (ood, np.zeros(3, int))}, W=np.eye(2)
+    )
+    ds = nc.measure(store, skip_nonfinite=True)
+    assert "no out-of-distribution row" in ds.nc5_ood_dev.attrs["undefined"]
+    for name in ("nc3_dual_err", "nc2_norm_cv", "nc1_pinv", "nc2_etf_err"):
+        assert np.isnan(ds[name][0, 0]), name
+        assert ds[name].attrs["undefined"]
+    assert float(ds.nc2_norm_mean[0, 0]) == 0.0
+    one = nc.measure(store, layers="h", metrics="nc1_trace_share", skip_nonfinite=True)
+    assert np.isnan(one.nc1_trace_share[0, 0])
+
+
+def test_a_zero_mean_has_no_angle_to_outside_data(tmp_path):
+    X = np.array([[1.0, 0.5], [-1.0, -0.5], [2.0, 1.0], [2.2, 1.4]])
+    data = Features(X, np.array([0, 0, 1, 1]), 2)
+    ood = (np.array([[1.0, 0.0]]), np.zeros(1, int))
+    ds = nc.measure(make_store(tmp_path / "s.zarr", data, splits={"ood": ood}))
+    oracle = base_metrics(X, data.y, 2, X_ood=ood[0])
+    assert float(ds.nc5_ood_dev[0, 0]) == pytest.approx(oracle["nc5_ood_dev"])

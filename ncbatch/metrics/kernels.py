@@ -84,7 +84,7 @@ def riesz_kernel(data: Array, tile_size: int | None = None) -> Array:
     Returns
     -------
     array (K, K) of float64
-        Overflows for large D: `kernel_stats` and the metric ``nc2g_riesz_logmean`` do not.
+        Overflows for large D: `kernel_stats` and the metric ``nc2g_riesz_log_mean`` do not.
     """
     xp = namespace(data)
     s = data.shape[1] - 2

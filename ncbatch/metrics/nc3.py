@@ -59,6 +59,18 @@ def _weight_norm_cv(s: Statistics) -> float:
     return math.sqrt(variance(norms, "a classifier row")) / average
 
 
+def _ood_deviation(s: Statistics) -> float:
+    if s.ood_mean is None:
+        raise Undefined("no out-of-distribution row is left")
+    xp, means = namespace(s.moments.means), s.moments.means
+    if not scalar(xp.sum(s.ood_mean**2)) > 0.0:
+        raise Undefined("the mean of the out-of-distribution data is zero")
+    lengths = xp.sum(means * means, axis=1)
+    if not bool(xp.any(lengths > 0.0)):
+        raise Undefined("all class means are zero")
+    return orthogonality_deviation(means[lengths > 0.0], s.ood_mean)
+
+
 def _rate(s: Statistics, kind: str) -> float:
     if s.decisions is None:
         raise Undefined("no decisions")
@@ -136,6 +148,6 @@ NC3 = (
     Metric(
         "nc5_ood_dev", "alignment of class means with outside data",
         "mean over classes of |cos(m_c, m_G^ood)|", AMMAR,
-        reads("ood"), lambda s: orthogonality_deviation(s.moments.means, s.ood_mean), random=yardsticks.cosine_size,
+        reads("ood"), _ood_deviation, random=yardsticks.cosine_size,
     ),
 )  # fmt: skip

@@ -42,6 +42,13 @@ def _of(which: str, measure: Callable[[Array], float]) -> Callable[[Statistics],
     return compute
 
 
+def _rankme(s: Statistics) -> float:
+    values = s.raw_singular_values
+    if not scalar(namespace(values).sum(values)) > 0.0:
+        raise Undefined("all features are zero")
+    return _effective_rank(values)
+
+
 _MATRICES = (
     ("within", "S_W"),
     ("between", "S_B"),
@@ -65,6 +72,6 @@ SPECTRA = (
     Metric(
         "spec_rankme", "RankMe: effective rank of the features",
         "exp(entropy of s / sum s), s singular values of the uncentred samples", _GARRIDO,
-        reads("scatter"), lambda s: _effective_rank(s.raw_singular_values),
+        reads("scatter"), _rankme,
     ),
 )  # fmt: skip

@@ -75,8 +75,9 @@ class Statistics:
 
     @cached_property
     def centred(self) -> Array:
-        """Mc = M - m_G (K, D)."""
-        return self.moments.means - self.global_mean
+        """Mc = M - m_G (K, D); zeros, not rounding errors, where all means are one."""
+        apart = self.moments.means - self.global_mean
+        return apart if self.n_directed else namespace(apart).zeros_like(apart)
 
     @cached_property
     def square_norms(self) -> Array:
@@ -86,11 +87,12 @@ class Statistics:
     @cached_property
     def directed(self) -> Array:
         """Which centred means have a direction (K,): those that differ from m_G."""
-        xp = namespace(self.centred)
-        size = xp.sum(self.moments.means**2, axis=1) + xp.sum(self.global_mean**2)
-        return self.square_norms > COINCIDENT * size
+        means, center = self.moments.means, self.global_mean
+        xp = namespace(means)
+        size = xp.sum(means**2, axis=1) + xp.sum(center**2)
+        return xp.sum((means - center) ** 2, axis=1) > COINCIDENT * size
 
-    @property
+    @cached_property
     def n_directed(self) -> int:
         """How many centred means have a direction."""
         return int(namespace(self.directed).count_nonzero(self.directed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -235,11 +236,15 @@ class Moments:
         DataError
             When the file holds no moments.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if "ncbatch_moments" not in getattr(file, "files", ()):
-                raise DataError(
-                    f"'{os.fspath(path)}' holds no moments", "a file written by Moments.save"
-                )
+        try:
+            opened = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile):
+            opened = None
+        if not isinstance(opened, np.lib.npyio.NpzFile) or "ncbatch_moments" not in opened.files:
+            raise DataError(
+                f"'{os.fspath(path)}' holds no moments", "a file written by Moments.save"
+            )
+        with opened as file:
             scatter = file["scatter"] if "scatter" in file.files else None
             return cls(file["counts"], file["means"], file["traces"], scatter)
 

@@ -38,7 +38,7 @@ def null_labels(
     """
     with np.errstate(over="ignore"):
         z = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z ^= _mix(np.array([seed], np.int64).astype(np.uint64))
+        z ^= _mix(np.array([seed % 2**64], np.uint64))
         z = _mix(_mix(z))
     ends = np.cumsum(counts)
     draws = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 * float(ends[-1])

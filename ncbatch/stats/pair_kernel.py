@@ -22,8 +22,8 @@ COS, COS2, DEV, DEV2, UNIFORM, UNIFORM2 = range(10, 16)
 CORRECTED, CORRECTED2, DIRECTED, DIRECTED2 = range(16, 20)
 N_SUMS = 20
 # Counts per tile.
-PAIRS, APART, DIRECTIONS, DIRECTIONS_APART, CORRECTABLE = range(5)
-N_COUNTS = 5
+PAIRS, APART, DIRECTIONS, DIRECTIONS_APART, CORRECTABLE, ALONG = range(6)
+N_COUNTS = 6
 # Extremes: columns of (minimum, maximum).
 CDNV_RANGE, SQUARE_RANGE, COSINE_RANGE, INNER_RANGE = 0, 2, 4, 6
 # Sums that are taken of differences from a reference, and the count each goes with.
@@ -35,7 +35,7 @@ REFERENCED = {
     COS: DIRECTIONS,
     DEV: DIRECTIONS,
     CORRECTED: CORRECTABLE,
-    DIRECTED: APART,
+    DIRECTED: ALONG,
 }
 
 # Numbers are finite, or infinite where that is meant, but never NaN; sums may be reordered.
@@ -204,7 +204,7 @@ def _sum_corrected(
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
 def _sum_directed(
     g: Any, square_w: Any, within: Any, center: Any, i: int, j: int, lost: float, d2: Any,
-    size: Any, zi: float, reference: float, along: Any, sums: Any,
+    size: Any, zi: float, reference: float, along: Any, sums: Any, counts: Any,
 ) -> None:  # fmt: skip
     wi = square_w[i]
     least = np.inf
@@ -216,14 +216,15 @@ def _sum_directed(
         for t in range(d2.shape[0]):
             if along[t] < lost * (wi + square_w[j + t]):
                 along[t] = _direct(within[i], within[j + t], 1.0, 1.0, center, 0.0)
-    t1 = t2 = 0.0
+    t1 = t2 = found = 0.0
     for t in range(d2.shape[0]):
         apart = d2[t] > (zi + size[t])
         q = 1.0 / d2[t] if apart else 0.0
         v = along[t] * q * q - reference if apart else 0.0
         t1 += v
         t2 += v * v
-    sums[DIRECTED], sums[DIRECTED2] = t1, t2
+        found += 1.0 if apart else 0.0
+    sums[DIRECTED], sums[DIRECTED2], counts[ALONG] = t1, t2, found
 
 
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
@@ -411,7 +412,7 @@ def sweep_tile(
             g[:] = gram_w[a, b:]
             _sum_directed(
                 g, square_w, within, center, i, j, lost, d2, size[here], size[i],
-                refs[DIRECTED], x, sums[a],
+                refs[DIRECTED], x, sums[a], counts[a],
             )  # fmt: skip
         if want_near:
             near_at[a] = _nearest_of(d2, i, j, near[a], cnear[0, b:], cnear_at[b:])

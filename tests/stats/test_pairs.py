@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.stats import PairStats, Tally, sweep_pairs
+from ncbatch.stats import PAIR_QUANTITIES, PairStats, Tally, sweep_pairs
 from tests.libraries import LIBRARIES, NUMPY, Library
 
 # The sweep of NumPy arrays by compiled code is a way of its own, in both dtypes of products.
@@ -254,3 +254,15 @@ def assert_same(a, b, rel):
                 assert_same(getattr(a, f.name), getattr(b, f.name), rel)
     else:
         assert a == pytest.approx(b, rel=rel, abs=1e-15)
+
+
+@pytest.mark.parametrize("quantity", PAIR_QUANTITIES)
+def test_each_quantity_alone_is_what_it_is_among_all(quantity: str):
+    rng = np.random.default_rng(1)
+    means, V, n = rng.normal(size=(30, 4)), rng.uniform(size=30), rng.integers(2, 9, 30)
+    given = dict(counts=n, within=np.eye(4), compiled=True, tile_classes=8)
+    alone = sweep_pairs(means, 0.0, V, quantities=[quantity], **given)
+    among = sweep_pairs(means, 0.0, V, **given)
+    assert_same(getattr(alone, quantity), getattr(among, quantity), 1e-9)
+    if quantity != "nearest":
+        assert getattr(alone, quantity).n > 400
