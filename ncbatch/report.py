@@ -276,6 +276,7 @@ pairs are unordered, i < j.
 - Left out, and counted in the result: pairs with d^2 <= 1e-24 (|m_i|^2 + |m_j|^2), from the CDNV (`n_coincident_pairs`); pairs
   with equal directions, from logarithmic and Riesz energies (`n_coincident_directions`); means equal to m_G, from
   everything that needs a direction (`n_means_without_direction`).
+- `nc1_cdnv_corrected` leaves out pairs whose corrected squared distance is not above 1e-9 of the terms it is a difference of.
 - A metric without a value is empty, and its attribute `undefined` says why.
 
 ## The table

@@ -399,8 +399,10 @@ def _corrected_cdnv(train: Geometry, dist_exp: float) -> float:
     n, several = train.counts, train.counts >= 2
     V = np.where(several, train.variances * n / np.maximum(n - 1, 1), 0)
     sizes = (train.means**2).sum(axis=1)
-    d2 = squared_distances(train.means) - V[i] / n[i] - V[j] / n[j]
+    whole, errors = squared_distances(train.means), V[i] / n[i] + V[j] / n[j]
+    d2 = whole - errors
     good = several[i] & several[j] & (d2 > SAME * (sizes[i] + sizes[j]))
+    good &= d2 > 1e-9 * (whole + errors)  # less is rounding error, where the exact value is 0
     return mean_and_variance((V[i] + V[j])[good] / 2 / d2[good] ** dist_exp, ddof=0)[0]
 
 

@@ -38,6 +38,8 @@ REFERENCED = {
     DIRECTED: ALONG,
 }
 
+# Below this share of its terms a corrected squared distance is rounding error.
+NO_DIGITS = 1e-9
 # Numbers are finite, or infinite where that is meant, but never NaN; sums may be reordered.
 _FAST = {"reassoc", "contract", "nsz", "arcp", "nnan"}
 _EXACT_ORDER = {"contract", "nsz", "nnan"}
@@ -190,7 +192,8 @@ def _sum_corrected(
         return
     for t in range(d2.shape[0]):
         d = d2[t] - ei - error[t]
-        good = (corrected[t] >= 0.0) and (d > zi + size[t])
+        kept = max(zi + size[t], NO_DIGITS * (d2[t] + ei + error[t]))
+        good = (corrected[t] >= 0.0) and (d > kept)
         q = 1.0 / d if good else 0.0
         if p != 1.0:
             q = q**p

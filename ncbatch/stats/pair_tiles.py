@@ -45,6 +45,8 @@ COINCIDENT = 1e-24
 _LOST_IN_FLOAT64 = 1e-7
 _LOST_IN_FLOAT32 = 0.05
 _SAMPLE_CLASSES = 128
+# Below this share of its terms a corrected squared distance is rounding error.
+_NO_DIGITS = 1e-9
 
 
 class PairTiles:
@@ -258,9 +260,11 @@ class PairTiles:
             found["top_cdnv"] = self._top(values, apart, rows, columns)
         if "cdnv_corrected" in self.quantities:
             corrected, error = self._corrected
-            left = squares - 2.0 * self._mean_of_pair(error, rows, columns)
+            errors = 2.0 * self._mean_of_pair(error, rows, columns)
+            left = squares - errors
             both = (corrected[rows] >= 0.0)[:, None] & (corrected[columns] >= 0.0)[None, :]
             good = pairs & both & self.apart(rows, columns, left)
+            good = good & (left > _NO_DIGITS * (squares + errors))
             values = self._mean_of_pair(corrected, rows, columns)[good]
             found["cdnv_corrected"] = Tally.of(values / left[good] ** self._dist_exp)
         if self._within is not None:

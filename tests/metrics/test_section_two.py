@@ -115,3 +115,12 @@ def test_simplex_has_its_known_answers(tmp_path, sigma: float):
     assert float(ds.nc2_cos_dev_max) == pytest.approx(0, abs=1e-12)
     assert float(ds.nc2_tammes) == pytest.approx(np.sqrt(2 * K / (K - 1)))
     assert float(ds.nc2_norm_cv) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_corrected_distance_of_exactly_zero_is_left_out(tmp_path):
+    X = np.array([97.5, 100, 102, 99, 99, 100, 100, 100, 99, 97,
+                  100.5, 102, 102, 100.5, 101.5, 100, 100, 102, 102, 102])[:, None]  # fmt: skip
+    y = np.array([8, 6, 5, 2, 3, 0, 0, 0, 1, 8, 6, 9, 5, 6, 9, 7, 6, 5, 5, 9])
+    ds = nc.measure(make_store(tmp_path / "s.zarr", Features(X, y, 10)))
+    # In rational arithmetic classes 5 and 9 have none; in float64 it comes out as 1e-15.
+    assert float(ds.nc1_cdnv_corrected[0, 0]) == pytest.approx(0.1209, abs=5e-5)
