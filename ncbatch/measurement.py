@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Conventions of papers, as arguments of `measure`.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The notebook of Papyan, Han & Donoho: the global mean is that of the samples.
+    # Papyan, Han & Donoho define the global mean as that of the samples; their classes are balanced.
     "papyan2020": {"weighted": True, "dist_exp": 1.0, "min_count": 1},
     # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
     "wu2024": {"weighted": False, "dist_exp": 2.0, "min_count": 1},

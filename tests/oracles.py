@@ -389,8 +389,23 @@ def _simplex_answers(K: int, D: int, s: float, sigma: float, dist_exp: float) ->
 # ------------------------------------------------------- what the field reports beside the base set
 
 
-def _pseudo_inverse(matrix: Array) -> Array:
-    return np.linalg.pinv(matrix, hermitian=True)
+def _collapse_index(within: Array, centred: Array) -> float:
+    """Return 1 - tr(pinv(S_W + S_B) S_B) / min(D, K - 1) without the cancellation at collapse.
+
+    In the range of S_B the inverse of S_T is that of A + S_B, with A the Schur complement of S_W.
+    """
+    K, D = centred.shape
+    _, s, V = np.linalg.svd(centred.astype(np.float64), full_matrices=True)
+    rank = int((s > D * np.finfo(np.float64).eps * s[0]).sum())
+    S = V @ within.astype(np.float64) @ V.T
+    own, cross, rest = S[:rank, :rank], S[:rank, rank:], S[rank:, rank:]
+    values, Q = np.linalg.eigh(rest)
+    varies = values > D * np.finfo(np.float64).eps * np.trace(S)
+    reduced = cross @ Q[:, varies] / np.sqrt(values[varies])
+    A = own - reduced @ reduced.T
+    left = np.trace(np.linalg.solve(A + np.diag(s[:rank] ** 2 / K), A))
+    full = min(D, K - 1)
+    return float((full - rank + left) / full)
 
 
 def _corrected_cdnv(train: Geometry, dist_exp: float) -> float:
@@ -422,7 +437,7 @@ def more_collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
     """Return NC1 beside the base set."""
     K, D = train.centred.shape
     S_W, S_B = train.within, train.centred.T @ train.centred / K
-    ratios = (train.variances / (train.centred**2).sum(axis=1))[train.directed]
+    ratios = train.variances[train.directed] / (train.centred[train.directed] ** 2).sum(axis=1)
     i, j = pairs(K)
     apart = ~coincident(train.means)
     lines = (train.means[j] - train.means[i])[apart]
@@ -431,7 +446,7 @@ def more_collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
     ridge = 1e-6 * np.trace(within) / D
     values = {
         "nc1_trace_share": np.trace(S_W) / (np.trace(S_W) + np.trace(S_B)),
-        "nc1_vci": 1 - np.trace(_pseudo_inverse(within + between) @ between) / min(D, K - 1),
+        "nc1_vci": _collapse_index(S_W, train.centred),
         "nc1_lda": np.trace(np.linalg.solve(within + ridge * np.eye(D), between))
         if ridge
         else np.nan,

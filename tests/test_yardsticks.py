@@ -1,6 +1,7 @@
 """Yardsticks: floors hold, random values are those of random means, null values those of chance."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import ncbatch as nc
 from ncbatch.metrics import CATALOGUE, Statistics
 from ncbatch.stats import Moments, null_labels, sweep_pairs
 from ncbatch.store import format as store_format
-from tests.strategies import Features
+from tests.oracles import select
+from tests.strategies import REGIMES, Features
 from tests.test_measurement import make_store
 
 
@@ -56,6 +58,36 @@ def test_random_value_of_fewer_classes_than_features():
     assert got == pytest.approx(np.mean([metric.random(s) for s in draws]), rel=0.05)
 
 
+@pytest.mark.parametrize("K", [64, 65, 66])
+def test_no_random_value_where_the_inverse_has_no_expectation(K: int):
+    for name in ("nc1_pinv", "nc1_svd"):
+        random = CATALOGUE[name].random
+        assert math.isnan(random(gaussian(K, 64, 0)))
+        assert random(gaussian(63, 64, 0)) > 0
+        assert random(gaussian(67, 64, 0)) > 0
+
+
+def test_random_mean_cosine_of_few_classes_is_that_of_centred_means():
+    draws = [gaussian(6, 200, seed) for seed in range(20)]
+    metric = CATALOGUE["nc2_cos_mean"]
+    assert metric.random(draws[0]) == pytest.approx(-1 / 5)
+    assert np.mean([metric.compute(s) for s in draws]) == pytest.approx(-1 / 5, rel=0.01)
+
+
+@pytest.mark.parametrize("dist_exp", [1.0, 2.0, 1.5])
+def test_random_cdnv_follows_the_exponent(dist_exp: float):
+    draws = [replace(gaussian(400, 24, seed), dist_exp=dist_exp) for seed in range(3)]
+    d2 = [
+        np.sum((s.moments.means[i] - s.moments.means[j]) ** 2, axis=1)
+        for s in draws
+        for i, j in [np.triu_indices(400, 1)]
+    ]
+    got = np.mean([24 * 0.5**2 / d**dist_exp for d in d2])
+    claimed = np.mean([CATALOGUE["nc1_cdnv"].random(s) for s in draws])
+    assert claimed == pytest.approx(got, rel=0.03)
+    assert math.isnan(CATALOGUE["nc1_cdnv"].random(replace(draws[0], dist_exp=12.0)))
+
+
 @pytest.mark.parametrize(("K", "D"), [(5, 8), (9, 8), (10, 8), (200, 8)])
 def test_floors_are_not_undercut(K: int, D: int):
     s = gaussian(K, D, 0)
@@ -96,6 +128,37 @@ def collapsed(K=300, D=20, n=15, seed=0, shuffled=True) -> Features:
         y = rng.permutation(y)
     X = 100 * rng.normal(size=(K, D))[y] + 1e-3 * rng.normal(size=(K * n, D))
     return Features(X, y, K)
+
+
+NULL_OPTIONS = [
+    {"min_count": 10},
+    {"max_count": 40},
+    {"classes": range(0, 40, 3), "min_count": 2},
+    {"weighted": True, "dist_exp": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", NULL_OPTIONS, ids=str)
+def test_null_draws_among_the_chosen_classes_for_their_rows_alone(tmp_path, options):
+    data = REGIMES["zipf"](3)
+    X, y = data.X.astype(np.float64), data.y.copy()
+    foreign = np.random.default_rng(0).random(len(y)) < 0.2
+    X[foreign] *= 50
+    y[foreign] = -1
+    filters = {k: v for k, v in options.items() if k in {"min_count", "max_count", "classes"}}
+    chosen = select(y, 60, **filters)
+    rows = np.flatnonzero(np.isin(y, chosen))
+    drawn = np.full(len(y), -1)
+    drawn[rows] = chosen[null_labels(rows, np.bincount(y[y >= 0], minlength=60)[chosen], 4)]
+    store = make_store(tmp_path / "s.zarr", Features(X, y, 60))
+    ds = nc.measure(store, null=True, null_seed=4, **options)
+    rest = {k: v for k, v in options.items() if k not in filters}
+    direct = nc.measure(make_store(tmp_path / "null.zarr", Features(X, drawn, 60)), **rest)
+    nulls = [str(name) for name in ds if str(name).endswith("_null")]
+    assert len(nulls) > 40
+    for name in nulls:
+        want = float(direct[name.removesuffix("_null")][0, 0])
+        assert float(ds[name][0, 0]) == pytest.approx(want, rel=1e-6, abs=1e-12, nan_ok=True), name
 
 
 @pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "sorted"])

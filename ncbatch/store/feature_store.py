@@ -31,8 +31,9 @@ from ncbatch.store.format import (
     layer_specs,
     read_header,
 )
+from ncbatch.store.layer_writing import LayerWriter
 from ncbatch.store.split import Split
-from ncbatch.store.writing import LayerWriter, Writer
+from ncbatch.store.writing import Writer
 
 if TYPE_CHECKING:
     import dask.array as da

@@ -17,7 +17,7 @@ import ncbatch as nc
 from ncbatch.arrays import to_numpy
 from ncbatch.errors import DataError, StoreError, UnknownNameError, UsageError
 from ncbatch.store import format as store_format
-from ncbatch.store import writing
+from ncbatch.store import row_buffer, writing
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -697,7 +697,7 @@ def kill_at(path: str, moment: str, count: int) -> None:
             yield batch
 
     if moment != "batch":
-        before(writing.Writer if moment != "flush" else writing._RowBuffer, moment)
+        before(writing.Writer if moment != "flush" else row_buffer.RowBuffer, moment)
     dump_wide(path, ticking(wide_batches()) if moment == "batch" else None)
 
 
