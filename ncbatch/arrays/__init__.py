@@ -9,12 +9,15 @@ from ncbatch.arrays.namespace import (
     to_numpy,
 )
 from ncbatch.arrays.products import row_blocks, symmetric_product, triangular_factor
+from ncbatch.arrays.rows import CentredRows, StoredRows
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
 from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 
 __all__ = [
     "Array",
+    "CentredRows",
     "Segments",
+    "StoredRows",
     "add_at",
     "as_float64",
     "cpu_count",
