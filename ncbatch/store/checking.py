@@ -10,6 +10,8 @@ import numpy.typing as npt
 import zarr
 
 from ncbatch.store.chunks import Fault, chunk_fault, present_chunks, read_fault
+from ncbatch.store.commit_records import n_samples
+from ncbatch.store.finalizing import ARRAYS
 from ncbatch.store.format import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ def find_faults(store: FeatureStore) -> list[Fault]:
     faults: list[Fault] = []
     for name in store.splits:
         faults.extend(_split_faults(store.split(name), store.n_classes))
+    for name, n in store.lost_splits.items():
+        faults.append(Fault(f"{name}/label", 0, n, "array is missing"))
     for layer in store.classifiers:
         for array in store.classifier_arrays(layer):
             faults.extend(_array_faults(array, None))
@@ -30,8 +34,9 @@ def find_faults(store: FeatureStore) -> list[Fault]:
 
 def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
     label = split.arrays["label"]
-    bad = list(_array_faults(label, None, finalized=split.finalized))
+    bad = list(_array_faults(label, None, split.label_chunks_expected))
     yield from bad
+    yield from _lost_arrays(split)
     if bad:  # which rows exist is no longer known: every chunk is expected
         exists = np.ones(split.n_rows, np.bool_)
     else:
@@ -39,6 +44,7 @@ def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
         exists = labels >= 0
         yield from _range_faults(label, labels, n_classes, "label")
         yield from _record_faults(split, int(np.count_nonzero(exists)))
+        yield from _writer_faults(split)
     for name, array in split.arrays.items():
         if name != "label":
             yield from _array_faults(array, exists)
@@ -49,7 +55,9 @@ def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
 
 
 def _array_faults(
-    array: zarr.Array[Any], exists: npt.NDArray[np.bool_] | None, *, finalized: bool = True
+    array: zarr.Array[Any],
+    exists: npt.NDArray[np.bool_] | None,
+    expected: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[Fault]:
     """Find chunks that cannot be read, or that are missing although they hold rows."""
     rows = array.chunks[0]
@@ -57,7 +65,9 @@ def _array_faults(
         if present:
             if fault := read_fault(array, index):
                 yield fault
-        elif finalized and (exists is None or exists[index * rows : (index + 1) * rows].any()):
+        elif expected is not None and not expected[index]:
+            continue
+        elif exists is None or exists[index * rows : (index + 1) * rows].any():
             yield chunk_fault(array, index, "chunk is missing")
 
 
@@ -71,10 +81,34 @@ def _range_faults(
         )
 
 
-def _record_faults(split: Split, n_samples: int) -> Iterator[Fault]:
+def _record_faults(split: Split, found: int) -> Iterator[Fault]:
     """Compare the rows that exist with the record made when writing ended."""
-    if split.finalized and split.n_samples != n_samples:
+    if split.finalized and split.n_samples != found:
         yield Fault(
             f"{split.name}/label", 0, split.n_rows,
-            f"{n_samples} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'",
+            f"{found} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'",
         )  # fmt: skip
+
+
+def _writer_faults(split: Split) -> Iterator[Fault]:
+    """Compare the rows that exist with what the writers at work have recorded."""
+    if split.finalized:
+        return
+    label = split.arrays["label"]
+    for record in split.records:
+        blocks = [record.share.block(own) for own in range(record.blocks)]
+        found = n_samples(label, blocks)
+        if found != record.rows:
+            yield Fault(
+                f"{split.name}/label", 0, split.n_rows,
+                f"{found} samples of writer {record.share.rank}, expected {record.rows} as it recorded",
+            )  # fmt: skip
+
+
+def _lost_arrays(split: Split) -> Iterator[Fault]:
+    """Find arrays that are gone as a whole; stores of earlier versions have no list of them."""
+    attributes = split.group.attrs.get(ATTRIBUTE)
+    known = attributes.get(ARRAYS, []) if isinstance(attributes, dict) else []
+    for name in known:
+        if name not in split.arrays:
+            yield Fault(f"{split.name}/{name}", 0, split.n_rows, "array is missing")

@@ -55,18 +55,41 @@ def chunk_fault(array: zarr.Array[Any], index: int, what: str) -> Fault:
 
 def present_chunks(array: zarr.Array[Any]) -> npt.NDArray[np.bool_]:
     """Mark which chunks of rows exist, from one listing of the store."""
-    n_chunks = -(-array.shape[0] // array.chunks[0])
-    present = np.zeros(n_chunks, np.bool_)
-    keys = {chunk_key(array, i): i for i in range(n_chunks)}
-
-    async def look() -> None:
-        async for key in array.store.list_prefix(f"{array.path}/c"):
-            index = keys.get(key)
-            if index is not None:
-                present[index] = True
-
-    sync(look())
+    present = np.zeros(-(-array.shape[0] // array.chunks[0]), np.bool_)
+    found = stored_chunks(array)
+    present[[index for index in found if index < present.size]] = True
     return present
+
+
+def trim(array: zarr.Array[Any], rows: int) -> None:
+    """Let an array end after `rows`, and delete the chunks beyond.
+
+    ``zarr.Array.resize`` would go through every chunk that the old shape has room for, and room
+    reserved for several writers can be millions of chunks that were never stored.
+    """
+    if array.shape[0] == rows:
+        return
+    beyond = [index for index in stored_chunks(array) if index * array.chunks[0] >= rows]
+    for index in sorted(beyond):
+        sync(array.store.delete(chunk_key(array, index)))
+    sync(array.async_array.resize((rows, *array.shape[1:]), delete_outside_chunks=False))
+
+
+def stored_chunks(array: zarr.Array[Any]) -> list[int]:
+    """List the numbers of the chunks of rows that exist, in any order.
+
+    Unlike `present_chunks` it takes no memory for chunks that an array only has room for.
+    """
+
+    async def keys() -> list[str]:
+        return [key async for key in array.store.list_prefix(f"{array.path}/c")]
+
+    found = []
+    for key in sync(keys()):
+        number = key.removeprefix(f"{array.path}/c/").split("/")[0]
+        if number.isdecimal() and key == chunk_key(array, int(number)):
+            found.append(int(number))
+    return found
 
 
 def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:

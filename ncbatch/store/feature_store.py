@@ -15,9 +15,11 @@ import zarr
 import zarr.errors
 
 from ncbatch import __version__
-from ncbatch.arrays import Array, to_numpy
+from ncbatch.arrays import Array
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.store.chunks import chunk_fault, present_chunks, read_rows
+from ncbatch.store.classifiers import checked_classifier, read_classifier, store_classifier
+from ncbatch.store.commit_records import Share
+from ncbatch.store.finalizing import finalize_split
 from ncbatch.store.format import (
     ATTRIBUTE,
     CLASSIFIER,
@@ -27,11 +29,11 @@ from ncbatch.store.format import (
     LayerSpec,
     check_metadata,
     check_name,
-    create_array,
     layer_specs,
     read_header,
 )
 from ncbatch.store.layer_writing import LayerWriter
+from ncbatch.store.nodes import subgroups
 from ncbatch.store.split import Split
 from ncbatch.store.writing import Writer
 
@@ -180,8 +182,18 @@ class FeatureStore:
     def splits(self) -> list[str]:
         """Names of the splits that hold committed rows or ended empty."""
         return sorted(
-            name for name, group in self._root.groups() if name != CLASSIFIER and "label" in group
+            name for name, group in subgroups(self._root) if name != CLASSIFIER and "label" in group
         )
+
+    @property
+    def lost_splits(self) -> dict[str, int]:
+        """Complete splits whose labels are gone, with the samples that they had."""
+        found = {}
+        for name, group in subgroups(self._root):
+            attributes: Any = group.attrs.get(ATTRIBUTE, {})
+            if "n_samples" in attributes and "label" not in group:
+                found[name] = int(attributes["n_samples"])
+        return found
 
     def split(self, name: str) -> Split:
         """Give a split for reading.
@@ -207,6 +219,8 @@ class FeatureStore:
         self,
         split: str,
         *,
+        rank: int = 0,
+        world_size: int = 1,
         layers: Mapping[str, int] | Iterable[str] | None = None,
         dtype: str | None = None,
         n_samples: int | None = None,
@@ -220,26 +234,44 @@ class FeatureStore:
         ----------
         split : str
             A split that does not exist yet.
+        rank, world_size : int, optional
+            Which one of several writers this is, 0..world_size-1, and how many there are. They need
+            not talk or run at once; each appends rows of its own. Once all are closed, one process
+            calls `finalize`.
         layers : mapping of str to int, or iterable of str, optional
             Widths of the layers to write, or names of declared ones; all declared by default.
         dtype : str, optional
             Stored dtype of layers given with widths; float16 by default.
         n_samples : int, optional
-            Rows to come, where known; more or fewer may come.
+            Rows to come, where known; more or fewer may come. Several writers must give it, all the
+            same: an upper bound of the rows of all of them together, such as the length of the
+            data set. Chunks are sized for an even share, but each writer has room for all rows,
+            so shares need not be even, and a bound that is too large costs nothing.
         head : str, optional
-            The layer whose classifier made the predictions that will be appended.
+            The layer whose classifier made the predictions that will be appended; of several
+            writers all append predictions if it is given, and none otherwise.
         resume : bool, optional
-            Go on after an interrupted writer; ``writer.position`` rows are committed.
+            Go on after an interrupted writer; ``writer.position`` rows are committed. One of
+            several goes on with its own rank; if it never began it begins, and if it had ended
+            it has no rows left to append.
         overwrite : bool, optional
-            Delete the split first if it exists.
+            Delete the split first if it exists; for a single writer only.
 
         Raises
         ------
         StoreError
-            When the split exists and neither `resume` nor `overwrite` is given.
+            When the split exists and neither `resume` nor `overwrite` is given, when a writer of
+            this rank has begun, or when other writers gave other arguments.
         UsageError
-            For bad names or an unknown dtype.
+            For bad names, an unknown dtype, or a rank that is not in 0..world_size-1.
         """
+        share = Share(rank, world_size)
+        if overwrite and share.several:
+            raise UsageError(
+                "overwrite with several writers, where the last one would delete the others' rows",
+                "one process that deletes the split before they begin",
+                f"call store.delete_split('{split}') first",
+            )
         check_name("split", split)
         specs = self._specs_to_write(layers, dtype)
         for name, spec in specs.items():
@@ -247,7 +279,7 @@ class FeatureStore:
         if head is not None and head not in specs:
             raise unknown_name("head layer", head, specs, f"the layers of split '{split}'")
         return Writer(
-            self._root, split, self.path, self.n_classes, specs,
+            self._root, split, self.path, self.n_classes, specs, share=share,
             n_samples=n_samples, head=head, resume=resume, overwrite=overwrite,
         )  # fmt: skip
 
@@ -287,6 +319,39 @@ class FeatureStore:
         for name, spec in specs.items():
             self.check_width(name, spec.n_features, but=split)
         return LayerWriter(target, specs, head=head, overwrite=overwrite)
+
+    def finalize(self, split: str) -> Split:
+        """Complete a split of several writers, once all are closed.
+
+        Its arrays are cut after the last row, blocks that no writer came to become holes, and the
+        number of samples is recorded. A split that is complete stays as it is.
+
+        Parameters
+        ----------
+        split : str
+            Which split.
+
+        Returns
+        -------
+        Split
+            The complete split.
+
+        Raises
+        ------
+        UnknownNameError
+            When no writer has begun a split of that name.
+        StoreError
+            Names the writers that have not begun or not ended.
+        CorruptionError
+            When labels that a writer committed are missing.
+        """
+        check_name("split", split)
+        group = self._root.get(split)
+        if not isinstance(group, zarr.Group):
+            raise unknown_name("split", split, self.splits, self.path)
+        if not Split(split, group, self.path, self.n_classes).finalized:
+            finalize_split(group, f"split '{split}' of {self.path}")
+        return self.split(split)
 
     def delete_split(self, split: str) -> None:
         """Delete a split with all its layers, if it is there."""
@@ -347,30 +412,9 @@ class FeatureStore:
             When shapes do not fit or a value is not finite.
         """
         check_name("layer", layer)
-        w = _float_array(weight, "classifier weight")
-        b = None if bias is None else _float_array(bias, "classifier bias")
-        self._check_classifier(layer, w, b)
-        classifiers = self._root.require_group(CLASSIFIER)
-        if layer in classifiers:
-            del classifiers[layer]
-        group = classifiers.require_group(layer)
-        rows = max(1, min(len(w), (16 * 2**20) // w[:1].nbytes))
-        if b is not None:
-            array = create_array(
-                group,
-                "bias",
-                shape=b.shape,
-                chunks=b.shape,
-                dtype=str(b.dtype),
-                dimensions=("class",),
-            )
-            array[:] = b
-        array = create_array(
-            group, "weight", shape=w.shape, chunks=(rows, w.shape[1]), dtype=str(w.dtype),
-            dimensions=("class", "unit"),
-        )  # fmt: skip
-        array[:] = w
-        group.update_attributes({"complete": True})
+        w, b = checked_classifier(weight, bias, self.n_classes)
+        self.check_width(layer, w.shape[1], but=CLASSIFIER)
+        store_classifier(self._root, layer, w, b)
 
     def classifier(self, layer: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None:
         """Read the classifier of a layer: weight (K, D) and bias (K,) or None; None without one.
@@ -379,15 +423,7 @@ class FeatureStore:
         """
         if layer not in self.classifiers:
             return None
-        found = {}
-        for array in self.classifier_arrays(layer):
-            missing = np.flatnonzero(~present_chunks(array))
-            if missing.size:
-                raise chunk_fault(array, int(missing[0]), "chunk is missing").error()
-            values = read_rows(array, 0, array.shape[0])
-            wide = values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
-            found[array.basename] = wide
-        return found["weight"], found.get("bias")
+        return read_classifier(self.classifier_arrays(layer))
 
     def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
         """Give the stored arrays of a layer's classifier."""
@@ -464,25 +500,6 @@ class FeatureStore:
             )
         return specs
 
-    def _check_classifier(
-        self, layer: str, w: npt.NDArray[Any], b: npt.NDArray[Any] | None
-    ) -> None:
-        k = self.n_classes
-        if w.ndim != 2 or w.shape[0] != k:
-            padded = w.ndim == 2 and w.shape[0] > k
-            raise DataError(
-                f"classifier weight of shape {w.shape}",
-                f"({k}, D): one row per class",
-                f"a padded vocabulary? keep its first rows with --rows {k}" if padded else "",
-            )
-        if b is not None and b.shape != (k,):
-            raise DataError(f"classifier bias of shape {b.shape}", f"({k},): one value per class")
-        self.check_width(layer, w.shape[1], but=CLASSIFIER)
-        for name, values in (("weight", w), ("bias", b)):
-            if values is not None and not np.isfinite(values).all():
-                row = int(np.argwhere(~np.isfinite(values))[0][0])
-                raise DataError(f"classifier {name} is not finite in row {row}", "finite values")
-
 
 def _zarr_path(path: str) -> str:
     """Make a local path absolute.
@@ -491,12 +508,3 @@ def _zarr_path(path: str) -> str:
     at ``s`` would lose the end of ``layers/`` in every key.
     """
     return path if "://" in path else os.path.abspath(path)
-
-
-def _float_array(values: Array, what: str) -> npt.NDArray[Any]:
-    array = to_numpy(values)
-    if array.dtype.kind in "iu":
-        return array.astype(np.float64)
-    if str(array.dtype) not in DTYPES:
-        raise DataError(f"{what} of dtype {array.dtype}", "one of: " + ", ".join(DTYPES))
-    return array

@@ -1,4 +1,4 @@
-"""Store format 1: names, chunk shapes and how arrays are made."""
+"""Store format 1: names, dtypes and chunk shapes, and checks of what is found."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec
 
 from ncbatch.errors import CorruptionError, StoreError, UsageError
-from ncbatch.store.bfloat16 import BFloat16, register
+from ncbatch.store.bfloat16 import register
 
 register()
 
@@ -116,35 +115,6 @@ def chunk_rows(spec: LayerSpec, n_samples: int | None = None) -> int:
     if n_samples is not None:
         rows = min(rows, 1 << max(n_samples - 1, 0).bit_length())
     return rows
-
-
-def create_array(
-    group: zarr.Group,
-    name: str,
-    *,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: str,
-    dimensions: tuple[str, ...],
-    attributes: Mapping[str, Any] | None = None,
-) -> zarr.Array[Any]:
-    """Make an uncompressed array whose chunks carry a checksum.
-
-    Missing chunks read as -1 (integers) or NaN (floats), never as plausible zeros.
-    """
-    is_label = dtype == "int32"
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=chunks,
-        dtype=BFloat16() if dtype == "bfloat16" else dtype,
-        filters=None,
-        compressors=[Crc32cCodec()],
-        fill_value=-1 if is_label else float("nan"),
-        dimension_names=dimensions,
-        attributes=dict(attributes or {}),
-        config={"write_empty_chunks": True},
-    )
 
 
 def check_metadata(root: Path) -> None:

@@ -15,7 +15,9 @@ from zarr.storage import LocalStore
 
 from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError, StoreError
-from ncbatch.store.format import STAGED, LayerSpec, chunk_rows, create_array
+from ncbatch.store.finalizing import record_arrays
+from ncbatch.store.format import STAGED, LayerSpec, chunk_rows
+from ncbatch.store.nodes import create_prediction, found_group
 from ncbatch.store.row_buffer import RowBuffer, checked_labels
 from ncbatch.store.split import Split
 
@@ -57,7 +59,7 @@ class LayerWriter:
         self._head = head
         self._prediction = None if head is None else self._create_prediction(split)
         self._predictions = np.empty(0, np.int32)
-        layers = split.group.require_group("layers")
+        layers = found_group(split.group, "layers")
         self._buffers = {}
         for order, (name, spec) in enumerate(specs.items(), start=len(split.features)):
             home = STAGED + name if name in split.features else name
@@ -140,6 +142,7 @@ class LayerWriter:
                 _rename(group, f"layers/{buffer.home}", f"layers/{name}")
         if self._prediction is not None:
             _rename(group, STAGED + "prediction", "prediction")
+        record_arrays(group)
 
     def discard(self) -> None:
         """Remove what was written, and keep what it was to replace."""
@@ -155,10 +158,7 @@ class LayerWriter:
         name = STAGED + "prediction"
         if name in split.group:
             del split.group[name]
-        return create_array(
-            split.group, name, shape=(split.n_rows,), chunks=(split.base_block,), dtype="int32",
-            dimensions=("sample",), attributes={"head": self._head},
-        )  # fmt: skip
+        return create_prediction(split.group, split.n_rows, split.base_block, self._head, name)
 
     def _write_predictions(self, unit: int) -> None:
         """Write those held, in whole multiples of `unit` rows."""

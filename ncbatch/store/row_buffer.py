@@ -10,19 +10,30 @@ import zarr
 
 from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError
-from ncbatch.store.format import LayerSpec, create_array
+from ncbatch.store.commit_records import Share
+from ncbatch.store.format import LayerSpec
+from ncbatch.store.nodes import create_array, found_group
 
 
 class RowBuffer:
     """Collects rows and writes them to an array one whole chunk at a time."""
 
     def __init__(
-        self, name: str, spec: LayerSpec, rows: int, order: int, home: str | None = None
+        self,
+        name: str,
+        spec: LayerSpec,
+        rows: int,
+        order: int,
+        home: str | None = None,
+        *,
+        share: Share | None = None,
+        base_block: int = 1,
     ) -> None:
         self.name, self.spec, self.chunk, self.order = name, spec, rows, order
         self.home = name if home is None else home  # the layer's group
         self.array: zarr.Array[Any] | None = None
-        self.written = 0  # rows stored
+        self.written = 0  # rows of this writer that are stored
+        self._share, self._base_block = share or Share(), base_block
         self._rows = np.empty((0, spec.n_features), spec.numpy_dtype)
         self._fill = 0
 
@@ -60,16 +71,19 @@ class RowBuffer:
         """Write what is held."""
         if not self._fill:
             return
-        stop = self.written + self._fill
-        array = self.array or self.create(group, max(stop, capacity))
+        start = self._share.row(self.written, self._base_block)
+        stop = start + self._fill
+        array = self.array
+        if array is None:  # an empty one is false
+            array = self.create(group, max(stop, capacity))
         reserve(array, stop)
-        array[self.written : stop] = self._rows[: self._fill]
-        self.written, self._fill = stop, 0
+        array[start:stop] = self._rows[: self._fill]
+        self.written, self._fill = self.written + self._fill, 0
 
     def create(self, group: zarr.Group, capacity: int, *, complete: bool = True) -> zarr.Array[Any]:
         """Make the layer's array in the split's `group`, with room for `capacity` rows."""
-        home = group.require_group("layers").require_group(self.home)
-        home.update_attributes({"complete": complete, "order": self.order})
+        attributes = {"complete": complete, "order": self.order}
+        home = found_group(found_group(group, "layers"), self.home, attributes)
         width = self.spec.n_features
         self.array = create_array(
             home, "feature", shape=(capacity, width), chunks=(self.chunk, width),

@@ -13,13 +13,25 @@ import numpy.typing as npt
 import zarr
 
 from ncbatch.errors import StoreError, unknown_name
-from ncbatch.store.chunks import checksums, chunk_fault, present_chunks, read_rows
+from ncbatch.store.chunks import (
+    checksums,
+    chunk_fault,
+    present_chunks,
+    read_rows,
+    stored_chunks,
+)
+from ncbatch.store.commit_records import CommitRecord, claimed_blocks, read_records
 from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec
+from ncbatch.store.layout import Layout
+from ncbatch.store.nodes import open_array, subgroups
 
 
 @dataclass(frozen=True)
 class Split:
     """A named set of samples in a store, for reading.
+
+    While a split is not complete this is a snapshot: its arrays end with the last base block that
+    was committed when it was opened.
 
     Parameters
     ----------
@@ -40,12 +52,36 @@ class Split:
 
     @cached_property
     def _label(self) -> zarr.Array[Any]:
-        return _array(self.group, "label")
+        label = open_array(self.group, "label")
+        if self.finalized:
+            return label
+        # Records first: what they claim is stored already, whatever is written meanwhile.
+        claimed = len(claimed_blocks(self.records))
+        blocks = max([claimed, *(index + 1 for index in stored_chunks(label))])
+        return open_array(self.group, "label", min(int(label.shape[0]), blocks * label.chunks[0]))
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        """Open an array; room that is reserved beyond the committed rows is left out."""
+        return open_array(self.group, name, None if self.finalized else self.n_rows)
 
     @property
     def n_rows(self) -> int:
         """Rows of the arrays, holes included."""
         return int(self._label.shape[0])
+
+    @cached_property
+    def records(self) -> list[CommitRecord]:
+        """What each writer has committed, by rank; of complete splits those of one writer only."""
+        layout = Layout.read(self.group)
+        return read_records(self.group, 1 if layout is None else layout.world_size)
+
+    @property
+    def label_chunks_expected(self) -> npt.NDArray[np.bool_]:
+        """Which label chunks must be there: all once writing has ended, else those recorded."""
+        n_blocks = -(-self.n_rows // self.base_block)
+        if self.finalized:
+            return np.ones(n_blocks, np.bool_)
+        return claimed_blocks(self.records, n_blocks)[:n_blocks]
 
     @property
     def base_block(self) -> int:
@@ -78,13 +114,14 @@ class Split:
         for name, layer in self._layer_groups():
             hidden = name.startswith(STAGED) or not layer.attrs.get("complete")
             if not hidden and "feature" in layer:
-                found.append((layer.attrs.get("order", 0), name, _array(layer, "feature")))
+                array = self._array(f"layers/{name}/feature")
+                found.append((layer.attrs.get("order", 0), name, array))
         return {name: array for _, name, array in sorted(found, key=lambda item: item[:2])}
 
     def _layer_groups(self) -> Iterator[tuple[str, zarr.Group]]:
         layers = self.group["layers"]
         assert isinstance(layers, zarr.Group)
-        return layers.groups()
+        return subgroups(layers)
 
     @property
     def arrays(self) -> dict[str, zarr.Array[Any]]:
@@ -128,7 +165,7 @@ class Split:
 
     @cached_property
     def _prediction(self) -> zarr.Array[Any] | None:
-        return _array(self.group, "prediction") if "prediction" in self.group else None
+        return self._array("prediction") if "prediction" in self.group else None
 
     @property
     def head(self) -> str | None:
@@ -160,16 +197,14 @@ class Split:
         Raises
         ------
         CorruptionError
-            When a label chunk of a finalized split is missing: its rows were committed once.
+            When a label chunk is missing whose rows were committed once.
         """
         self._check_labels_present()
         for start in range(0, self.n_rows, self.base_block):
             yield start, self.labels(start, min(start + self.base_block, self.n_rows))
 
     def _check_labels_present(self) -> None:
-        if not self.finalized:
-            return
-        missing = np.flatnonzero(~present_chunks(self._label))
+        missing = np.flatnonzero(self.label_chunks_expected & ~present_chunks(self._label))
         if missing.size:
             raise chunk_fault(self._label, int(missing[0]), "chunk is missing").error()
 
@@ -215,9 +250,3 @@ class Split:
         digest.update(checksums(self._label))
         digest.update(checksums(self.feature(layer)))
         return digest.hexdigest()[:32]
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    found = group[name]
-    assert isinstance(found, zarr.Array)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,8 +13,11 @@ import zarr
 
 from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.store.chunks import present_chunks
-from ncbatch.store.format import ATTRIBUTE, LayerSpec, chunk_rows, create_array
+from ncbatch.store.commit_records import CommitRecord, Share, claim, to_resume
+from ncbatch.store.finalizing import finalize_split
+from ncbatch.store.format import LayerSpec, chunk_rows
+from ncbatch.store.layout import Layout, join_split
+from ncbatch.store.nodes import create_label, create_prediction, found_group, open_array
 from ncbatch.store.row_buffer import RowBuffer, checked_labels, reserve
 from ncbatch.store.split import Split
 
@@ -34,38 +38,51 @@ class Writer:
         n_classes: int,
         specs: Mapping[str, LayerSpec],
         *,
+        share: Share,
         n_samples: int | None,
         head: str | None,
         resume: bool,
         overwrite: bool,
     ) -> None:
-        self._n_classes, self._split, self._head = n_classes, split, head
+        self._n_classes, self._split, self._head, self._share = n_classes, split, head, share
+        self._named = f"split '{split}' of {where}"
         self._capacity = n_samples or 0
         if split in root:
             if overwrite:
                 del root[split]
-            elif not resume:
-                raise _split_exists(root, split, where, n_classes)
-        self._group = root.require_group(split)
+            else:
+                found: Any = root[split]
+                _check_continues(Split(split, found, where, n_classes), share, resume)
+        rows = {name: chunk_rows(spec, n_samples) for name, spec in specs.items()}
+        self._layout: Layout | None = None
+        if share.several:
+            self._group, self._layout = join_split(
+                root, split, self._named, specs,
+                world_size=share.world_size, n_samples=n_samples, head=head,
+            )  # fmt: skip
+            rows, self._capacity = dict(self._layout.chunk_rows), self._layout.capacity
+        else:
+            self._group = found_group(root, split)
         self._buffers = {
-            name: RowBuffer(name, spec, chunk_rows(spec, n_samples), order)
-            for order, (name, spec) in enumerate(specs.items())
+            name: RowBuffer(
+                name, specs[name], rows[name], order, share=share, base_block=max(rows.values())
+            )
+            for order, name in enumerate(rows)
         }
         self._label: zarr.Array[Any] | None = None
         self._prediction: zarr.Array[Any] | None = None
         self._labels: list[npt.NDArray[np.int32]] = []
         self._predictions: list[npt.NDArray[np.int32]] = []
-        self._committed = 0
         self._pending = 0
-        self._n_samples = 0
         self._closed = False
+        self._record = claim(self._group, share, self._named, resume=resume)
         if resume:
             self._resume(where)
 
     @property
     def position(self) -> int:
-        """Rows of the split so far; after a resume, the rows that need not be appended again."""
-        return self._committed + self._pending
+        """Rows appended so far; after a resume, the rows that need not be appended again."""
+        return self._record.position + self._pending
 
     def append(
         self,
@@ -95,6 +112,7 @@ class Writer:
         y = checked_labels(labels, "label", k, first)
         p = None if predictions is None else checked_labels(predictions, "prediction", k, first)
         self._check_predictions(p, len(y))
+        self._check_room(len(y))
         blocks = self._checked_features(features, len(y))
         start = 0
         while start < len(y):
@@ -110,15 +128,22 @@ class Writer:
                 self._commit()
 
     def close(self) -> None:
-        """Commit the rest and complete the split: its arrays end at the last row."""
+        """Commit the rest; complete the split, unless it has other writers: its arrays end at the last row.
+
+        A split of several writers is completed by `FeatureStore.finalize`, once all are closed.
+        """
         if self._closed:
             return
-        self._shrink_unwritten()
-        for buffer in self._buffers.values():
-            buffer.flush(self._group, 0)
-        if self._pending or self._label is None:
-            self._commit()
-        self._finalize()
+        if not self._record.final:
+            self._shrink_unwritten()
+            for buffer in self._buffers.values():
+                buffer.flush(self._group, self._capacity if self._share.several else 0)
+            if self._pending or (self._label is None and not self._share.several):
+                self._commit()
+            self._record = replace(self._record, final=True)
+            self._record.save(self._group)
+        if not self._share.several:
+            finalize_split(self._group, self._named)
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -141,115 +166,107 @@ class Writer:
     def _shrink_unwritten(self) -> None:
         """Give layers of which nothing is stored yet chunks no longer than the split."""
         for buffer in self._buffers.values():
-            if buffer.array is None and self._label is None:
+            if self._layout is None and buffer.array is None and self._label is None:
                 buffer.chunk = chunk_rows(buffer.spec, self.position)
 
     def _commit(self) -> None:
-        stop = self.position
+        block, done = self._base_block, self._record.position
+        start = self._share.row(done, block)
+        stop = start + self._pending
         if self._label is None:
             for buffer in self._buffers.values():
                 if buffer.array is None:
-                    buffer.create(self._group, stop)
-            self._create_labels(max(stop, self._capacity))
-        assert self._label is not None
+                    buffer.create(self._group, max(stop, self._capacity))
+            capacity = max(stop, self._capacity)
+            if self._predictions:
+                self._prediction = create_prediction(self._group, capacity, block, self._head)
+            self._label = create_label(self._group, capacity, block)
         labels = np.concatenate([np.empty(0, np.int32), *self._labels])
         if self._prediction is not None:
-            reserve(self._prediction, stop)
-            self._prediction[self._committed : stop] = np.concatenate(self._predictions)
-        reserve(self._label, stop)
-        self._label[self._committed : stop] = labels
-        self._n_samples += int(np.count_nonzero(labels >= 0))
-        self._labels, self._predictions = [], []
-        self._committed, self._pending = stop, 0
-        self._record(final=False)
-
-    def _create_labels(self, capacity: int) -> None:
-        block = self._base_block
-        if self._predictions:
-            self._prediction = create_array(
-                self._group, "prediction", shape=(capacity,), chunks=(block,), dtype="int32",
-                dimensions=("sample",), attributes={"head": self._head},
-            )  # fmt: skip
-        self._label = create_array(
-            self._group, "label", shape=(capacity,), chunks=(block,), dtype="int32",
-            dimensions=("sample",),
-        )  # fmt: skip
-
-    def _record(self, *, final: bool) -> None:
-        """Keep the writer's commit record."""
-        record = {
-            "rank": 0,
-            "world_size": 1,
-            "blocks": -(-self._committed // self._base_block),
-            "rows": self._n_samples,
-            "position": self._committed,
-            "final": final,
-        }
-        self._group.require_group("writers").require_group("0").update_attributes(
-            {ATTRIBUTE: record}
+            self._store(self._prediction, start, np.concatenate(self._predictions))
+        self._store(self._label, start, labels)
+        self._labels, self._predictions, self._pending = [], [], 0
+        self._record = CommitRecord(
+            self._share,
+            blocks=-(-(done + len(labels)) // block),
+            rows=self._record.rows + int(np.count_nonzero(labels >= 0)),
+            position=done + len(labels),
         )
+        self._record.save(self._group)
 
-    def _finalize(self) -> None:
-        stop = self._committed
-        arrays = [self._label, self._prediction, *(b.array for b in self._buffers.values())]
-        for array in arrays:
-            if array is not None and array.shape[0] != stop:
-                array.resize((stop, *array.shape[1:]))
-        self._record(final=True)
-        self._group.update_attributes({ATTRIBUTE: {"n_samples": self._n_samples}})
+    def _store(self, array: zarr.Array[Any], start: int, values: npt.NDArray[np.int32]) -> None:
+        """Write labels or predictions of a block; other writers' blocks follow one that is not full."""
+        if self._layout is not None:
+            # A writer killed while it wrote the block may have left values beyond.
+            rest = np.full(self._base_block - len(values), -1, np.int32)
+            values = np.concatenate([values, rest])
+        reserve(array, start + len(values))
+        array[start : start + len(values)] = values
 
     def _resume(self, where: str) -> None:
+        """Go on where the writer of this rank stopped."""
         if "label" not in self._group:  # interrupted before anything was committed
-            for name in list(self._group.group_keys()):
-                del self._group[name]
-            if "prediction" in self._group:
-                del self._group["prediction"]
+            if self._layout is None:
+                for name in ("layers", "prediction"):
+                    if name in self._group:
+                        del self._group[name]
             return
         split = Split(self._split, self._group, where, self._n_classes)
-        if split.finalized:
+        self._check_layers(split)
+        if split.head is not None and self._head not in (None, split.head):
             raise StoreError(
-                f"split '{self._split}' of {where} is complete: {split.n_samples} samples",
-                remedy="nothing is left to resume; write another split, or overwrite this one",
+                f"{self._named} was begun with predictions of layer '{split.head}'",
+                f"those of layer '{self._head}', as this writer was asked for",
+                "resume with the same head, or overwrite the split",
             )
+        self._label = open_array(self._group, "label")
+        if "prediction" in self._group:
+            self._prediction = open_array(self._group, "prediction")
+        if not self._record.final:
+            self._record = to_resume(self._record, self._label)
+            self._record.save(self._group)
+        for name, buffer in self._buffers.items():
+            buffer.array = open_array(self._group, f"layers/{name}/feature")
+            buffer.chunk, buffer.written = buffer.array.chunks[0], self._record.position
+
+    def _check_layers(self, split: Split) -> None:
+        """Refuse to go on with other layers than those begun."""
         if sorted(split.layers) != sorted(self._buffers):
             raise StoreError(
-                f"split '{self._split}' of {where} has layers {', '.join(split.layers)}",
+                f"{self._named} has layers {', '.join(split.layers)}",
                 "the layers of this writer: " + ", ".join(self._buffers),
             )
         for name, buffer in self._buffers.items():
             if split.spec(name) != buffer.spec:
                 raise StoreError(
-                    f"layer '{name}' of split '{self._split}' of {where} is {split.spec(name)}",
+                    f"layer '{name}' of {self._named} is {split.spec(name)}",
                     f"{buffer.spec}, as this writer was asked for",
                 )
-        self._label = self._group["label"]  # type: ignore[assignment]
-        if "prediction" in self._group:
-            self._prediction = self._group["prediction"]  # type: ignore[assignment]
-        assert self._label is not None
-        present = present_chunks(self._label)
-        blocks = int(np.argmin(present)) if not present.all() else len(present)
-        if blocks and self._is_partial(split, blocks):
-            blocks -= 1  # killed while it completed the split: the last block is written again
-        self._committed = blocks * split.base_block
-        for name, buffer in self._buffers.items():
-            buffer.array = split.feature(name)
-            buffer.chunk, buffer.written = buffer.array.chunks[0], self._committed
-        if blocks:
-            self._n_samples = int(np.count_nonzero(split.labels(0, self._committed) >= 0))
 
-    def _is_partial(self, split: Split, blocks: int) -> bool:
-        """Whether the last of the committed blocks is not known to be full."""
-        stop = blocks * split.base_block
-        writers = self._group.require_group("writers")
-        record = writers["0"].attrs.get(ATTRIBUTE, {}) if "0" in writers else {}
-        if isinstance(record, dict) and record.get("position", 0) >= stop:
-            return False
-        return split.n_rows < stop or bool(split.labels(stop - 1, stop)[0] < 0)
+    def _check_room(self, n: int) -> None:
+        if n and self._record.final:
+            raise StoreError(
+                f"writer {self._share.rank} of {self._named} ended with {self.position} rows",
+                "no more rows",
+                "finalize the split, and write others into another one",
+            )
+        if self._layout is not None and self.position + n > self._layout.n_samples:
+            raise DataError(
+                f"{self.position + n} rows of writer {self._share.rank} of {self._named}",
+                f"n_samples={self._layout.n_samples} at most, of all writers together",
+                "delete the split and write it with a larger n_samples, which costs nothing",
+            )
 
     def _check_predictions(self, predictions: npt.NDArray[Any] | None, n: int) -> None:
         if predictions is not None and len(predictions) != n:
             raise DataError(f"{len(predictions)} predictions for {n} labels", "one per label")
-        if self.position:
+        if self._layout is not None:
+            if (predictions is None) != (self._head is None):
+                raise DataError(
+                    "no predictions" if predictions is None else "predictions without a head layer",
+                    "predictions in all calls where head is given, in none otherwise",
+                )
+        elif self.position:
             had = self._prediction is not None or bool(self._predictions)
             if had != (predictions is not None) and n:
                 raise DataError(
@@ -277,12 +294,29 @@ class Writer:
         return blocks
 
 
-def _split_exists(root: zarr.Group, split: str, where: str, n_classes: int) -> StoreError:
-    group = root[split]
-    assert isinstance(group, zarr.Group)
-    found = f"split '{split}' of {where} exists"
-    if "label" not in group:
-        return StoreError(f"{found}, begun but without rows", "", "resume it or overwrite it")
-    if Split(split, group, where, n_classes).finalized:
-        return StoreError(found, "a new split", "overwrite it, or add layers to it")
-    return StoreError(f"{found} and is not complete", "", "resume its writer, or overwrite it")
+def _check_continues(split: Split, share: Share, resume: bool) -> None:
+    """Refuse to write to a split that exists, unless a writer goes on or joins others."""
+    group, found = split.group, f"split '{split.name}' of {split.where}"
+    begun = "label" in group
+    if begun and split.finalized and resume:
+        raise StoreError(
+            f"{found} is complete: {split.n_samples} samples",
+            remedy="nothing is left to resume; write another split, or overwrite this one",
+        )
+    if begun and split.finalized:
+        raise StoreError(f"{found} exists", "a new split", "overwrite it, or add layers to it")
+    if share.several:
+        return
+    layout = Layout.read(group)
+    if layout is not None:
+        raise StoreError(
+            f"{found} was begun by {layout.world_size} writers",
+            "a single one, as this is",
+            "give rank= and world_size= as it was begun, or overwrite the split",
+        )
+    if not resume and not begun:
+        raise StoreError(f"{found} exists, begun but without rows", "", "resume it or overwrite it")
+    if not resume:
+        raise StoreError(
+            f"{found} exists and is not complete", "", "resume its writer, or overwrite it"
+        )

@@ -281,7 +281,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
 
     places = [(zarr.Array, "__setitem__")]
     if what == "metadata":
-        places = [(zarr.Group, "update_attributes"), (zarr.Array, "resize")]
+        places = [(zarr.Group, "update_attributes"), (zarr.AsyncArray, "resize")]
     for owner, name in places:
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
@@ -290,8 +290,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
     ("what", "number", "n_samples"),
     [(what, *at) for what in ARRAYS for at in [(1, None), (2, 500), (3, None)]]
     # The last ones are the records of blocks, the trimming of arrays and the end.
-    + [("metadata", *at) for at in [(2, None), (9, None), (14, None), (16, None), (20, None)]]
-    + [("metadata", *at) for at in [(5, 500), (7, 500), (11, 500)]],
+    + [("metadata", *at) for at in [(2, None), (7, None), (12, None), (13, None), (15, None)]]
+    + [("metadata", *at) for at in [(18, None), (1, 500), (4, 500), (6, 500), (9, 500)]],
 )
 def test_a_write_that_never_happens_leaves_a_valid_store_that_resumes(
     tmp_path, whole, what, number, n_samples
@@ -309,7 +309,7 @@ def test_a_write_that_never_happens_leaves_a_valid_store_that_resumes(
         committed = int(np.flatnonzero(exists)[-1]) + 1 if exists.any() else 0
         assert_holds(store, committed)
     with store.writer("train", n_samples=n_samples, head="h", resume=True) as writer:
-        assert writer.position % 64 == 0
+        assert writer.position % 64 == 0 or writer.position == N
         append(writer, writer.position, N, predictions=True)
     assert_holds(FeatureStore.open(tmp_path / "s"), N)
     assert content(tmp_path / "s") == whole

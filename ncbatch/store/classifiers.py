@@ -1,0 +1,113 @@
+"""The linear classifiers of layers, as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from ncbatch.arrays import Array, to_numpy
+from ncbatch.errors import DataError
+from ncbatch.store.chunks import chunk_fault, present_chunks, read_rows
+from ncbatch.store.format import CLASSIFIER, DTYPES
+from ncbatch.store.nodes import create_array, found_group
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+def checked_classifier(
+    weight: Array, bias: Array | None, n_classes: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """Check shapes and values of a classifier.
+
+    Parameters
+    ----------
+    weight : array (K, D)
+        Numbers; integers become float64.
+    bias : array (K,), optional
+        The same.
+    n_classes : int
+        K of the store.
+
+    Returns
+    -------
+    tuple of array and array or None
+        Both as floats in memory.
+
+    Raises
+    ------
+    DataError
+        When shapes do not fit or a value is not finite.
+    """
+    w = _float_array(weight, "classifier weight")
+    b = None if bias is None else _float_array(bias, "classifier bias")
+    k = n_classes
+    if w.ndim != 2 or w.shape[0] != k:
+        padded = w.ndim == 2 and w.shape[0] > k
+        raise DataError(
+            f"classifier weight of shape {w.shape}",
+            f"({k}, D): one row per class",
+            f"a padded vocabulary? keep its first rows with --rows {k}" if padded else "",
+        )
+    if b is not None and b.shape != (k,):
+        raise DataError(f"classifier bias of shape {b.shape}", f"({k},): one value per class")
+    for name, values in (("weight", w), ("bias", b)):
+        if values is not None and not np.isfinite(values).all():
+            row = int(np.argwhere(~np.isfinite(values))[0][0])
+            raise DataError(f"classifier {name} is not finite in row {row}", "finite values")
+    return w, b
+
+
+def store_classifier(
+    root: zarr.Group, layer: str, w: npt.NDArray[Any], b: npt.NDArray[Any] | None
+) -> None:
+    """Store the classifier of a layer, in the place of an earlier one; visible once complete."""
+    classifiers = found_group(root, CLASSIFIER)
+    if layer in classifiers:
+        del classifiers[layer]
+    group = found_group(classifiers, layer)
+    if b is not None:
+        array = create_array(
+            group, "bias", shape=b.shape, chunks=b.shape, dtype=str(b.dtype), dimensions=("class",)
+        )
+        array[:] = b
+    rows = max(1, min(len(w), _CHUNK_BYTES // w[:1].nbytes))
+    array = create_array(
+        group, "weight", shape=w.shape, chunks=(rows, w.shape[1]), dtype=str(w.dtype),
+        dimensions=("class", "unit"),
+    )  # fmt: skip
+    array[:] = w
+    group.update_attributes({"complete": True})
+
+
+def read_classifier(
+    arrays: Iterable[zarr.Array[Any]],
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """Read the stored arrays of a classifier: weight (K, D) and bias (K,) or None.
+
+    Raises
+    ------
+    CorruptionError
+        Names the first chunk that is missing or cannot be read.
+    """
+    found = {}
+    for array in arrays:
+        missing = np.flatnonzero(~present_chunks(array))
+        if missing.size:
+            raise chunk_fault(array, int(missing[0]), "chunk is missing").error()
+        values = read_rows(array, 0, array.shape[0])
+        wide = values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
+        found[array.basename] = wide
+    return found["weight"], found.get("bias")
+
+
+def _float_array(values: Array, what: str) -> npt.NDArray[Any]:
+    array = to_numpy(values)
+    if array.dtype.kind in "iu":
+        return array.astype(np.float64)
+    if str(array.dtype) not in DTYPES:
+        raise DataError(f"{what} of dtype {array.dtype}", "one of: " + ", ".join(DTYPES))
+    return array

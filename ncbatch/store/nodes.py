@@ -1,0 +1,155 @@
+"""Groups and arrays of a store: made so that several processes can make the same ones at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.errors import ContainsArrayError
+
+from ncbatch.errors import StoreError
+from ncbatch.store.bfloat16 import BFloat16
+
+# Not part of the stored metadata: an array that is opened again must be told again.
+_CONFIG: Any = {"write_empty_chunks": True}
+
+
+def found_group(
+    parent: zarr.Group, name: str, attributes: Mapping[str, Any] | None = None
+) -> zarr.Group:
+    """Make a group, or find the one that is there.
+
+    Parameters
+    ----------
+    parent : zarr.Group
+        Where it is or will be.
+    name : str
+        Its name.
+    attributes : mapping, optional
+        Its attributes, if this call makes it.
+
+    Returns
+    -------
+    zarr.Group
+        Of several processes that make it at once exactly one succeeds; all get its group, with its
+        attributes.
+
+    Raises
+    ------
+    StoreError
+        When an array has that name.
+    """
+    if name not in parent:
+        metadata = {"attributes": dict(attributes or {}), "zarr_format": 3, "node_type": "group"}
+        content = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())
+        key = "/".join(part for part in (parent.path, name, "zarr.json") if part)
+        sync(parent.store.set_if_not_exists(key, content))
+    group = parent[name]
+    if not isinstance(group, zarr.Group):
+        raise StoreError(f"'{parent.path}/{name}' is an array", "a group")
+    return group
+
+
+def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
+    """Give the groups in a group by name, sorted.
+
+    A folder that another process has begun to make, or left behind when it was killed, is passed
+    over; ``zarr.Group.groups`` would warn of it.
+    """
+
+    async def names() -> list[str]:
+        return [name async for name in group.store.list_dir(group.path)]
+
+    for name in sorted(sync(names())):
+        found = group.get(name) if name != "zarr.json" else None
+        if isinstance(found, zarr.Group):
+            yield name, found
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: str,
+    dimensions: tuple[str, ...],
+    attributes: Mapping[str, Any] | None = None,
+) -> zarr.Array[Any]:
+    """Make an uncompressed array whose chunks carry a checksum, or find it as it would be made.
+
+    Missing chunks read as -1 (integers) or NaN (floats), never as plausible zeros. Processes that
+    make the same array at once write the same metadata, each in one step.
+
+    Raises
+    ------
+    StoreError
+        When an array is there that differs.
+    """
+    is_label = dtype == "int32"
+    try:
+        return group.create_array(
+            name,
+            shape=shape,
+            chunks=chunks,
+            dtype=BFloat16() if dtype == "bfloat16" else dtype,
+            filters=None,
+            compressors=[Crc32cCodec()],
+            fill_value=-1 if is_label else float("nan"),
+            dimension_names=dimensions,
+            attributes=dict(attributes or {}),
+            config=_CONFIG,
+        )
+    except ContainsArrayError:
+        found = open_array(group, name)
+    if (found.shape, found.chunks, str(found.dtype)) != (shape, chunks, dtype):
+        raise StoreError(
+            f"array '{found.path}' of shape {found.shape}, chunks {found.chunks}, {found.dtype}",
+            f"shape {shape}, chunks {chunks}, {dtype}",
+            "delete the split and write it anew",
+        )
+    return found
+
+
+def create_label(group: zarr.Group, capacity: int, block: int) -> zarr.Array[Any]:
+    """Make a split's array of labels, with room for `capacity` rows."""
+    return create_array(
+        group, "label", shape=(capacity,), chunks=(block,), dtype="int32", dimensions=("sample",)
+    )
+
+
+def create_prediction(
+    group: zarr.Group, capacity: int, block: int, head: str | None, name: str = "prediction"
+) -> zarr.Array[Any]:
+    """Make a split's array of predictions, which stand for the classifier of layer `head`."""
+    return create_array(
+        group, name, shape=(capacity,), chunks=(block,), dtype="int32",
+        dimensions=("sample",), attributes={"head": head},
+    )  # fmt: skip
+
+
+def open_array(group: zarr.Group, name: str, rows: int | None = None) -> zarr.Array[Any]:
+    """Open an array for writing, or its first `rows` rows for reading.
+
+    Parameters
+    ----------
+    group : zarr.Group
+        Where it is.
+    name : str
+        Its name in there.
+    rows : int, optional
+        Let the array end there; what is stored keeps its shape.
+    """
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    metadata: Any = array.metadata
+    if rows is not None and rows != array.shape[0]:
+        metadata = metadata.update_shape((rows, *array.shape[1:]))
+    return zarr.Array(
+        zarr.AsyncArray(metadata=metadata, store_path=array.store_path, config=_CONFIG)
+    )
