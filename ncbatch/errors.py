@@ -51,6 +51,10 @@ class BudgetError(NcbatchError, MemoryError):
     """A memory budget that cannot work."""
 
 
+class WorkerError(NcbatchError, RuntimeError):
+    """Work that no worker of a cluster lives through, or a cluster that cannot be reached."""
+
+
 class OutputError(NcbatchError, OSError):
     """A place that results cannot be written to."""
 

@@ -17,6 +17,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import settings
 
+from tests.clusters import scheduler_address, scheduler_file  # noqa: F401  (fixtures)
+
 # The machines that run this are shared: a slow example is no failure.
 settings.register_profile("ncbatch", deadline=None)
 settings.load_profile("ncbatch")

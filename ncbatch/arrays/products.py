@@ -25,14 +25,15 @@ def row_blocks(n_rows: int, block_rows: int = BLOCK_ROWS) -> Iterator[slice]:
         yield slice(start, min(start + block_rows, n_rows))
 
 
-def symmetric_product(rows: Array) -> Array:
+def symmetric_product(rows: Array, out: Array | None = None) -> Array:
     """Compute ``rows^T rows`` for an array (B, D), as a (D, D) array of its dtype.
 
     NumPy sees that both operands are one array and calls syrk, half the work of a general product.
+    `out`, of NumPy arrays only, is where the result is written; memory that is not new is faster.
     """
     xp = namespace(rows)
     if is_numpy_array(rows):
-        return rows.T @ rows
+        return np.matmul(rows.T, rows, out=out)
     return xp.matmul(xp.matrix_transpose(rows), rows)
 
 

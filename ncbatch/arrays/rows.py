@@ -1,19 +1,32 @@
-"""Tall arrays (K, D) that are never held whole: rows in a file, and rows centred as they are read."""
+"""Tall arrays (K, D) that are never held whole: in a file, chosen or centred as they are read.
+
+They have ``shape``, ``dtype``, ``device`` and a namespace, and give float blocks of whole rows:
+``rows[start:stop]`` or ``rows[numbers]``. Arrays in memory are read the same way by
+`take_rows` and `float64_blocks`, so that formulas are written once.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
+from array_api_compat import device, is_numpy_array
 
-from ncbatch.arrays.namespace import Array, namespace
+from ncbatch.arrays.namespace import Array, as_float64, namespace
+from ncbatch.arrays.products import row_blocks
+from ncbatch.errors import DataError
 
 # What stands for a block of rows: a slice or an array of row numbers, columns taken whole.
 Rows = slice | npt.NDArray[np.int64] | tuple[Any, slice]
+# A block of float64 rows stays in a processor's cache; more rows than this gain nothing.
+_BLOCK_BYTES, _MOST_ROWS = 2 * 2**20, 4096
+# Rows beyond those asked for are read too where that saves reading one by one.
+_SPARSEST = 4
 
 
 class StoredRows:
@@ -46,23 +59,37 @@ class StoredRows:
         return self.shape[0]
 
     def __getitem__(self, rows: Rows) -> npt.NDArray[np.float64]:
-        """Read rows into an array of their own."""
-        rows = _without_columns(rows)
-        width = self.shape[1]
+        """Read rows into an array of their own.
+
+        Raises
+        ------
+        DataError
+            When the file is shorter than K rows.
+        """
+        rows, width = _without_columns(rows), self.shape[1]
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.shape[0])
-            found = np.fromfile(
-                self.path, np.float64, max(stop - start, 0) * width, offset=start * width * 8
-            )
-            return found.reshape(-1, width)
+            found = np.empty((max(stop - start, 0), width))
+            with self.path.open("rb", buffering=0) as file:
+                self._fill(file, start, found)
+            return found
         numbers = np.asarray(rows)
         if numbers.dtype == np.bool_:
             numbers = np.flatnonzero(numbers)
         found = np.empty((len(numbers), width))
         with self.path.open("rb", buffering=0) as file:
             for row, number in zip(found, numbers.tolist(), strict=True):
-                os.preadv(file.fileno(), [row], number * width * 8)
+                self._fill(file, number, row)
         return found
+
+    def _fill(self, file: Any, first: int, into: npt.NDArray[np.float64]) -> None:
+        file.seek(first * self.shape[1] * 8)
+        left = memoryview(into.reshape(-1)).cast("B") if into.size else memoryview(b"")
+        while left:  # one read gives at most 2 GiB
+            n = file.readinto(left)
+            if not n:
+                raise DataError(f"'{self.path}' is cut short", f"{self.shape} rows of float64")
+            left = left[n:]
 
     def __setitem__(self, rows: Rows, values: npt.NDArray[np.float64]) -> None:
         """Write a slice of rows."""
@@ -80,13 +107,35 @@ class StoredRows:
         return StoredRows, (self.path, self.shape)
 
 
-class CentredRows:
+class _View:
+    """What views of rows share: they have the place of the rows that they look at."""
+
+    rows: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """K and D."""
+        return self.rows.shape[0], self.rows.shape[1]
+
+    @property
+    def device(self) -> Any:
+        """Where blocks are."""
+        return device(self.rows)
+
+    def __array_namespace__(self, api_version: str | None = None) -> Any:
+        return namespace(self.rows)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class CentredRows(_View):
     """Rows minus a center, converted as they are read; holds nothing of the rows' size itself.
 
     Parameters
     ----------
     rows : array (K, D) or StoredRows
-        The rows, of float64.
+        The rows, of any floating-point dtype; they are subtracted from in float64.
     center : array (D,) or 0
         What is subtracted.
     dtype : optional
@@ -97,30 +146,116 @@ class CentredRows:
         self.rows, self.center = rows, center
         self.dtype = dtype or namespace(rows).float64
 
+    def __getitem__(self, rows: Rows) -> Array:
+        """Give a block: a slice, or an array of row numbers, of all columns."""
+        block = as_float64(take_rows(self.rows, _without_columns(rows))) - self.center
+        return namespace(self.rows).astype(block, self.dtype, copy=False)
+
+
+class ChosenRows(_View):
+    """Some of the rows, in any order; they are copied block by block only.
+
+    Parameters
+    ----------
+    rows : array (M, D) or StoredRows
+        Where rows are chosen from.
+    numbers : array (K,) of int
+        Which; a number may come more than once.
+    """
+
+    def __init__(self, rows: Array, numbers: Array) -> None:
+        xp = namespace(rows)
+        self.rows, self.dtype = rows, rows.dtype
+        self.numbers = xp.asarray(numbers, device=device(rows))
+
     @property
     def shape(self) -> tuple[int, int]:
         """K and D."""
-        return self.rows.shape[0], self.rows.shape[1]
-
-    @property
-    def device(self) -> Any:
-        """Where blocks are."""
-        return self.rows.device
-
-    def __array_namespace__(self, api_version: str | None = None) -> Any:
-        return namespace(self.rows)
-
-    def __len__(self) -> int:
-        return self.shape[0]
+        return self.numbers.shape[0], self.rows.shape[1]
 
     def __getitem__(self, rows: Rows) -> Array:
         """Give a block: a slice, or an array of row numbers, of all columns."""
-        part, xp = _without_columns(rows), namespace(self.rows)
-        if isinstance(part, slice) or isinstance(self.rows, StoredRows):
-            block = self.rows[part, :]
-        else:
-            block = xp.take(self.rows, part, axis=0)
-        return xp.astype(block - self.center, self.dtype, copy=False)
+        part = _without_columns(rows)
+        if not isinstance(part, slice):
+            part = namespace(self.rows).asarray(part, device=device(self.numbers))
+        return take_rows(self.rows, self.numbers[part])
+
+
+def take_rows(rows: Array, part: slice | Array) -> Array:
+    """Read a block of an array in memory, of stored rows or of a view of either.
+
+    Parameters
+    ----------
+    rows : array (K, D) or view
+        The rows.
+    part : slice or array (B,) of int
+        Which.
+
+    Returns
+    -------
+    array (B, D)
+        In the dtype of `rows`; of an array in memory a slice is not copied.
+    """
+    if isinstance(part, slice):
+        return rows[part, :]
+    if is_numpy_array(part) and part.size and not isinstance(rows, ChosenRows):
+        first, last = int(part.min()), int(part.max())
+        if last - first + 1 == len(part) and bool(np.all(part[1:] > part[:-1])):
+            return rows[first : last + 1, :]
+        if isinstance(rows, StoredRows) and last - first < _SPARSEST * len(part):
+            return rows[first : last + 1, :][part - first]
+    if isinstance(rows, StoredRows | _View):
+        return rows[part]
+    return namespace(rows).take(rows, part, axis=0)
+
+
+def block_rows(n_features: int, least: int = 1) -> int:
+    """Count the rows of a block that sums over K x D arrays work on.
+
+    Parameters
+    ----------
+    n_features : int
+        D.
+    least : int, optional
+        Rows below which the work is slow, such as products that fold into D x D arrays.
+    """
+    return max(1, min(_MOST_ROWS, max(least, _BLOCK_BYTES // (8 * n_features))))
+
+
+def product_rows(n_features: int) -> int:
+    """Count the rows of a block whose products fold into a D x D array.
+
+    Twice D where blocks are small, so that folding costs little beside the product.
+    """
+    return block_rows(n_features, 2 * n_features)
+
+
+def float64_blocks(rows: Array, least: int = 1) -> Iterator[tuple[slice, Array]]:
+    """Read rows block by block, in float64.
+
+    Parameters
+    ----------
+    rows : array (K, D) or view
+        The rows.
+    least : int, optional
+        As for `block_rows`.
+
+    Yields
+    ------
+    tuple of slice and array (B, D)
+        Where the block is, and the block. What blocks there are depends on the shape alone.
+    """
+    for part in row_blocks(rows.shape[0], block_rows(rows.shape[1], least)):
+        yield part, as_float64(take_rows(rows, part))
+
+
+def mean_of_rows(rows: Array) -> Array:
+    """Average rows (K, D) into an array (D,) of float64, block by block."""
+    xp = namespace(rows)
+    total = 0.0
+    for _, block in float64_blocks(rows):
+        total = total + xp.sum(block, axis=0)
+    return total / rows.shape[0]
 
 
 def _without_columns(rows: Rows) -> Any:

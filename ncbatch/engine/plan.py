@@ -1,32 +1,146 @@
-"""Prices and budgets: peak memory is known, and refused if need be, before anything is read."""
+"""Plans: what a run reads, computes and holds, in integers, known before anything is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import psutil
 from dask.utils import format_bytes, parse_bytes
 
 from ncbatch.errors import BudgetError, UsageError
 
-__all__ = ["Price", "check_budget", "format_bytes", "memory_budget", "resident_bytes"]
+__all__ = ["Plan", "Price", "check_budget", "format_bytes", "memory_budget", "resident_bytes"]
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a step needs at its peak, beside the interpreter.
+    """What a step of a run costs.
 
     Attributes
     ----------
     step : str
-        What needs it.
+        What it does.
     peak_bytes : int
-        Bytes held at once.
+        Bytes of host memory that a worker holds at once, beside the interpreter.
+    device_bytes : int
+        The same of GPU memory.
+    bytes_read : int
+        Bytes read from stores, over all reads.
+    flops : int
+        Floating-point operations of its products; a multiply-add counts as two.
+    n_items : int
+        Items, the unit of resume and balance.
+    block_rows, tile_classes : int
+        Rows of a block, classes of a tile's side; 0 where there are none.
+    n_reads : int
+        How often the data is read: once per class block.
+    disk_bytes : int
+        Bytes of files that are needed beside memory.
     """
 
     step: str
     peak_bytes: int
+    device_bytes: int = 0
+    bytes_read: int = 0
+    flops: int = 0
+    n_items: int = 0
+    block_rows: int = 0
+    tile_classes: int = 0
+    n_reads: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run; prints itself as a table.
+
+    Attributes
+    ----------
+    prices : sequence of Price
+        The steps, in order.
+    base_bytes : int
+        What a worker's interpreter holds before the first.
+    budget : int
+        Bytes that a worker may hold.
+    at_once : int
+        Steps that a worker runs at once, each at its own peak.
+    notes : sequence of str
+        What the plan decided, for a person.
+    """
+
+    prices: Sequence[Price]
+    base_bytes: int
+    budget: int
+    at_once: int = 1
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident bytes of a worker at its peak."""
+        dearest = max((price.peak_bytes for price in self.prices), default=0)
+        return self.base_bytes + self.at_once * dearest
+
+    @property
+    def device_bytes(self) -> int:
+        """GPU memory of a worker at its peak."""
+        return max((price.device_bytes for price in self.prices), default=0)
+
+    @property
+    def items(self) -> int:
+        """Items of all steps."""
+        return sum(price.n_items for price in self.prices)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from stores."""
+        return sum(price.bytes_read for price in self.prices)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all products."""
+        return sum(price.flops for price in self.prices)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of files that are needed beside memory."""
+        return sum(price.disk_bytes for price in self.prices)
+
+    def __str__(self) -> str:
+        head = ("step", "reads", "items", "block rows", "tile", "read", "FLOP", "peak", "GPU peak")
+        rows = [head, *(_cells(price, self.base_bytes) for price in self.prices)]
+        total = ("all", "", f"{self.items:,}", "", "", format_bytes(self.bytes_read),
+                 f"{self.flops:.2e}", format_bytes(self.peak_bytes), _size(self.device_bytes))  # fmt: skip
+        rows.append(total)
+        used = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
+        widths = {i: max(len(row[i]) for row in rows) for i in used}
+        lines = [
+            "  ".join(
+                row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used
+            ).rstrip()
+            for row in rows
+        ]
+        lines.append(
+            f"peak memory of a worker: {format_bytes(self.peak_bytes)}, "
+            f"the interpreter's {format_bytes(self.base_bytes)} included, "
+            f"of {format_bytes(self.budget)} allowed"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def _cells(price: Price, base: int) -> tuple[str, ...]:
+    return (
+        price.step, f"{price.n_reads:,}" if price.n_reads else "",
+        f"{price.n_items:,}" if price.n_items else "",
+        f"{price.block_rows:,}" if price.block_rows else "",
+        f"{price.tile_classes:,}" if price.tile_classes else "",
+        _size(price.bytes_read), f"{price.flops:.2e}" if price.flops else "",
+        format_bytes(base + price.peak_bytes), _size(price.device_bytes),
+    )  # fmt: skip
+
+
+def _size(n_bytes: int) -> str:
+    return format_bytes(n_bytes) if n_bytes else ""
 
 
 def resident_bytes() -> int:
@@ -69,35 +183,35 @@ def _rounded_up(n_bytes: int) -> str:
     return f"{(n_bytes // step + 2) * step // 2**20}MiB"
 
 
-def check_budget(prices: Iterable[Price], budget: int, base_bytes: int) -> int:
-    """Refuse a run of which a step does not fit; steps run one after the other.
-
-    Parameters
-    ----------
-    prices : iterable of Price
-        The steps.
-    budget : int
-        Total resident bytes allowed.
-    base_bytes : int
-        What the process holds before the first step.
-
-    Returns
-    -------
-    int
-        Planned peak of resident bytes.
+def check_budget(plan: Plan) -> None:
+    """Refuse a plan of which a step does not fit; steps run one after the other.
 
     Raises
     ------
     BudgetError
         Names the step and the smallest budget that would work.
     """
-    dearest = max(prices, key=lambda price: price.peak_bytes)
-    peak = base_bytes + dearest.peak_bytes
-    if peak > budget:
-        raise BudgetError(
-            f"{dearest.step} needs {format_bytes(peak)} resident, the interpreter's "
-            f"{format_bytes(base_bytes)} included",
-            f"at most {format_bytes(budget)}",
-            f"give at least --memory {_rounded_up(peak)}, or measure fewer metrics",
-        )
-    return peak
+    if plan.peak_bytes <= plan.budget:
+        return
+    dearest = max(plan.prices, key=lambda price: price.peak_bytes)
+    at_once = f", {plan.at_once} at once," if plan.at_once > 1 else ""
+    raise BudgetError(
+        f"{dearest.step}{at_once} needs {format_bytes(plan.peak_bytes)} resident, the interpreter's "
+        f"{format_bytes(plan.base_bytes)} included",
+        f"at most {format_bytes(plan.budget)}",
+        f"give at least --memory {_rounded_up(plan.peak_bytes)}, or measure fewer metrics",
+    )
+
+
+def cut(start: int, stop: int, grain: int, most: int, parts: int) -> Iterable[tuple[int, int]]:
+    """Cut a range into about `parts` pieces of whole grains, none of more than `most` grains.
+
+    Examples
+    --------
+    >>> list(cut(0, 10, 2, most=4, parts=2))
+    [(0, 6), (6, 10)]
+    """
+    grains = -(-(stop - start) // grain)
+    length = min(max(-(-grains // parts), 1), most) * grain
+    for first in range(start, stop, length):
+        yield first, min(first + length, stop)

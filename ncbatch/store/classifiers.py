@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -83,25 +84,72 @@ def store_classifier(
     group.update_attributes({"complete": True})
 
 
+class ClassifierRows:
+    """The rows (K, D) of a stored classifier, read slice by slice; bfloat16 as float32."""
+
+    device = "cpu"
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        self._array = array
+        self.shape = (int(array.shape[0]), int(array.shape[1]))
+        stored: np.dtype[Any] = np.dtype(array.dtype)
+        self.dtype = np.dtype(np.float32) if stored == DTYPES["bfloat16"] else stored
+
+    def __array_namespace__(self, api_version: str | None = None) -> Any:
+        return array_api_compat.numpy
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
+        """Read a slice of rows, or an array of row numbers by the slices between them."""
+        part = rows[0] if isinstance(rows, tuple) else rows
+        if isinstance(part, slice):
+            start, stop, _ = part.indices(self.shape[0])
+            return _read(self._array, start, stop)
+        numbers = np.asarray(part)
+        found = np.empty((len(numbers), self.shape[1]), self.dtype)
+        height = int(self._array.chunks[0])
+        for chunk in np.unique(numbers // height).tolist():
+            here = numbers // height == chunk
+            first = chunk * height
+            block = _read(self._array, first, min(first + height, self.shape[0]))
+            found[here] = block[numbers[here] - first]
+        return found
+
+
 def read_classifier(
-    arrays: Iterable[zarr.Array[Any]],
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    arrays: Iterable[zarr.Array[Any]], *, lazily: bool = False
+) -> tuple[npt.NDArray[Any] | ClassifierRows, npt.NDArray[Any] | None]:
     """Read the stored arrays of a classifier: weight (K, D) and bias (K,) or None.
+
+    Parameters
+    ----------
+    arrays : iterable of zarr.Array
+        Named ``weight`` and, if there is one, ``bias``.
+    lazily : bool, optional
+        Leave the weight where it is, to be read slice by slice.
 
     Raises
     ------
     CorruptionError
         Names the first chunk that is missing or cannot be read.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for array in arrays:
         missing = np.flatnonzero(~present_chunks(array))
         if missing.size:
             raise chunk_fault(array, int(missing[0]), "chunk is missing").error()
-        values = read_rows(array, 0, array.shape[0])
-        wide = values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
-        found[array.basename] = wide
+        if lazily and array.basename == "weight":
+            found["weight"] = ClassifierRows(array)
+        else:
+            found[array.basename] = _read(array, 0, array.shape[0])
     return found["weight"], found.get("bias")
+
+
+def _read(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:
+    values = read_rows(array, start, stop)
+    return values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
 
 
 def _float_array(values: Array, what: str) -> npt.NDArray[Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,9 @@ import zarr
 import zarr.errors
 
 from ncbatch import __version__
-from ncbatch.arrays import Array
+from ncbatch.arrays import Array, cuda_chunk, cuda_meta
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
+from ncbatch.store.chunks import checksums
 from ncbatch.store.classifiers import checked_classifier, read_classifier, store_classifier
 from ncbatch.store.commit_records import Share
 from ncbatch.store.finalizing import finalize_split
@@ -416,20 +418,30 @@ class FeatureStore:
         self.check_width(layer, w.shape[1], but=CLASSIFIER)
         store_classifier(self._root, layer, w, b)
 
-    def classifier(self, layer: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None:
+    def classifier(
+        self, layer: str, *, lazily: bool = False
+    ) -> tuple[Any, npt.NDArray[Any] | None] | None:
         """Read the classifier of a layer: weight (K, D) and bias (K,) or None; None without one.
 
-        bfloat16 is read as float32.
+        bfloat16 is read as float32. With `lazily` the weight is a `ClassifierRows`, read slice by
+        slice and never held whole.
         """
         if layer not in self.classifiers:
             return None
-        return read_classifier(self.classifier_arrays(layer))
+        return read_classifier(self.classifier_arrays(layer), lazily=lazily)
+
+    def classifier_fingerprint(self, layer: str) -> str:
+        """Hash the shapes and stored checksums of a layer's classifier; 32 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for array in self.classifier_arrays(layer):
+            digest.update(array.basename.encode() + checksums(array))
+        return digest.hexdigest()[:32]
 
     def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
         """Give the stored arrays of a layer's classifier."""
         group = self._root[f"{CLASSIFIER}/{layer}"]
         assert isinstance(group, zarr.Group)
-        return [array for _, array in group.arrays()]
+        return [array for _, array in sorted(group.arrays(), key=lambda item: item[0])]
 
     @property
     def classifiers(self) -> list[str]:
@@ -440,15 +452,34 @@ class FeatureStore:
         assert isinstance(group, zarr.Group)
         return sorted(name for name, g in group.groups() if g.attrs.get("complete"))
 
-    def to_dask(self, split: str, layer: str) -> da.Array:
+    def to_dask(self, split: str, layer: str, device: Literal["cpu", "cuda"] = "cpu") -> da.Array:
         """Give a layer's rows as a Dask array (sample, unit), one block per chunk.
 
         Rows without a sample (label -1) are included; bfloat16 becomes float32.
+
+        Parameters
+        ----------
+        split, layer : str
+            Which rows.
+        device : {"cpu", "cuda"}
+            ``cuda``: chunks are CuPy arrays, each on the GPU of the worker that reads it.
+
+        Raises
+        ------
+        UnknownNameError
+            When there is no such split or layer.
+        UsageError
+            When ``cuda`` is asked for and CuPy or a device is missing here.
         """
         import dask.array as da
 
+        if device not in ("cpu", "cuda"):
+            raise UsageError(f"device '{device}'", "cpu or cuda")
         array = da.from_zarr(self.split(split).feature(layer))
-        return array.astype("float32") if array.dtype == DTYPES["bfloat16"] else array
+        dtype = np.dtype("float32") if array.dtype == DTYPES["bfloat16"] else array.dtype
+        if device == "cuda":
+            return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
+        return array.astype(dtype)
 
     def to_xarray(self, split: str, layer: str) -> xr.Dataset:
         """Give a layer as a Dask-backed Dataset of its samples.

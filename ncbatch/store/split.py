@@ -208,10 +208,13 @@ class Split:
         if missing.size:
             raise chunk_fault(self._label, int(missing[0]), "chunk is missing").error()
 
-    def read(self, layer: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Read features of rows [start, stop) in their stored dtype; bfloat16 as float32."""
+    def read(
+        self, layer: str, start: int, stop: int, *, widened: bool = True
+    ) -> npt.NDArray[Any]:
+        """Read features of rows [start, stop) in their stored dtype; bfloat16 as float32 if `widened`."""
         rows = read_rows(self.feature(layer), start, stop)
-        return rows.astype(np.float32) if self.spec(layer).dtype == "bfloat16" else rows
+        narrow = widened and self.spec(layer).dtype == "bfloat16"
+        return rows.astype(np.float32) if narrow else rows
 
     def check_chunks(self, layer: str) -> None:
         """Refuse a layer of which a chunk of rows, their labels or predictions is missing.
@@ -250,3 +253,8 @@ class Split:
         digest.update(checksums(self._label))
         digest.update(checksums(self.feature(layer)))
         return digest.hexdigest()[:32]
+
+    def prediction_fingerprint(self) -> str:
+        """Hash the stored checksums of the predictions; 32 hexadecimal digits."""
+        assert self._prediction is not None
+        return checksums(self._prediction).hex()[:32]

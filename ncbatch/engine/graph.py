@@ -1,0 +1,282 @@
+"""Running jobs as one Dask graph of pure tasks: items, a fixed tree of merges, and the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ncbatch.arrays import thread_limit
+from ncbatch.engine.packing import pack, unpack
+from ncbatch.engine.run import Call, Item, Job, Progress, Sweep, load_state, say_changes
+from ncbatch.engine.slots import task_slots, task_threads
+from ncbatch.errors import WorkerError
+
+
+def run_graph(
+    client: Any, jobs: Sequence[Job], progress: Progress | None = None, state: Path | None = None
+) -> list[Any]:
+    """Run jobs on the workers of a client, all in one graph.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of any cluster.
+    jobs : sequence of Job
+        What to run.
+    progress : Progress, optional
+        Told of every item that is done.
+    state : Path, optional
+        Where work is kept; every worker must reach it under this path.
+
+    Returns
+    -------
+    list
+        A result per job.
+
+    Raises
+    ------
+    WorkerError
+        When an item kills every worker that takes it, however small it is cut.
+    """
+    graph = _Graph(client, jobs, state)
+    if progress:
+        for job in jobs:
+            for step in job.steps:
+                if isinstance(step, Sweep) and step.finished(state) is None:
+                    say_changes(step, state, progress)
+        progress.begin(f"{len(jobs)} layers on {graph.n_workers} workers", graph.n_items, "items")
+    try:
+        return graph.run(progress)
+    finally:
+        if progress:
+            progress.end()
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """An item of a sweep of a job, as a task."""
+
+    job: int
+    step: Sweep
+    item: Item
+
+    def __hash__(self) -> int:
+        return hash((self.job, self.step.name, self.item))
+
+
+class _Graph:
+    """The tasks of all jobs. Items that killed workers are cut in two, and all is built anew."""
+
+    def __init__(self, client: Any, jobs: Sequence[Job], state: Path | None) -> None:
+        self._client, self._jobs, self._state = client, jobs, state
+        self._slots = task_slots(client)
+        self._round = ""
+        self._items = {
+            (j, step.name): list(step.items)
+            for j, job in enumerate(jobs)
+            for step in job.steps
+            if isinstance(step, Sweep)
+        }
+        self._leaves: dict[str, _Leaf] = {}
+        self._leaf_futures: list[Any] = []
+
+    @property
+    def n_workers(self) -> int:
+        """Workers of the cluster now."""
+        return len(self._client.scheduler_info(n_workers=-1)["workers"])
+
+    @property
+    def n_items(self) -> int:
+        """Items of all sweeps."""
+        return sum(len(items) for items in self._items.values())
+
+    def run(self, progress: Progress | None) -> list[Any]:
+        """Run until every job has its result."""
+        results: dict[int, Any] = {}
+        told: set[_Leaf] = set()
+        while len(results) < len(self._jobs):
+            self._round = uuid.uuid4().hex[:8]
+            left = [j for j in range(len(self._jobs)) if j not in results]
+            ends = {j: self._submit_job(j, self._jobs[j]) for j in left}
+            try:
+                killers = self._wait(list(ends.values()), progress, told)
+                results |= {j: end.result() for j, end in ends.items() if end.status == "finished"}
+            finally:
+                self._client.cancel(list(ends.values()))
+            for leaf in killers:
+                self._halve(leaf)
+        return [results[j] for j in range(len(self._jobs))]
+
+    def _submit_job(self, j: int, job: Job) -> Any:
+        """Submit all tasks of a job; gives the future of its result."""
+        whole = self._submit(_same, f"job-{job.name}", job)
+        results: dict[str, Any] = {}
+        for step in job.steps:
+            given = [results[name] for name in step.needs]
+            if isinstance(step, Call):
+                found = self._submit(_call, step.name, whole, step.name, *given)
+            elif step.finished(self._state) is not None:
+                found = self._submit(_load, step.name, whole, step.name, self._state, *given)
+            else:
+                found = self._submit_sweep(j, step, whole, given)
+            results[step.name] = found
+        return results[job.steps[-1].name]
+
+    def _submit_sweep(self, j: int, step: Sweep, whole: Any, given: list[Any]) -> Any:
+        parts = []
+        for item in self._items[j, step.name]:
+            future = self._submit(
+                _fold, step.name, whole, step.name, item, self._state, self._slots, *given
+            )
+            self._leaves[future.key] = _Leaf(j, step, item)
+            self._leaf_futures.append(future)
+            parts.append(future)
+        if not parts:
+            parts = [self._submit(_empty, step.name, whole, step.name, *given)]
+        while len(parts) > 1:
+            parts = [
+                self._submit(_merge, step.name, whole, step.name, self._slots, a, *b, *given)
+                if b
+                else a
+                for a, *b in _in_pairs(parts)
+            ]
+        return self._submit(
+            _finish, step.name, whole, step.name, self._state, self._slots, parts[0], *given
+        )
+
+    def _submit(self, function: Any, name: str, *arguments: Any) -> Any:
+        """Submit a task under a key made of what it is given, so that equal tasks run once."""
+        text = repr([getattr(a, "key", a) for a in arguments if not isinstance(a, Job)])
+        key = hashlib.sha256(f"{function.__name__}{name}{text}".encode()).hexdigest()[:16]
+        kind = function.__name__.strip("_")
+        return self._client.submit(
+            function, *arguments, key=f"ncbatch-{kind}-{self._round}-{key}", pure=False
+        )
+
+    def _wait(self, ends: list[Any], progress: Progress | None, told: set[_Leaf]) -> list[_Leaf]:
+        """Wait for all tasks; give the items that killed workers."""
+        from distributed import KilledWorker, as_completed
+
+        waiting = as_completed([*ends, *self._leaf_futures], loop=self._client.loop)
+        # Held no longer: what is merged shall not stay in the workers' memory.
+        self._leaf_futures = []
+        killers: dict[str, _Leaf] = {}
+        for future in waiting:
+            if future.status == "error":
+                error = future.exception()
+                if not isinstance(error, KilledWorker):
+                    raise error
+                # What depends on the task that killed ends with the same error.
+                task = str(error.task)
+                if task not in self._leaves:
+                    raise WorkerError(
+                        f"workers died of task '{task}'",
+                        "workers with memory for it",
+                        "see the memory that 'ncbatch plan' names, and the workers' own logs",
+                    )
+                killers[task] = self._leaves[task]
+            elif progress and (leaf := self._leaves.get(future.key)) and leaf not in told:
+                told.add(leaf)
+                progress.advance(1)
+        return list(killers.values())
+
+    def _halve(self, leaf: _Leaf) -> None:
+        """Cut an item in two, or give up when it is as small as can be."""
+        item, grain = leaf.item, leaf.step.grain
+        grains = -(-(item.stop - item.start) // grain)
+        what = "rows" if leaf.step.unit == "B" else "tiles"
+        if grains < 2:
+            raise WorkerError(
+                f"{leaf.step.label}: {what} {item.start}..{item.stop - 1} kill every worker that takes them",
+                "workers that live through them",
+                "see the workers' own logs; give them more memory, or check the data with 'ncbatch validate'",
+            )
+        middle = item.start + grains // 2 * grain
+        size = item.size * (middle - item.start) // (item.stop - item.start)
+        items = self._items[leaf.job, leaf.step.name]
+        at = items.index(item)
+        items[at : at + 1] = [
+            Item(item.start, middle, size),
+            Item(middle, item.stop, item.size - size),
+        ]
+
+
+def _in_pairs(parts: list[Any]) -> Iterator[tuple[Any, ...]]:
+    for i in range(0, len(parts), 2):
+        yield tuple(parts[i : i + 2])
+
+
+# ----------------------------------------------------- tasks, which carry paths and states, not data
+
+
+def _same(job: Job) -> Job:
+    return job
+
+
+def _sweep(job: Job, name: str) -> Sweep:
+    step = next(step for step in job.steps if step.name == name)
+    assert isinstance(step, Sweep)
+    return step
+
+
+def _fold(
+    job: Job, name: str, item: Item, state: Path | None, slots: Mapping[str, int], *given: Any
+) -> Any:
+    """Fold one item, unless it is kept."""
+    step = _sweep(job, name)
+    work, kept = step.make(*given), step.kept(state)
+    file = f"item-{item.start}-{item.stop}"
+    arrays = None if kept is None else kept.load(file)
+    if arrays is not None:
+        return unpack(work.kind, arrays)
+    with thread_limit(task_threads(slots)):
+        found = work.seal(work.fold(work.start(), item))
+    if kept is not None:
+        kept.save(file, pack(found))
+    return found
+
+
+def _empty(job: Job, name: str, *given: Any) -> Any:
+    work = _sweep(job, name).make(*given)
+    return work.seal(work.start())
+
+
+def _merge(job: Job, name: str, slots: Mapping[str, int], a: Any, b: Any, *given: Any) -> Any:
+    with thread_limit(task_threads(slots)):
+        return _sweep(job, name).make(*given).merge(a, b)
+
+
+def _finish(
+    job: Job, name: str, state: Path | None, slots: Mapping[str, int], partial: Any, *given: Any
+) -> Any:
+    step = _sweep(job, name)
+    with thread_limit(task_threads(slots)):
+        found = step.make(*given).finish(partial)
+    kept = step.kept(state)
+    if kept is not None:
+        kept.save("state", pack(found))
+        kept.drop("item-*")
+    return found
+
+
+def _load(job: Job, name: str, state: Path, *given: Any) -> Any:
+    step = _sweep(job, name)
+    kept = step.finished(state)
+    found = None if kept is None else load_state(step.make(*given), kept)
+    if found is None:
+        raise WorkerError(
+            f"the kept state of {step.label} cannot be read from '{state}'",
+            "a directory that every worker reaches under that path",
+            "delete it, or give another --state",
+        )
+    return found
+
+
+def _call(job: Job, name: str, *given: Any) -> Any:
+    step = next(step for step in job.steps if step.name == name)
+    assert isinstance(step, Call)
+    return step.compute(*given)

@@ -1,0 +1,65 @@
+"""A pass that knows no neural collapse, for tests of the engine; in a module of its own for workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ncbatch.engine import Item, pack, unpack
+
+
+@dataclass(frozen=True)
+class Count:
+    """The numbers added up, and as floats whose rounding tells orders apart."""
+
+    total: int
+    rounded: float
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Adds the numbers of its items; writes down each item that it folds."""
+
+    numbers: tuple[int, ...]
+    log: Path | None = None
+    deadly: tuple[int, ...] = ()  # items that hold one of these kill their process
+    slow: float = 0.0
+    kind: ClassVar[Any] = Count
+
+    def start(self) -> Count:
+        return Count(0, 0.0)
+
+    def fold(self, accumulator: Count, item: Item) -> Count:
+        total, rounded = accumulator.total, accumulator.rounded
+        for i in range(item.start, item.stop):
+            if i in self.deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.numbers[i] < 0:
+                raise ValueError("negative")
+            total, rounded = total + self.numbers[i], rounded + self.numbers[i] / 7.0
+        time.sleep(self.slow)
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{item.start}-{item.stop}\n")
+        return Count(total, rounded)
+
+    def seal(self, accumulator: Count) -> Count:
+        return accumulator
+
+    def merge(self, a: Count, b: Count) -> Count:
+        return Count(a.total + b.total, a.rounded + b.rounded)
+
+    def finish(self, partial: Count) -> Count:
+        return partial
+
+    def save(self, accumulator: Count) -> dict[str, np.ndarray]:
+        return pack(accumulator)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> Count:
+        return unpack(Count, arrays)
