@@ -21,6 +21,7 @@ _HOMES = {
     "load_results": "ncbatch.results",
     "measure": "ncbatch.measurement",
     "metrics": "ncbatch",
+    "plan": "ncbatch.measurement",
     "save_results": "ncbatch.results",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "load_results",
     "measure",
     "metrics",
+    "plan",
     "save_results",
 ]
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from ncbatch import metrics
     from ncbatch.errors import NcbatchError
     from ncbatch.ingest import dump
-    from ncbatch.measurement import measure
+    from ncbatch.measurement import measure, plan
     from ncbatch.results import load_results, save_results
     from ncbatch.stats import Decisions, Moments, PairStats
     from ncbatch.store import FeatureStore

@@ -86,6 +86,17 @@ def classifier(store: str, layer: str, weight: str, bias: str | None, rows: int 
 
 @cli.command()
 @click.argument("store", type=click.Path())
+@click.option("--split", required=True, help="Split whose writers have all ended.")
+def finalize(store: str, split: str) -> None:
+    """Complete a split of STORE that several writers wrote, once all have ended."""
+    from ncbatch.store import FeatureStore
+
+    done = FeatureStore.open(store).finalize(split)
+    click.echo(f"split {split} of {store} is complete: {done.n_samples:,} samples")
+
+
+@cli.command()
+@click.argument("store", type=click.Path())
 def info(store: str) -> None:
     """Show what is in STORE: splits, layers, sizes, classifiers."""
     from ncbatch.report import info_tables
@@ -110,50 +121,108 @@ def validate(store: str) -> None:
     click.echo(f"{store} is valid: splits {', '.join(opened.splits) or 'none'}")
 
 
+_MEASURING = (
+    click.argument("stores", nargs=-1, required=True, type=click.Path(), metavar="STORE..."),
+    click.option(
+        "--layer", "layers", multiple=True, help="Layer to measure; repeatable  [default: all]"
+    ),
+    click.option("--train", default="train", show_default=True, help="Split of the class means."),
+    click.option("--test", help="Split that NC4 is measured on  [default: test, if there is one]"),
+    click.option("--ood", help="Split of outside data for NC5  [default: ood, if there is one]"),
+    click.option("--metrics", help="Names, separated by commas  [default: all that apply]"),
+    click.option(
+        "--min-count", type=click.IntRange(min=1), default=1, show_default=True,
+        help="Only classes with at least so many samples.",
+    ),
+    click.option(
+        "--max-count", type=click.IntRange(min=1),
+        help="Only classes with at most so many samples.",
+    ),
+    click.option(
+        "--classes", type=click.Path(),
+        help="Only the classes in this file: ids, one per line, or .npy.",
+    ),
+    click.option(
+        "--weighted", is_flag=True, help="Take m_G as the mean of samples, not of class means."
+    ),
+    click.option(
+        "--dist-exp", type=float, default=1.0, show_default=True, help="Exponent p of the CDNV."
+    ),
+    click.option("--skip-nonfinite", is_flag=True, help="Leave out rows with NaN or infinities."),
+    click.option(
+        "--precision", type=click.Choice(["exact", "fp32", "tf32"]), default="exact",
+        show_default=True,
+        help="Float64 products, or float32 (on a GPU also TF32) ones for traces good to 1e-6.",
+    ),
+    click.option(
+        "--null", is_flag=True,
+        help="Measure NC1, NC2 and spectra for labels at random too, in the same read.",
+    ),
+    click.option(
+        "--null-seed", type=int, default=0, show_default=True, help="Which draw of those."
+    ),
+    click.option("--per-class", is_flag=True, help="Save results per class too (.zarr, .nc)."),
+    click.option(
+        "--ncc", type=click.Choice(["exact", "faiss"]), default="exact", show_default=True,
+        help="Who seeks the nearest class mean; the decisions are the same.",
+    ),
+    click.option(
+        "--preset", type=click.Choice(["papyan2020", "wu2024"]), is_eager=True, expose_value=False,
+        callback=_apply_preset, help="Conventions of a paper, as defaults of the options above.",
+    ),
+    click.option(
+        "--memory",
+        help="Ceiling of resident memory of each worker, such as 8GiB  [default: what is free]",
+    ),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to compute; auto takes the GPU when CuPy and one work.",
+    ),
+    click.option(
+        "--cluster", default="sync", show_default=True, metavar="CLUSTER",
+        help="sync, threads, processes, cuda (or processes:4), a scheduler's tcp:// or tls:// address, or its file.",
+    ),
+)  # fmt: skip
+
+
+def _measuring(command: Any) -> Any:
+    """Give a command the options of a measurement."""
+    for option in reversed(_MEASURING):
+        command = option(command)
+    return command
+
+
+def _arguments(metrics: str | None, classes: str | None, layers: tuple[str, ...]) -> dict[str, Any]:
+    from ncbatch.ingest import read_classes
+
+    return {
+        "layers": layers or None,
+        "metrics": None if metrics is None else _names(metrics),
+        "classes": None if classes is None else read_classes(classes),
+    }
+
+
 @cli.command()
-@click.argument("stores", nargs=-1, required=True, type=click.Path(), metavar="STORE...")
+@_measuring
+def plan(
+    stores: tuple[str, ...],
+    layers: tuple[str, ...],
+    metrics: str | None,
+    classes: str | None,
+    **options: Any,
+) -> None:
+    """Show what measuring STORE... would read, compute and need; runs nothing, reads no data."""
+    from ncbatch.measurement import plan as make_plan
+
+    click.echo(str(make_plan(stores, **_arguments(metrics, classes, layers), **options)))
+
+
+@cli.command()
+@_measuring
 @click.option(
-    "--layer", "layers", multiple=True, help="Layer to measure; repeatable  [default: all]"
-)
-@click.option("--train", default="train", show_default=True, help="Split of the class means.")
-@click.option("--test", help="Split that NC4 is measured on  [default: test, if there is one]")
-@click.option("--ood", help="Split of outside data for NC5  [default: ood, if there is one]")
-@click.option("--metrics", help="Names, separated by commas  [default: all that apply]")
-@click.option(
-    "--min-count", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Only classes with at least so many samples.",
+    "--state", type=click.Path(),
+    help="Keep finished work in this directory: the same command goes on after a crash.",
 )  # fmt: skip
-@click.option(
-    "--max-count", type=click.IntRange(min=1), help="Only classes with at most so many samples."
-)
-@click.option(
-    "--classes",
-    type=click.Path(),
-    help="Only the classes in this file: ids, one per line, or .npy.",
-)
-@click.option(
-    "--weighted", is_flag=True, help="Take m_G as the mean of samples, not of class means."
-)
-@click.option(
-    "--dist-exp", type=float, default=1.0, show_default=True, help="Exponent p of the CDNV."
-)
-@click.option("--skip-nonfinite", is_flag=True, help="Leave out rows with NaN or infinities.")
-@click.option(
-    "--precision", type=click.Choice(["exact", "fp32"]), default="exact", show_default=True,
-    help="Float64 products, or float32 products for traces good to 1e-6.",
-)  # fmt: skip
-@click.option(
-    "--null",
-    is_flag=True,
-    help="Measure NC1, NC2 and spectra for labels at random too, in the same read.",
-)
-@click.option("--null-seed", type=int, default=0, show_default=True, help="Which draw of those.")
-@click.option("--per-class", is_flag=True, help="Save results per class too (.zarr, .nc).")
-@click.option(
-    "--preset", type=click.Choice(["papyan2020", "wu2024"]), is_eager=True, expose_value=False,
-    callback=_apply_preset, help="Conventions of a paper, as defaults of the options above.",
-)  # fmt: skip
-@click.option("--memory", help="Ceiling of resident memory, such as 8GiB  [default: what is free]")
 @click.option(
     "--out", "outs", multiple=True, type=click.Path(),
     help="Save as .zarr, .nc, .csv or .json, by ending; repeatable.",
@@ -168,7 +237,6 @@ def measure(
 ) -> None:
     """Measure neural collapse on the features in STORE..."""
     from ncbatch import report
-    from ncbatch.ingest import read_classes
     from ncbatch.measurement import measure
     from ncbatch.results import check_output, save_results
 
@@ -176,9 +244,7 @@ def measure(
         check_output(path)
     dataset = measure(
         stores,
-        layers or None,
-        metrics=None if metrics is None else _names(metrics),
-        classes=None if classes is None else read_classes(classes),
+        **_arguments(metrics, classes, layers),
         progress=report.ProgressBar(),
         **options,
     )
@@ -186,6 +252,7 @@ def measure(
         save_results(dataset, path)
     console = _console()
     _show(console, report.result_tables(dataset, console.width))
+    console.print(f"device: {dataset.attrs['device']}", markup=False, highlight=False)
     for line in report.notes(dataset):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import zarr
 
 from ncbatch import __version__
-from ncbatch.engine import Item, Progress, run
+from ncbatch.engine import Job, Progress, Sweep, run_jobs
 from ncbatch.errors import DataError, OutputError, UsageError
 from ncbatch.metrics import Statistics
 from ncbatch.passes import MomentsPass
@@ -26,7 +25,7 @@ _TILE_CLASSES = 1024
 
 
 @dataclass(frozen=True)
-class GridPass:
+class Grid:
     """Writes the tiles of a grid, both triangles."""
 
     pairs: PairTiles
@@ -34,38 +33,24 @@ class GridPass:
     dist_exp: float
     variances: Any
     grid: zarr.Array[Any]
-    unit: str = "pairs"
 
-    @property
-    def label(self) -> str:
-        """What the pass does."""
-        return f"{self.kind} grid"
-
-    @cached_property
-    def _tiles(self) -> list[tuple[slice, slice]]:
-        return list(self.pairs.tiles(_TILE_CLASSES))
-
-    @cached_property
-    def items(self) -> list[Item]:
-        """The tiles, numbered."""
-        return [
-            Item(i, i + 1, (rows.stop - rows.start) * (columns.stop - columns.start))
-            for i, (rows, columns) in enumerate(self._tiles)
-        ]
-
-    def start(self) -> None:
-        """Nothing is kept."""
-
-    def fold(self, accumulator: None, item: Item) -> None:
-        """Write one tile and its mirror image."""
-        rows, columns = self._tiles[item.start]
-        values = self._values(rows, columns)
-        self.grid[rows, columns] = values
-        if rows.start != columns.start:
-            self.grid[columns, rows] = values.T
-
-    def finish(self, accumulator: None) -> None:
-        """Nothing is left to do."""
+    def write(self, progress: Progress | None) -> None:
+        """Write all tiles, each with its mirror image."""
+        tiles = list(self.pairs.tiles(_TILE_CLASSES))
+        sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
+        if progress:
+            progress.begin(f"{self.kind} grid", sum(sizes), "pairs")
+        try:
+            for (rows, columns), size in zip(tiles, sizes, strict=True):
+                values = self._values(rows, columns)
+                self.grid[rows, columns] = values
+                if rows.start != columns.start:
+                    self.grid[columns, rows] = values.T
+                if progress:
+                    progress.advance(size)
+        finally:
+            if progress:
+                progress.end()
 
     def _values(self, rows: slice, columns: slice) -> Any:
         if self.kind == "interference":
@@ -147,14 +132,18 @@ def write_grid(
         raise DataError(f"{len(selection.classes)} class in split '{split}'", "at least 2")
     part.check_chunks(layer)
     source = RowSource(part, layer, selection.index)
-    moments, _ = run(MomentsPass(source, len(selection.classes), False, "exact"), progress)
+    read = MomentsPass(source, len(selection.classes), False, "exact")
+    step = Sweep(
+        "moments", f"moments of {split}/{layer}", lambda: read, source.items, source.chunk_rows
+    )
+    moments = run_jobs([Job(layer, (step,))], progress)[0].seen.moments
     statistics = Statistics(moments, weighted=weighted)
     pairs = PairTiles(moments.means, statistics.global_mean, quantities=[])
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         grid = _create(partial, selection.classes, kind, layer, store)
-        run(GridPass(pairs, kind, dist_exp, moments.variances, grid), progress)
+        Grid(pairs, kind, dist_exp, moments.variances, grid).write(progress)
         partial.rename(target)
     except OSError as error:
         raise OutputError(f"'{out}' cannot be written: {error}") from error

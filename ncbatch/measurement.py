@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncbatch import __version__
-from ncbatch.engine import Progress, check_budget, memory_budget, resident_bytes
+from ncbatch.engine import Plan, Progress, check_budget, memory_budget
 from ncbatch.errors import DataError, UsageError
-from ncbatch.metrics import Metric, find_metrics
+from ncbatch.execution import Workers
+from ncbatch.metrics import CATALOGUE, Metric, find_metrics
 from ncbatch.results import to_dataset
-from ncbatch.rows import count_labels, select_classes
+from ncbatch.rows import Selection, count_labels, select_classes
 from ncbatch.stats.moments import Precision
 from ncbatch.store import FeatureStore, Split
 from ncbatch.task import LayerTask, Options, check_classes
 
 if TYPE_CHECKING:
     import xarray as xr
+    from distributed import Client
 
 # Conventions of papers, as arguments of `measure`.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -29,9 +33,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
     "wu2024": {"weighted": False, "dist_exp": 2.0, "min_count": 1},
 }
-
-# Greater exponents of distances leave the range of float64 on ordinary data.
-_MAX_DIST_EXP = 16.0
 
 StoreLike = FeatureStore | str | os.PathLike[str]
 
@@ -54,7 +55,11 @@ def measure(
     null: bool = False,
     null_seed: int = 0,
     per_class: bool = False,
+    ncc: str = "exact",
     memory: str | int | None = None,
+    device: str = "auto",
+    cluster: str | os.PathLike[str] | Client | None = None,
+    state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Measure neural collapse on stored features.
@@ -82,8 +87,9 @@ def measure(
         p of the CDNV; language-model papers use 2.
     skip_nonfinite : bool, optional
         Leave out and count rows with NaN or infinities instead of refusing them.
-    precision : {"exact", "fp32"}, optional
-        Float64 products, or products of residuals in float32 folded in float64.
+    precision : {"exact", "fp32", "tf32"}, optional
+        Float64 products, or products of residuals in float32 (on a GPU also TF32) folded in
+        float64.
     null : bool, optional
         Measure NC1, NC2 and spectra also for labels drawn at random from the label distribution,
         in the same read, as ``<metric>_null``.
@@ -91,8 +97,19 @@ def measure(
         Which draw of those labels.
     per_class : bool, optional
         Give results per class too, over the dim ``class``.
+    ncc : {"exact", "faiss"}, optional
+        Who seeks the nearest class mean; the decisions are the same.
     memory : str or int, optional
-        Ceiling of resident memory, such as ``"8GiB"``; what the machine has left by default.
+        Ceiling of resident memory of each worker, such as ``"8GiB"``; what the machine has left,
+        shared by its workers, by default.
+    device : {"auto", "cpu", "cuda"}, optional
+        Where arrays are; ``"auto"`` takes the GPU when CuPy and one work.
+    cluster : str, path or distributed.Client, optional
+        ``"sync"`` (the default: a plain loop in this process), ``"threads"``, ``"processes"``,
+        ``"cuda"``, the address or the file of a scheduler that runs, or a client.
+    state : path, optional
+        A directory that keeps finished work: the same call goes on after a crash to the same bits,
+        and other metrics of the same states read nothing again. Workers must reach it.
     progress : Progress, optional
         Told how far the passes are.
 
@@ -113,40 +130,114 @@ def measure(
         For a chunk that is missing or altered.
     BudgetError
         When the memory does not suffice; names what would.
+    WorkerError
+        When no cluster is there, or its workers die of the work.
     """
-    if precision not in ("exact", "fp32"):
-        raise UsageError(f"precision '{precision}'", "exact or fp32")
-    if not 0.0 < dist_exp <= _MAX_DIST_EXP:
-        raise UsageError(f"dist_exp {dist_exp}", f"a number above 0, at most {_MAX_DIST_EXP:g}")
     options = Options(
-        train, test, ood, min_count, max_count,
-        None if classes is None else tuple(int(c) for c in classes),
-        weighted, dist_exp, skip_nonfinite, precision, null, null_seed, per_class,
+        train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
+        skip_nonfinite, precision, null, null_seed, per_class, ncc,
     )  # fmt: skip
-    metrics = [metrics] if isinstance(metrics, str) else metrics
-    layers = [layers] if isinstance(layers, str) else layers
-    wanted = find_metrics(metrics)
-    opened = _open_all(stores)
-    tasks = [
-        task
-        for name, store in opened.items()
-        for task in _tasks(name, store, None if layers is None else list(layers), options, wanted)
-    ]
-    if metrics is not None:
-        _refuse_impossible(wanted, tasks)
-    prices = [price for task in tasks for price in task.prices()]
-    check_budget(prices, memory_budget(memory), resident_bytes())
-    for task in tasks:
-        task.check_chunks()
-    cells = {(task.name, task.layer): task.measure(progress) for task in tasks}
-    applied = [m for m in wanted if metrics is not None or any(m in t.metrics for t in tasks)]
+    opened, wanted, named = _open_all(stores), *_wanted(metrics)
+    tasks = _all_tasks(opened, layers, options, wanted, named, scanned=True)
+    with _cluster(cluster, memory) as client:
+        workers = Workers.find(client, memory, device)
+        _check_device(precision, workers.device)
+        tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
+        plan, modes = workers.plan(tasks)
+        check_budget(plan)
+        for task in tasks:
+            task.check_chunks()
+        found = workers.run(tasks, modes, progress, _state_folder(state))
+    cells = {(task.name, task.layer): cell for task, cell in zip(tasks, found, strict=True)}
+    applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
     return to_dataset(
         cells,
         list(opened),
         list(dict.fromkeys(task.layer for task in tasks)),
         applied,
-        _attributes(options, tasks, [note for cell in cells.values() for note in cell.notes]),
+        _attributes(tasks, workers, [note for cell in found for note in cell.notes]),
     )
+
+
+def plan(
+    stores: StoreLike | Sequence[StoreLike],
+    layers: Iterable[str] | None = None,
+    *,
+    train: str = "train",
+    test: str | None = None,
+    ood: str | None = None,
+    metrics: Iterable[str] | None = None,
+    min_count: int = 1,
+    max_count: int | None = None,
+    classes: Iterable[int] | None = None,
+    weighted: bool = False,
+    dist_exp: float = 1.0,
+    skip_nonfinite: bool = False,
+    precision: Precision = "exact",
+    null: bool = False,
+    null_seed: int = 0,
+    per_class: bool = False,
+    ncc: str = "exact",
+    memory: str | int | None = None,
+    device: str = "auto",
+    cluster: str | os.PathLike[str] | Client | None = None,
+) -> Plan:
+    """Say what `measure` would read, compute and hold, from shapes alone; runs nothing.
+
+    The arguments are those of `measure`. No data is read, labels included: the classes used are
+    taken to be as many as there can be, so that `measure` needs no more than this.
+
+    Returns
+    -------
+    Plan
+        Prints itself; ``peak_bytes`` and ``items`` are in it.
+
+    Raises
+    ------
+    BudgetError
+        When the memory does not suffice; names what would.
+    """
+    options = Options(
+        train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
+        skip_nonfinite, precision, null, null_seed, per_class, ncc,
+    )  # fmt: skip
+    opened, wanted, named = _open_all(stores), *_wanted(metrics)
+    tasks = _all_tasks(opened, layers, options, wanted, named, scanned=False)
+    with _cluster(cluster, memory) as client:
+        workers = Workers.find(client, memory, device)
+        _check_device(precision, workers.device)
+        tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
+        found, _ = workers.plan(tasks)
+    check_budget(found)
+    return found
+
+
+def _class_ids(classes: Iterable[int] | None) -> tuple[int, ...] | None:
+    return None if classes is None else tuple(int(c) for c in classes)
+
+
+def _check_device(precision: Precision, device: str) -> None:
+    if precision == "tf32" and device == "cpu":
+        raise UsageError("precision 'tf32' on the CPU", "a GPU for it", "use --precision fp32")
+
+
+def _cluster(cluster: Any, memory: str | int | None) -> Any:
+    """Open a cluster; loading Dask's is left out where a plain loop runs."""
+    if cluster is None or cluster == "sync":
+        return nullcontext(None)
+    from ncbatch.engine.cluster import open_cluster
+
+    return open_cluster(cluster, memory=None if memory is None else memory_budget(memory))
+
+
+def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:
+    """Give the absolute path of the folder of kept states; workers may run elsewhere."""
+    if state is None:
+        return None
+    folder = Path(state).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--state '{state}' is a file", "a directory, made if it is not there")
+    return folder
 
 
 def store_names(paths: Sequence[str]) -> list[str]:
@@ -181,12 +272,40 @@ def _open_all(stores: StoreLike | Sequence[StoreLike]) -> dict[str, FeatureStore
     return dict(zip(store_names([s.path for s in opened]), opened, strict=True))
 
 
+def _wanted(metrics: Iterable[str] | None) -> tuple[list[Metric], bool]:
+    """Find the metrics asked for, and whether they were named."""
+    names = [metrics] if isinstance(metrics, str) else metrics
+    return find_metrics(names), metrics is not None
+
+
+def _all_tasks(
+    opened: Mapping[str, FeatureStore],
+    layers: Iterable[str] | None,
+    options: Options,
+    wanted: list[Metric],
+    named: bool,
+    *,
+    scanned: bool,
+) -> list[LayerTask]:
+    chosen = [layers] if isinstance(layers, str) else layers
+    names = None if chosen is None else list(chosen)
+    tasks = [
+        task
+        for name, store in opened.items()
+        for task in _tasks(name, store, names, options, wanted, scanned)
+    ]
+    if named:
+        _refuse_impossible(wanted, tasks)
+    return tasks
+
+
 def _tasks(
     name: str,
     store: FeatureStore,
     layers: list[str] | None,
     options: Options,
     wanted: list[Metric],
+    scanned: bool,
 ) -> list[LayerTask]:
     train = store.split(options.train)
     test = _optional_split(store, options.test, "test")
@@ -196,6 +315,33 @@ def _tasks(
         raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
     for layer in names:
         train.feature(layer)
+    selection = _selection(train, options) if scanned else None
+    tasks = []
+    for layer in names:
+        decided = test if test is not None and layer in test.features else train
+        outside = ood if ood is not None and layer in ood.features and ood.n_rows else None
+        if scanned and outside is not None and not outside.n_samples:
+            outside = None
+        applied, missing = _applicable(store, layer, train, decided, outside, wanted)
+        tasks.append(
+            LayerTask(
+                name,
+                store,
+                layer,
+                options,
+                train,
+                decided,
+                outside,
+                tuple(metric.name for metric in applied),
+                {why: tuple(metric.name for metric in lost) for why, lost in missing.items()},
+                selection,
+            )
+        )
+    return tasks
+
+
+def _selection(train: Split, options: Options) -> Selection:
+    """Choose the classes used, from the labels."""
     selection = select_classes(
         count_labels(train),
         min_count=options.min_count,
@@ -204,22 +350,12 @@ def _tasks(
     )
     if not selection.counts.any():
         raise DataError(
-            f"split '{train.name}' of {store.path} has no rows",
+            f"split '{train.name}' of {train.where} has no rows",
             "labelled rows",
             "dump or import some",
         )
     check_classes(len(selection.classes), train, "with these filters" if selection.filtered else "")
-    tasks = []
-    for layer in names:
-        decided = test if test is not None and layer in test.features else train
-        outside = ood if ood is not None and layer in ood.features and ood.n_samples else None
-        applied, missing = _applicable(store, layer, train, decided, outside, wanted)
-        tasks.append(
-            LayerTask(
-                name, store, layer, options, selection, train, decided, outside, applied, missing
-            )
-        )
-    return tasks
+    return selection
 
 
 def _optional_split(store: FeatureStore, asked: str | None, default: str) -> Split | None:
@@ -261,7 +397,7 @@ def _refuse_impossible(wanted: list[Metric], tasks: list[LayerTask]) -> None:
     """Refuse a metric that was named but that no store and layer allows."""
     for metric in wanted:
         if not any(metric in task.metrics for task in tasks):
-            why = next(r for r, metrics in tasks[0].missing.items() if metric in metrics)
+            why = next(r for r, names in tasks[0].missing.items() if metric.name in names)
             raise DataError(
                 f"metric '{metric.name}' cannot be measured: {why}",
                 "a store that has what it reads",
@@ -274,9 +410,11 @@ def _notes(tasks: list[LayerTask]) -> list[str]:
     places: dict[tuple[str, str], list[str]] = {}
     for task in tasks:
         applied = {metric.place for metric in task.metrics}
-        for why, metrics in task.missing.items():
+        for why, lost in task.missing.items():
             # A kind of collapse is named as a whole where none of its metrics is left.
-            names = [m.name if m.place in applied else m.place for m in metrics]
+            names = [
+                name if CATALOGUE[name].place in applied else CATALOGUE[name].place for name in lost
+            ]
             layers = places.setdefault((why, ", ".join(dict.fromkeys(names))), [])
             if task.layer not in layers:
                 layers.append(task.layer)
@@ -287,12 +425,14 @@ def _notes(tasks: list[LayerTask]) -> list[str]:
 
 
 def _attributes(
-    options: Options, tasks: list[LayerTask], notes: list[str]
+    tasks: list[LayerTask], workers: Workers, notes: list[str]
 ) -> dict[str, str | int | float]:
+    options = tasks[0].options
     attributes: dict[str, str | int | float] = {
         "ncbatch_version": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": "cpu",
+        "device": workers.device_name,
+        "ncc": options.ncc,
         "precision": options.precision,
         "store_id": json.dumps({task.name: task.store.id for task in tasks}),
         "store_path": json.dumps({task.name: str(Path(task.store.path)) for task in tasks}),
@@ -310,6 +450,6 @@ def _attributes(
         attributes["max_count"] = options.max_count
     if options.classes is not None:
         attributes["class_filter"] = (
-            f"{len(options.classes)} listed, sha256 {tasks[0].selection.digest}"
+            f"{len(options.classes)} listed, sha256 {tasks[0].selected.digest}"
         )
     return attributes

@@ -1,36 +1,62 @@
-"""Passes over stores: what an item loads, how it folds, what it costs."""
+"""Passes over stores: what an item loads, how it folds, and the states that come of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine import Item
-from ncbatch.rows import RowSource
+from ncbatch.arrays import Array, Device, StoredRows, find_device, row_blocks, to_numpy
+from ncbatch.engine import Arrays, Item, pack, unpack
+from ncbatch.rows import Block, RowSource
 from ncbatch.stats import (
     Decisions,
     DirectionalVariance,
     Moments,
     MomentsAccumulator,
     PairStats,
+    PairTiles,
     Rule,
+    SeenMoments,
     null_labels,
-    null_scatter,
 )
 from ncbatch.stats.moments import Precision
-from ncbatch.stats.pair_tiles import PairTiles
 
-# Tiles of an item of the pair sweep: enough for any number of processors to share.
-_ITEM_TILES = 64
+
+@dataclass(frozen=True)
+class MomentsRead:
+    """What a read of a layer gives.
+
+    Attributes
+    ----------
+    seen : SeenMoments
+        Of the samples under their labels.
+    null : SeenMoments or None
+        Of the same samples under labels at random, without scatter.
+    skipped : int
+        Rows left out because they are not finite.
+    """
+
+    seen: SeenMoments
+    null: SeenMoments | None
+    skipped: int
+
+    def merge(self, other: MomentsRead) -> MomentsRead:
+        """Combine with what other rows gave."""
+        null = None
+        if self.null is not None and other.null is not None:
+            null = self.null.merge(other.null)
+        return MomentsRead(self.seen.merge(other.seen), null, self.skipped + other.skipped)
 
 
 @dataclass(frozen=True)
 class MomentsPass:
-    """Reads the rows of a layer once, into `Moments` over the classes used.
+    """Reads the rows of a layer once, into `MomentsRead` over the classes used.
 
     Attributes
     ----------
@@ -40,195 +66,323 @@ class MomentsPass:
         How many classes are used.
     scatter : bool
         Whether the pooled scatter is kept.
-    precision : {"exact", "fp32"}
+    precision : {"exact", "fp32", "tf32"}
         Of the products.
+    device : str
+        Where it computes.
     null_counts : array (n_classes,), optional
         Samples per class; given, the same read also makes the moments under null labels.
     null_seed : int
         Which draw of those.
+    block : (int, int), optional
+        Only these of the classes used, first and last + 1: a class block.
+    rows_at : Path, optional
+        A folder for the class means, which then are not held in memory.
     """
 
     source: RowSource
     n_classes: int
     scatter: bool
     precision: Precision
+    device: str = "cpu"
     null_counts: npt.NDArray[np.int64] | None = None
     null_seed: int = 0
-    unit: str = "B"
+    block: tuple[int, int] | None = None
+    rows_at: Path | None = None
+    kind: ClassVar[Any] = MomentsRead
 
-    @property
-    def label(self) -> str:
-        """What the pass does."""
-        return f"moments of {self.source.split.name}/{self.source.layer}"
-
-    @property
-    def items(self) -> list[Item]:
-        """The chunks."""
-        return self.source.items
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes held at the peak."""
-        d, rows = self.source.n_features, self.source.block_rows
-        peak = MomentsAccumulator.peak_bytes(self.n_classes, d, rows, scatter=self.scatter)
-        if self.null_counts is not None:
-            peak += MomentsAccumulator.peak_bytes(self.n_classes, d, rows, scatter=False)
-            peak += d * d * 8 * 3
-        return self.source.read_bytes + peak
-
-    def start(self) -> _MomentsPair:
+    def start(self) -> _Moments:
         """Make empty accumulators."""
-        return self._accumulator(self.scatter), (
-            None if self.null_counts is None else self._accumulator(False)
+        return _Moments(
+            self._accumulator(self.scatter),
+            None if self.null_counts is None else self._accumulator(False),
         )
 
-    def fold(self, accumulator: _MomentsPair, item: Item) -> _MomentsPair:
-        """Add the samples of a chunk."""
-        real, null = accumulator
-        for features, labels, numbers in self.source.blocks(item):
-            real.add(features, labels)
-            if null is not None and self.null_counts is not None:
-                null.add(features, null_labels(numbers, self.null_counts, self.null_seed))
+    def fold(self, accumulator: _Moments, item: Item) -> _Moments:
+        """Add the samples of an item."""
+        with self._device.matmul_precision(self.precision):
+            for features, labels, *null in self._device.stream(self._staged(accumulator, item)):
+                self._add(accumulator.real, features, labels)
+                if accumulator.null is not None:
+                    self._add(accumulator.null, features, null[0])
         return accumulator
 
-    def finish(self, accumulator: _MomentsPair) -> tuple[Moments, Moments | None]:
-        """Give the state, and that under null labels."""
-        real, null = accumulator
-        moments = real.finish()
-        if null is None:
-            return moments, None
-        chance = null.finish()
-        return moments, null_scatter(moments, chance) if self.scatter else chance
+    def seal(self, accumulator: _Moments) -> MomentsRead:
+        """Correct for the pilots; the state is on the host, over classes with samples."""
+        first = 0 if self.block is None else self.block[0]
+        null = accumulator.null
+        return MomentsRead(
+            _sealed(accumulator.real, first),
+            None if null is None else _sealed(null, first),
+            accumulator.skipped,
+        )
+
+    def merge(self, a: MomentsRead, b: MomentsRead) -> MomentsRead:
+        """Combine the states of different items."""
+        return a.merge(b)
+
+    def finish(self, partial: MomentsRead) -> MomentsRead:
+        """Let the class means go to their file, where that is asked for."""
+        if self.rows_at is None:
+            return partial
+        null = partial.null
+        return replace(
+            partial,
+            seen=_to_file(partial.seen, self.rows_at / "means.rows"),
+            null=None if null is None else _to_file(null, self.rows_at / "null.rows"),
+        )
+
+    def save(self, accumulator: _Moments) -> Arrays:
+        """Give all that the accumulators are."""
+        parts = {"real": accumulator.real.arrays()}
+        if accumulator.null is not None:
+            parts["null"] = accumulator.null.arrays()
+        return pack({**parts, "skipped": accumulator.skipped})
+
+    def restore(self, arrays: Arrays) -> _Moments:
+        """Make accumulators that go on where `save` was called."""
+        found = self.start()
+        found.real.restore(self._part(arrays, "real"))
+        if found.null is not None:
+            found.null.restore(self._part(arrays, "null"))
+        found.skipped = int(arrays["value.skipped"])
+        return found
+
+    @cached_property
+    def _device(self) -> Device:
+        return find_device(self.device)
+
+    def _part(self, arrays: Arrays, name: str) -> dict[str, Array]:
+        prefix = f"value.{name}."
+        return {
+            key.removeprefix(prefix): self._device.put(value)
+            for key, value in arrays.items()
+            if key.startswith(prefix)
+        }
+
+    def _staged(self, accumulator: _Moments, item: Item) -> Iterator[tuple[Any, ...]]:
+        for block in self.source.blocks(item):
+            accumulator.skipped += block.n_skipped
+            if self.null_counts is None:
+                yield block.features, block.labels
+            else:
+                drawn = null_labels(block.numbers, self.null_counts, self.null_seed)
+                yield block.features, block.labels, drawn
+
+    def _add(self, accumulator: MomentsAccumulator, features: Array, labels: Array) -> None:
+        if self.block is not None:
+            first, stop = self.block
+            inside = (labels >= first) & (labels < stop)
+            features, labels = features[inside], labels[inside] - first
+        accumulator.add(features, labels)
 
     def _accumulator(self, scatter: bool) -> MomentsAccumulator:
+        first, stop = self.block or (0, self.n_classes)
         return MomentsAccumulator(
-            self.n_classes,
+            stop - first,
             self.source.n_features,
-            like=self.source.empty(),
+            like=self._device.put(self.source.empty()),
             scatter=scatter,
             precision=self.precision,
         )
 
 
-_MomentsPair: TypeAlias = tuple[MomentsAccumulator, MomentsAccumulator | None]
+@dataclass
+class _Moments:
+    real: MomentsAccumulator
+    null: MomentsAccumulator | None
+    skipped: int = 0
+
+
+def _sealed(accumulator: MomentsAccumulator, first: int) -> SeenMoments:
+    moments = accumulator.finish()
+    seen = SeenMoments.of(Moments(
+        to_numpy(moments.counts), to_numpy(moments.means), to_numpy(moments.traces),
+        None if moments.scatter is None else to_numpy(moments.scatter),
+    ))  # fmt: skip
+    return replace(seen, classes=seen.classes + first) if first else seen
+
+
+def _to_file(seen: SeenMoments, path: Path) -> SeenMoments:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    means = seen.moments.means
+    rows = StoredRows(path, means.shape)
+    for part in row_blocks(len(means)):
+        rows[part] = means[part]
+    return replace(seen, moments=replace(seen.moments, means=rows))
+
+
+def gather(reads: list[MomentsRead], folder: Path) -> MomentsRead:
+    """Join the moments of class blocks, each with its means in a file, into one file in `folder`."""
+    nulls = [read.null for read in reads if read.null is not None]
+    return MomentsRead(
+        _gathered([read.seen for read in reads], folder / "means.rows"),
+        _gathered(nulls, folder / "null.rows") if nulls else None,
+        max(read.skipped for read in reads),  # every block's read met the same rows
+    )
+
+
+def _gathered(parts: list[SeenMoments], path: Path) -> SeenMoments:
+    moments = [part.moments for part in parts]
+    shape = sum(len(m.counts) for m in moments), moments[0].means.shape[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    rows, at = StoredRows(path, shape), 0
+    for m in moments:
+        for part in row_blocks(len(m.counts)):
+            rows[at + part.start : at + part.stop] = m.means[part]
+        at += len(m.counts)
+    scatter = None if moments[0].scatter is None else sum(m.scatter for m in moments)
+    return SeenMoments(
+        np.concatenate([part.classes for part in parts]),
+        Moments(
+            np.concatenate([m.counts for m in moments]),
+            rows,
+            np.concatenate([m.traces for m in moments]),
+            scatter,
+        ),
+    )
 
 
 @dataclass(frozen=True)
-class DecisionsPass:
-    """Reads the rows of a layer once, into `Decisions` over all classes.
+class DecisionsRead:
+    """Decisions of the rows of a layer, and how many rows were left out as not finite."""
 
-    `classifier` is None where the stored predictions are the classifier's decisions.
+    decisions: Decisions
+    skipped: int
+
+    def merge(self, other: DecisionsRead) -> DecisionsRead:
+        """Combine with what other rows gave."""
+        return DecisionsRead(self.decisions.merge(other.decisions), self.skipped + other.skipped)
+
+
+class _StatePass:
+    """What passes share whose accumulator is a mergeable state on the host."""
+
+    kind: ClassVar[Any]
+
+    def seal(self, accumulator: Any) -> Any:
+        """Give the state."""
+        return accumulator
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Combine the states of different items."""
+        return a.merge(b)
+
+    def finish(self, partial: Any) -> Any:
+        """Give the state."""
+        return partial
+
+    def save(self, accumulator: Any) -> Arrays:
+        """Give all that the state is."""
+        return pack(accumulator)
+
+    def restore(self, arrays: Arrays) -> Any:
+        """Give the state back."""
+        return unpack(self.kind, arrays)
+
+
+@dataclass(frozen=True)
+class DecisionsPass(_StatePass):
+    """Reads the rows of a layer once, into `DecisionsRead` over all classes.
+
+    Attributes
+    ----------
+    source : RowSource
+        The rows.
+    nearest_mean : Rule
+        Chooses the nearest class mean, on the device.
+    classifier : Rule or None
+        The classifier; None where the stored predictions are its decisions.
+    device : str
+        Where it computes.
     """
 
     source: RowSource
     nearest_mean: Rule
     classifier: Rule | None
-    unit: str = "B"
+    device: str = "cpu"
+    kind: ClassVar[Any] = DecisionsRead
 
-    @property
-    def label(self) -> str:
-        """What the pass does."""
-        return f"decisions of {self.source.split.name}/{self.source.layer}"
-
-    @property
-    def items(self) -> list[Item]:
-        """The chunks."""
-        return self.source.items
-
-    def start(self) -> Decisions:
+    def start(self) -> DecisionsRead:
         """Give the state of no samples."""
-        return Decisions.zero(self.source.split.n_classes)
+        return DecisionsRead(Decisions.zero(self.source.split.n_classes), 0)
 
-    def fold(self, accumulator: Decisions, item: Item) -> Decisions:
-        """Decide the samples of a chunk."""
-        split = self.source.split
+    def fold(self, accumulator: DecisionsRead, item: Item) -> DecisionsRead:
+        """Decide the samples of an item."""
+        skipped = [accumulator.skipped]
+        found = accumulator.decisions
+        staged = self._staged(item, skipped)
+        for features, labels, *predictions in find_device(self.device).stream(staged):
+            block = Decisions.from_block(
+                features, labels, self.source.split.n_classes, self.nearest_mean,
+                predictions[0] if self.classifier is None else self.classifier,
+            )  # fmt: skip
+            found = found.merge(on_host(block))
+        return DecisionsRead(found, sum(skipped))
+
+    def _staged(self, item: Item, skipped: list[int]) -> Iterator[tuple[Any, ...]]:
         predictions = None
         if self.classifier is None:
-            predictions = split.predictions(item.start, item.stop)
-        for features, labels, numbers in self.source.blocks(item):
-            chosen = self.classifier if predictions is None else predictions[numbers - item.start]
-            block = Decisions.from_block(
-                features, labels, split.n_classes, self.nearest_mean, chosen
-            )
-            accumulator = accumulator.merge(block)
-        return accumulator
+            predictions = self.source.split.predictions(item.start, item.stop).astype(np.int64)
+        for block in self.source.blocks(item):
+            skipped.append(block.n_skipped)
+            if predictions is None:
+                yield block.features, block.labels
+            else:
+                yield block.features, block.labels, predictions[block.numbers - item.start]
 
-    def finish(self, accumulator: Decisions) -> Decisions:
-        """Give the state."""
-        return accumulator
+
+def on_host(state: Any) -> Any:
+    """Bring a flat state of arrays to the host."""
+    return type(state)(**{name: to_numpy(value) for name, value in vars(state).items()})
 
 
 @dataclass(frozen=True)
-class DirectionalPass:
+class DirectionalPass(_StatePass):
     """Reads the rows of a layer a second time, into `DirectionalVariance`."""
 
     source: RowSource
     pairs: PairTiles
-    unit: str = "B"
-
-    @property
-    def label(self) -> str:
-        """What the pass does."""
-        return f"directional variance of {self.source.split.name}/{self.source.layer}"
-
-    @property
-    def items(self) -> list[Item]:
-        """The chunks."""
-        return self.source.items
+    device: str = "cpu"
+    kind: ClassVar[Any] = DirectionalVariance
 
     def start(self) -> DirectionalVariance:
         """Give the state of no samples."""
         return DirectionalVariance.zero(self.pairs.n_classes)
 
     def fold(self, accumulator: DirectionalVariance, item: Item) -> DirectionalVariance:
-        """Add the samples of a chunk."""
-        for features, labels, _ in self.source.blocks(item):
+        """Add the samples of an item."""
+        blocks: Iterator[Block] = self.source.blocks(item)
+        staged = ((block.features, block.labels) for block in blocks)
+        for features, labels in find_device(self.device).stream(staged):
             block = DirectionalVariance.from_block(features, labels, self.pairs)
-            accumulator = accumulator.merge(block)
-        return accumulator
-
-    def finish(self, accumulator: DirectionalVariance) -> DirectionalVariance:
-        """Give the state."""
+            accumulator = accumulator.merge(on_host(block))
         return accumulator
 
 
 @dataclass(frozen=True)
-class PairPass:
-    """Sweeps all pairs of class means, into `PairStats`."""
+class PairPass(_StatePass):
+    """Sweeps all pairs of class means, into `PairStats`; without means it gives no pairs.
 
-    pairs: PairTiles
-    name: str
-    unit: str = "pairs"
+    Items number the tiles of all classes used. Where rows that are not finite left a class without
+    samples there are fewer tiles, and the last items are shorter or empty.
+    """
 
-    @property
-    def label(self) -> str:
-        """What the pass does."""
-        return f"pairs of {self.name}"
-
-    @cached_property
-    def _tiles(self) -> list[tuple[slice, slice]]:
-        return list(self.pairs.tiles())
-
-    @cached_property
-    def items(self) -> list[Item]:
-        """The tiles, numbered, some at a time."""
-        sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in self._tiles]
-        stops = [
-            min(start + _ITEM_TILES, len(sizes)) for start in range(0, len(sizes), _ITEM_TILES)
-        ]
-        return [
-            Item(start, stop, sum(sizes[start:stop]))
-            for start, stop in zip(range(0, len(sizes), _ITEM_TILES), stops, strict=True)
-        ]
+    pairs: PairTiles | None
+    kind: ClassVar[Any] = PairStats
 
     def start(self) -> PairStats:
         """Give the state of no pairs."""
         return PairStats.zero()
 
     def fold(self, accumulator: PairStats, item: Item) -> PairStats:
-        """Add a tile."""
+        """Add some tiles."""
+        if self.pairs is None:
+            return accumulator
         return accumulator.merge(self.pairs.fold(self._tiles[item.start : item.stop]))
 
-    def finish(self, accumulator: PairStats) -> PairStats:
-        """Give the state."""
-        return accumulator
+    @cached_property
+    def _tiles(self) -> list[tuple[slice, slice]]:
+        return [] if self.pairs is None else list(self.pairs.tiles())

@@ -215,6 +215,10 @@ class ProgressBar:
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, size)
 
+    def note(self, text: str) -> None:
+        """Say something beside the bar."""
+        self._console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def end(self) -> None:
         """Remove the bar."""
         if self._bar is not None:

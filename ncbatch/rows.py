@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import first_nonfinite_row
-from ncbatch.engine import Item
+from ncbatch.arrays import first_nonfinite_row, read_ahead
+from ncbatch.engine import Item, cut
 from ncbatch.errors import DataError
 from ncbatch.store import Split
 
 # Bytes of a block of rows in float64, the unit of arithmetic within a chunk.
 BLOCK_BYTES = 64 * 2**20
+# Items of a sweep over rows, and the most chunks of one: enough for resume and balance.
+ITEMS, ITEM_CHUNKS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,30 @@ def select_classes(
 
 
 @dataclass(frozen=True)
+class Block:
+    """Labelled samples in memory.
+
+    Attributes
+    ----------
+    features : array (B, D)
+        In the stored dtype.
+    labels : array (B,) of int64
+        Classes, as `RowSource.index` gives them out.
+    numbers : array (B,) of int64
+        Their rows in the split.
+    n_skipped : int
+        Rows left out because they are not finite.
+    """
+
+    features: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    n_skipped: int = 0
+
+
+@dataclass(frozen=True)
 class RowSource:
-    """The rows of one layer of one split, chunk by chunk, as labelled blocks of samples.
+    """The rows of one layer of one split as labelled blocks of samples.
 
     Attributes
     ----------
@@ -128,25 +152,27 @@ class RowSource:
         Maps stored labels to those given out; rows mapped below 0 are left out.
     skip_nonfinite : bool
         Leave out rows with NaN or infinities, and count them, instead of refusing them.
-    skipped : list of int
-        One number per block that had such rows; filled while reading.
+    widened : bool
+        Give bfloat16 as float32, as the host's arithmetic takes it; a GPU takes the half.
     """
 
     split: Split
     layer: str
     index: npt.NDArray[np.int64] | None = None
     skip_nonfinite: bool = False
-    skipped: list[int] = field(default_factory=list)
+    widened: bool = True
 
-    @cached_property
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk, the grain of items."""
+        return int(self.split.feature(self.layer).chunks[0])
+
+    @property
     def items(self) -> list[Item]:
-        """One item per chunk."""
-        rows, n = self.split.feature(self.layer).chunks[0], self.split.n_rows
+        """Ranges of whole chunks: about a sixteenth of the rows each, and at most 64 chunks."""
         width = self.split.spec(self.layer).row_bytes
-        return [
-            Item(start, min(start + rows, n), (min(start + rows, n) - start) * width)
-            for start in range(0, n, rows)
-        ]
+        ranges = cut(0, self.split.n_rows, self.chunk_rows, ITEM_CHUNKS, ITEMS)
+        return [Item(start, stop, (stop - start) * width) for start, stop in ranges]
 
     @property
     def n_features(self) -> int:
@@ -156,27 +182,24 @@ class RowSource:
     @property
     def block_rows(self) -> int:
         """Rows of a block: a chunk's, or fewer where a chunk in float64 would be large."""
-        rows = int(self.split.feature(self.layer).chunks[0])
-        return min(rows, max(256, BLOCK_BYTES // (8 * self.n_features)))
+        return min(self.chunk_rows, max(256, BLOCK_BYTES // (8 * self.n_features)))
 
     @property
     def read_bytes(self) -> int:
-        """Bytes held while a chunk is read: its file, its decoded bytes and the array."""
-        array = self.split.feature(self.layer)
-        chunk = int(array.chunks[0]) * self.split.spec(self.layer).row_bytes
-        wide = 2 if self.split.spec(self.layer).dtype == "bfloat16" else 0
-        return chunk * (3 + wide) + int(self.split.base_block) * 24
+        """Bytes held by reading: one chunk in use and one ahead, its file, bytes and array."""
+        spec = self.split.spec(self.layer)
+        chunk = self.chunk_rows * spec.row_bytes
+        wide = 2 if spec.dtype == "bfloat16" and self.widened else 0
+        return chunk * (4 + 2 * wide) + int(self.split.base_block) * 48
 
     def empty(self) -> npt.NDArray[Any]:
         """Give no rows, of the dtype that blocks have."""
         spec = self.split.spec(self.layer)
-        dtype = np.dtype(np.float32) if spec.dtype == "bfloat16" else spec.numpy_dtype
-        return np.empty((0, spec.n_features), dtype)
+        wide = spec.dtype == "bfloat16" and self.widened
+        return np.empty((0, spec.n_features), np.float32 if wide else spec.numpy_dtype)
 
-    def blocks(
-        self, item: Item
-    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Give (features, labels, row numbers) of the samples of an item, block by block.
+    def blocks(self, item: Item) -> Iterator[Block]:
+        """Give the samples of an item block by block; a thread reads one chunk ahead.
 
         Raises
         ------
@@ -185,29 +208,36 @@ class RowSource:
         CorruptionError
             For a chunk that cannot be read.
         """
-        labels = self.split.labels(item.start, item.stop)
+        return read_ahead(self._blocks(item))
+
+    def _blocks(self, item: Item) -> Iterator[Block]:
+        for start in range(item.start, item.stop, self.chunk_rows):
+            yield from self._chunk(start, min(start + self.chunk_rows, item.stop))
+
+    def _chunk(self, first: int, last: int) -> Iterator[Block]:
+        labels = self.split.labels(first, last)
         y = np.full(labels.shape, -1, np.int64)
         exists = labels >= 0
         y[exists] = labels[exists] if self.index is None else self.index[labels[exists]]
         if not (y >= 0).any():
             return
-        rows = self.split.read(self.layer, item.start, item.stop)
+        rows = self.split.read(self.layer, first, last, widened=self.widened)
         for start in range(0, len(rows), self.block_rows):
             part = slice(start, start + self.block_rows)
             kept = np.flatnonzero(y[part] >= 0)
             whole = kept.size == y[part].size
             block = rows[part] if whole else rows[part][kept]
-            yield self._finite(block, y[part][kept], kept + (item.start + start))
+            yield self._finite(block, y[part][kept], kept + (first + start))
 
     def _finite(
         self,
         block: npt.NDArray[Any],
         labels: npt.NDArray[np.int64],
         numbers: npt.NDArray[np.int64],
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    ) -> Block:
         row = first_nonfinite_row(block) if len(block) else None
         if row is None:
-            return block, labels, numbers
+            return Block(block, labels, numbers)
         if not self.skip_nonfinite:
             raise DataError(
                 f"a feature that is not finite: split '{self.split.name}', layer '{self.layer}', "
@@ -216,5 +246,4 @@ class RowSource:
                 "--skip-nonfinite (skip_nonfinite=True) leaves such rows out and counts them",
             )
         good = np.isfinite(block).all(axis=1)
-        self.skipped.append(int(np.count_nonzero(~good)))
-        return block[good], labels[good], numbers[good]
+        return Block(block[good], labels[good], numbers[good], int(np.count_nonzero(~good)))

@@ -259,7 +259,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         nc.measure(store, classes=[0, 99999])
     with pytest.raises(UsageError, match="given twice"):
         nc.measure([store, store])
-    with pytest.raises(UsageError, match="exact or fp32"):
+    with pytest.raises(UsageError, match="exact, fp32 or tf32"):
         nc.measure(store, precision="double")
     one = make_store(tmp_path / "one.zarr", Features(data.X, np.zeros_like(data.y), data.n_classes))
     with pytest.raises(DataError, match="1 class in split 'train'"):

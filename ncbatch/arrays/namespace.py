@@ -12,6 +12,10 @@ from array_api_compat import array_namespace, device, is_numpy_array
 # An array of any array-API library; no static type spans NumPy, CuPy and torch.
 Array: TypeAlias = Any
 
+# The bits of an infinity; without the sign, those of what is not finite are no less.
+_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
+_PIECE_VALUES = 2**17
+
 
 def namespace(*arrays: Array) -> Any:
     """Give the array-API namespace that all `arrays` share.
@@ -98,11 +102,25 @@ def first_nonfinite_row(rows: Array) -> int | None:
     int or None
         The row's index, ``None`` when every value is finite.
     """
+    if is_numpy_array(rows) and rows.dtype.name in _INFINITY and rows.dtype.isnative:
+        return _first_nonfinite_half(np.ascontiguousarray(rows))
     xp = namespace(rows)
-    finite = xp.all(xp.isfinite(rows), axis=1)
+    finite = xp.isfinite(rows)
     if bool(xp.all(finite)):
         return None
-    return int(xp.argmin(xp.astype(finite, xp.int8)))
+    return int(xp.argmin(xp.astype(xp.all(finite, axis=1), xp.int8)))
+
+
+def _first_nonfinite_half(rows: npt.NDArray[Any]) -> int | None:
+    """Look at the bits, piece by piece in the cache: at memory's speed, unlike ``isfinite``."""
+    bits, infinity = rows.view(np.uint16).reshape(-1), _INFINITY[rows.dtype.name]
+    piece = np.empty(min(bits.size, _PIECE_VALUES), np.uint16)
+    for start in range(0, bits.size, _PIECE_VALUES):
+        part = bits[start : start + _PIECE_VALUES]
+        magnitudes = np.bitwise_and(part, np.uint16(0x7FFF), out=piece[: part.size])
+        if magnitudes.max() >= infinity:
+            return int(start + np.argmax(magnitudes >= infinity)) // int(rows.shape[1])
+    return None
 
 
 def zeros(shape: tuple[int, ...], like: Array, dtype: str = "float64") -> Array:

@@ -22,11 +22,11 @@ from ncbatch.arrays.products import row_blocks
 from ncbatch.errors import DataError
 
 # What stands for a block of rows: a slice or an array of row numbers, columns taken whole.
-Rows = slice | npt.NDArray[np.int64] | tuple[Any, slice]
+Rows = slice | npt.NDArray[np.int64] | tuple[Any, ...]
 # A block of float64 rows stays in a processor's cache; more rows than this gain nothing.
 _BLOCK_BYTES, _MOST_ROWS = 2 * 2**20, 4096
 # Rows beyond those asked for are read too where that saves reading one by one.
-_SPARSEST = 4
+_SPARSEST = 2
 
 
 class StoredRows:
@@ -84,8 +84,8 @@ class StoredRows:
 
     def _fill(self, file: Any, first: int, into: npt.NDArray[np.float64]) -> None:
         file.seek(first * self.shape[1] * 8)
-        left = memoryview(into.reshape(-1)).cast("B") if into.size else memoryview(b"")
-        while left:  # one read gives at most 2 GiB
+        left: Any = into.reshape(-1).view(np.uint8)
+        while len(left):  # one read gives at most 2 GiB
             n = file.readinto(left)
             if not n:
                 raise DataError(f"'{self.path}' is cut short", f"{self.shape} rows of float64")
@@ -186,7 +186,7 @@ def take_rows(rows: Array, part: slice | Array) -> Array:
 
     Parameters
     ----------
-    rows : array (K, D) or view
+    rows : array (K, D), or rows that are read by slices and by numbers
         The rows.
     part : slice or array (B,) of int
         Which.
@@ -198,15 +198,14 @@ def take_rows(rows: Array, part: slice | Array) -> Array:
     """
     if isinstance(part, slice):
         return rows[part, :]
+    in_memory = hasattr(rows, "__dlpack__")
     if is_numpy_array(part) and part.size and not isinstance(rows, ChosenRows):
         first, last = int(part.min()), int(part.max())
         if last - first + 1 == len(part) and bool(np.all(part[1:] > part[:-1])):
             return rows[first : last + 1, :]
-        if isinstance(rows, StoredRows) and last - first < _SPARSEST * len(part):
+        if not in_memory and last - first < _SPARSEST * len(part):
             return rows[first : last + 1, :][part - first]
-    if isinstance(rows, StoredRows | _View):
-        return rows[part]
-    return namespace(rows).take(rows, part, axis=0)
+    return namespace(rows).take(rows, part, axis=0) if in_memory else rows[part]
 
 
 def block_rows(n_features: int, least: int = 1) -> int:

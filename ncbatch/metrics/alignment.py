@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ncbatch.arrays import Array, as_float64, namespace, scalar
+from array_api_compat import device
+
+from ncbatch.arrays import (
+    Array,
+    CentredRows,
+    as_float64,
+    block_rows,
+    namespace,
+    row_blocks,
+    scalar,
+    take_rows,
+)
 from ncbatch.metrics.kernels import directions
 from ncbatch.stats.decisions import Decisions
 
@@ -35,12 +46,12 @@ def similarities(W: Array, M: Array, m_G: Array | float = 0, cos: bool = False) 
     array([2.])
     """
     xp = namespace(W, M)
-    weight, centred = as_float64(W), as_float64(M) - m_G
-    if len(centred.shape) == 1:
-        centred = centred[None, :]
-    if cos:
-        weight, centred = directions(weight), directions(centred)
-    return xp.sum(weight * centred, axis=1)
+    found = []
+    for weight, centred in _paired_blocks(W, M, m_G):
+        if cos:
+            weight, centred = directions(weight), directions(centred)
+        found.append(xp.sum(weight * centred, axis=1))
+    return xp.concat(found)
 
 
 def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True) -> Array:
@@ -61,10 +72,21 @@ def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True
         One distance per class.
     """
     xp = namespace(W, M)
-    weight, centred = as_float64(W), as_float64(M) - m_G
-    if norm:
-        weight, centred = directions(weight), directions(centred)
-    return xp.sqrt(xp.sum((weight - centred) ** 2, axis=1))
+    found = []
+    for weight, centred in _paired_blocks(W, M, m_G):
+        if norm:
+            weight, centred = directions(weight), directions(centred)
+        found.append(xp.sqrt(xp.sum((weight - centred) ** 2, axis=1)))
+    return xp.concat(found)
+
+
+def _paired_blocks(W: Array, M: Array, m_G: Array | float) -> Iterator[tuple[Array, Array]]:
+    """Give blocks of w_c and of m_c - m_G; a single row on one side goes with every other."""
+    centred = CentredRows(M if len(M.shape) == 2 else M[None, :], m_G)
+    sizes = W.shape[0], centred.shape[0]
+    for part in row_blocks(max(sizes), block_rows(W.shape[1])):
+        of_w, of_m = (slice(0, 1) if size == 1 else part for size in sizes)
+        yield as_float64(take_rows(W, of_w)), centred[of_m]
 
 
 def clf_ncc_agreement(
@@ -106,5 +128,5 @@ def orthogonality_deviation(M: Array, m_G_ood: Array | float = 0) -> float:
     """
     xp = namespace(M)
     if not hasattr(m_G_ood, "shape"):
-        m_G_ood = xp.zeros_like(as_float64(M)[0, :]) + m_G_ood
+        m_G_ood = xp.zeros((M.shape[1],), dtype=xp.float64, device=device(M)) + m_G_ood
     return scalar(xp.mean(xp.abs(similarities(M, m_G_ood, cos=True))))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from array_api_compat import device
 
-from ncbatch.arrays import Array, as_float64, namespace, row_blocks, scalar
+from ncbatch.arrays import Array, as_float64, mean_of_rows, namespace, row_blocks, scalar
 from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
 
 Kernel = Callable[..., Array]
@@ -166,7 +166,7 @@ def directions(centred: Array) -> Array:
 
 
 def _square_distances(data: Array, tile_size: int | None) -> Array:
-    pairs = PairTiles(data, namespace(data).mean(as_float64(data), axis=0), quantities=[])
+    pairs = PairTiles(data, mean_of_rows(data), quantities=[])
 
     def tile(rows: slice, columns: slice) -> Array:
         return pairs.square_distances(rows, columns)

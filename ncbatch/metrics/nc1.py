@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ncbatch.arrays import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays import Array, as_float64, float64_blocks, namespace, scalar, take_rows, to_numpy
 from ncbatch.metrics import yardsticks
 from ncbatch.metrics.metric import (
     GALANTI,
@@ -66,10 +66,9 @@ def nearest_cdnv(s: Statistics) -> tuple[Array, Array]:
     if s.pairs is None or s.pairs.nearest is None:
         raise Undefined("no pairs")
     near = s.pairs.nearest
-    variances, means = to_numpy(s.moments.variances), to_numpy(s.moments.means)
-    size = np.sum(means**2, axis=1)
+    variances, size = to_numpy(s.moments.variances), to_numpy(s.sizes)
     # The sweep's distance may come from float32 products: it chose, this measures.
-    square = np.sum((means - means[near.index]) ** 2, axis=1)
+    square = to_numpy(s.nearest_squares)
     exists = (near.index >= 0) & (square > 1e-24 * (size + size[near.index]))
     spread = 0.5 * (variances + variances[near.index])
     return spread / np.where(exists, square, 1.0) ** s.dist_exp, exists
@@ -89,9 +88,12 @@ def _test_to_train(s: Statistics) -> float:
         raise Undefined("no test split")
     xp = namespace(s.test.means)
     seen = s.test.counts > 0
-    apart = s.test.means[seen] - s.moments.means[seen]
+    squares = []
+    for part, block in float64_blocks(s.test.means):
+        apart = block - as_float64(take_rows(s.moments.means, part))
+        squares.append(xp.sum(apart * apart, axis=1))
     spread = s.test.traces[seen] / as_float64(s.test.counts[seen])
-    return mean(spread + xp.sum(apart * apart, axis=1), "test samples")
+    return mean(spread + xp.concat(squares)[seen], "test samples")
 
 
 def _directional_exact(s: Statistics) -> float:

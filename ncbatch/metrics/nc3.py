@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ncbatch.arrays import Array, as_float64, namespace, scalar
+from ncbatch.arrays import namespace, scalar
 from ncbatch.metrics import yardsticks
-from ncbatch.metrics.alignment import orthogonality_deviation
+from ncbatch.metrics.alignment import similarities
 from ncbatch.metrics.metric import (
     AMMAR,
     KOTHAPALLI,
@@ -24,35 +24,33 @@ from ncbatch.metrics.structure import structure_error
 _ALIGNED = "a direction of both mean and classifier row"
 
 
-def _structure_error(a: Array, b: Array, what: str) -> float:
-    return finite(structure_error(a, b), f"{what} is zero")
-
-
-def _frobenius(rows: Array) -> float:
-    return math.sqrt(scalar(namespace(rows).sum(rows * rows)))
+def _dual_error(s: Statistics) -> float:
+    rows = s.classifier_rows
+    if not s.n_directed:
+        raise Undefined("W Mc^T is zero")
+    return finite(structure_error(rows, s.centred), "W Mc^T is zero")
 
 
 def _papyan(s: Statistics) -> float:
-    rows = s.classifier_rows
-    xp = namespace(rows)
-    sizes = _frobenius(rows), _frobenius(s.centred)
-    if not sizes[0] or not s.n_directed:
+    """Sum |a w - b u|^2 = (a - b)^2 + a b |w - u|^2, w and u directions: no term cancels."""
+    squares, means = s.duality.squares, s.square_norms
+    xp = namespace(means)
+    totals = scalar(xp.sum(squares)), scalar(xp.sum(means))
+    if not totals[0] or not s.n_directed:
         raise Undefined("W or S_B is zero")
-    apart = rows / sizes[0] - s.centred / sizes[1]
-    return scalar(xp.sum(apart * apart))
+    a, b = xp.sqrt(squares / totals[0]), xp.sqrt(means / totals[1])
+    return scalar(xp.sum((a - b) ** 2 + a * b * s.duality.distances**2))
 
 
 def _bias(s: Statistics) -> float:
-    rows = s.classifier_rows
-    xp = namespace(rows)
-    logits = xp.matmul(rows, s.global_mean[:, None])[:, 0]
-    return _frobenius(logits if s.bias is None else logits + as_float64(s.bias))
+    logits = s.duality.logits
+    if s.classifier_bias is not None:
+        logits = logits + s.classifier_bias
+    return math.sqrt(scalar(namespace(logits).sum(logits * logits)))
 
 
 def _weight_norm_cv(s: Statistics) -> float:
-    rows = s.classifier_rows
-    xp = namespace(rows)
-    norms = xp.sqrt(xp.sum(rows * rows, axis=1))
+    norms = namespace(s.duality.squares).sqrt(s.duality.squares)
     average = mean(norms, "a classifier row")
     if average == 0.0:
         raise Undefined("W is zero")
@@ -62,13 +60,13 @@ def _weight_norm_cv(s: Statistics) -> float:
 def _ood_deviation(s: Statistics) -> float:
     if s.ood_mean is None:
         raise Undefined("no out-of-distribution row is left")
-    xp, means = namespace(s.moments.means), s.moments.means
+    xp, means = namespace(s.sizes), s.moments.means
     if not scalar(xp.sum(s.ood_mean**2)) > 0.0:
         raise Undefined("the mean of the out-of-distribution data is zero")
-    lengths = xp.sum(means * means, axis=1)
-    if not bool(xp.any(lengths > 0.0)):
+    some = s.sizes > 0.0
+    if not bool(xp.any(some)):
         raise Undefined("all class means are zero")
-    return orthogonality_deviation(means[lengths > 0.0], s.ood_mean)
+    return scalar(xp.mean(xp.abs(similarities(means, s.ood_mean, cos=True)[some])))
 
 
 def _rate(s: Statistics, kind: str) -> float:
@@ -81,7 +79,7 @@ NC3 = (
     Metric(
         "nc3_dual_err", "distance of classifier and means from a simplex ETF",
         "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W Mc^T", KOTHAPALLI,
-        reads("classifier"), lambda s: _structure_error(s.classifier_rows, s.centred, "W Mc^T"), floor=yardsticks.structure_floor, random=yardsticks.root_two,
+        reads("classifier"), _dual_error, floor=yardsticks.structure_floor, random=yardsticks.root_two,
     ),
     Metric(
         "nc3u_uni_dual", "uniform duality: variance of classifier-mean products",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ncbatch.arrays import Array, namespace, scalar, triangular_factor
+from ncbatch.arrays import Array, namespace, product_rows, scalar, triangular_factor
 
 # The default of numpy.linalg.pinv and torch.linalg.pinv for a D x D matrix, per unit of D.
 _RELATIVE_FLOOR = 2.220446049250313e-16
@@ -77,17 +77,17 @@ def between_class_spectrum(centred: Array) -> Spectrum:
 
     Parameters
     ----------
-    centred : array (K, D)
+    centred : array (K, D) or view of rows
         Centred class means Mc.
 
     Notes
     -----
     The singular values of Mc itself are taken: forming S_B would square the condition number,
-    which layer normalisation drives beyond 1e9.
+    which layer normalisation drives beyond 1e9. Beside blocks of Mc arrays of min(K, D) x D are held.
     """
     xp = namespace(centred)
     n_classes, n_features = centred.shape
-    factor = triangular_factor(centred)
+    factor = triangular_factor(centred, product_rows(n_features))
     _, singular, vectors = xp.linalg.svd(factor, full_matrices=False)
     values = singular * singular / n_classes
     largest = scalar(values[0])

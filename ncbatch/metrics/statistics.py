@@ -5,14 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ncbatch.arrays import Array, as_float64, namespace, scalar
-from ncbatch.metrics.kernels import directions
+import numpy as np
+from array_api_compat import device
+
+from ncbatch.arrays import (
+    Array,
+    CentredRows,
+    ChosenRows,
+    as_float64,
+    float64_blocks,
+    mean_of_rows,
+    namespace,
+    product_rows,
+    scalar,
+    take_rows,
+)
+from ncbatch.metrics.duality import Duality
 from ncbatch.metrics.spectrum import Spectrum, between_class_spectrum
 from ncbatch.metrics.structure import symmetric_sum
 from ncbatch.stats.decisions import Decisions
 from ncbatch.stats.directional import DirectionalVariance
 from ncbatch.stats.moments import Moments
-from ncbatch.stats.pair_tiles import COINCIDENT
+from ncbatch.stats.pair_means import COINCIDENT
 from ncbatch.stats.pairs import PairStats
 
 
@@ -27,15 +41,18 @@ class Statistics:
     Attributes
     ----------
     moments : Moments
-        Of the K classes used, each with samples.
+        Of the K classes used, each with samples; its means may be a `StoredRows`.
     weighted : bool
         Whether m_G weighs classes by their samples.
     pairs : PairStats, optional
         The pair sweep.
     dist_exp : float
         p of the CDNV.
-    weight, bias : array (K, D), (K,), optional
-        Classifier rows of the classes used.
+    weight, bias : array (M, D), (M,), optional
+        The classifier; the weight may lie in memory in any floating-point dtype, or be any view
+        of rows.
+    classes : array (K,) of int, optional
+        Which of the classifier's rows belong to the classes used; by default M = K.
     decisions : Decisions, optional
         Of the evaluated samples.
     ood_mean : array (D,), optional
@@ -52,6 +69,7 @@ class Statistics:
     pairs: PairStats | None = None
     weight: Array | None = None
     bias: Array | None = None
+    classes: Array | None = None
     decisions: Decisions | None = None
     ood_mean: Array | None = None
     test: Moments | None = None
@@ -70,27 +88,47 @@ class Statistics:
     @cached_property
     def global_mean(self) -> Array:
         """m_G (D,): the mean of class means, or of samples when `weighted`."""
-        xp, means = namespace(self.moments.means), self.moments.means
-        return self._sample_mean if self.weighted else xp.mean(means, axis=0)
+        return self._sample_mean if self.weighted else mean_of_rows(self.moments.means)
 
     @cached_property
     def centred(self) -> Array:
-        """Mc = M - m_G (K, D); zeros, not rounding errors, where all means are one."""
-        apart = self.moments.means - self.global_mean
-        return apart if self.n_directed else namespace(apart).zeros_like(apart)
+        """Mc = M - m_G, a view (K, D) of rows; zeros, not rounding errors, where all means are one."""
+        means = self.moments.means
+        if self.n_directed:
+            return CentredRows(means, self.global_mean)
+        xp, place = namespace(means), device(means)
+        zero = xp.zeros((1, self.n_features), dtype=xp.float64, device=place)
+        return ChosenRows(zero, xp.zeros((self.n_classes,), dtype=xp.int64, device=place))
+
+    @cached_property
+    def _squares(self) -> tuple[Array, Array]:
+        """|m_c|^2 and |m_c - m_G|^2 (K,)."""
+        means, center = self.moments.means, self.global_mean
+        xp = namespace(means)
+        found = []
+        for _, block in float64_blocks(means):
+            apart = block - center
+            found.append((xp.sum(block * block, axis=1), xp.sum(apart * apart, axis=1)))
+        sizes, squares = zip(*found, strict=True)
+        return xp.concat(sizes), xp.concat(squares)
+
+    @property
+    def sizes(self) -> Array:
+        """|m_c|^2 (K,), uncentred."""
+        return self._squares[0]
 
     @cached_property
     def square_norms(self) -> Array:
         """|Mc_c|^2 (K,)."""
-        return namespace(self.centred).sum(self.centred * self.centred, axis=1)
+        squares = self._squares[1]
+        return squares if self.n_directed else namespace(squares).zeros_like(squares)
 
     @cached_property
     def directed(self) -> Array:
         """Which centred means have a direction (K,): those that differ from m_G."""
-        means, center = self.moments.means, self.global_mean
-        xp = namespace(means)
-        size = xp.sum(means**2, axis=1) + xp.sum(center**2)
-        return xp.sum((means - center) ** 2, axis=1) > COINCIDENT * size
+        sizes, squares = self._squares
+        xp, center = namespace(sizes), self.global_mean
+        return squares > COINCIDENT * (sizes + xp.sum(center * center))
 
     @cached_property
     def n_directed(self) -> int:
@@ -100,7 +138,7 @@ class Statistics:
     @cached_property
     def norms(self) -> Array:
         """|Mc_c| (K,)."""
-        return namespace(self.centred).sqrt(self.square_norms)
+        return namespace(self.square_norms).sqrt(self.square_norms)
 
     @property
     def within_trace(self) -> float:
@@ -157,53 +195,98 @@ class Statistics:
     @cached_property
     def raw_singular_values(self) -> Array:
         """Singular values of the uncentred samples over sqrt(N)."""
-        return namespace(self.centred).sqrt(_eigenvalues(self._total(0.0)))
+        return namespace(self.directed).sqrt(_eigenvalues(self._total(0.0)))
 
     @property
     def _sample_mean(self) -> Array:
         share = as_float64(self.moments.counts) / self.moments.n_samples
-        return namespace(share).matmul(share[None, :], self.moments.means)[0, :]
+        xp, mean = namespace(share), 0.0
+        for part, block in float64_blocks(self.moments.means):
+            mean = mean + xp.matmul(share[part][None, :], block)[0, :]
+        return mean
 
     def _total(self, center: Array | float) -> Array:
         """Mean of (x - center)(x - center)^T over samples."""
-        xp = namespace(self.moments.means)
-        root = xp.sqrt(as_float64(self.moments.counts) / self.moments.n_samples)
-        rows = (self.moments.means - center) * root[:, None]
-        return self.moments.within_covariance + symmetric_sum(rows)
+        share = as_float64(self.moments.counts) / self.moments.n_samples
+        between = symmetric_sum(CentredRows(self.moments.means, center), share)
+        return self.moments.within_covariance + between
+
+    @cached_property
+    def nearest_squares(self) -> Array:
+        """|m_c - m_j|^2 (K,) with j the nearest class of the pair sweep."""
+        if self.pairs is None or self.pairs.nearest is None:
+            raise Undefined("no pairs")
+        means = self.moments.means
+        xp = namespace(means)
+        index = xp.asarray(np.maximum(self.pairs.nearest.index, 0), device=device(means))
+        found = []
+        for part, block in float64_blocks(means):
+            apart = block - as_float64(take_rows(means, index[part]))
+            found.append(xp.sum(apart * apart, axis=1))
+        return xp.concat(found)
 
     @property
     def classifier_rows(self) -> Array:
-        """The rows w_c (K, D) of the classes used, in float64."""
+        """The rows w_c (K, D) of the classes used: an array or a view of rows, in any dtype.
+
+        Raises
+        ------
+        Undefined
+            Without a classifier.
+        """
         if self.weight is None:
             raise Undefined("no classifier")
-        return as_float64(self.weight)
+        return self.weight if self.classes is None else ChosenRows(self.weight, self.classes)
+
+    @property
+    def classifier_bias(self) -> Array | None:
+        """The classifier's bias (K,) of the classes used, in float64."""
+        if self.bias is None or self.classes is None:
+            return None if self.bias is None else as_float64(self.bias)
+        return as_float64(namespace(self.bias).take(self.bias, self.classes, axis=0))
 
     @cached_property
+    def duality(self) -> Duality:
+        """The classifier's rows beside the centred means."""
+        return Duality.of(self.classifier_rows, self.centred, self.global_mean)
+
+    @property
     def dots(self) -> Array:
         """w_c . Mc_c (K,)."""
-        return namespace(self.centred).sum(self.classifier_rows * self.centred, axis=1)
+        return self.duality.dots
 
     @cached_property
     def aligned(self) -> Array:
         """Which classes have a direction of both w_c and Mc_c (K,)."""
-        xp, rows = namespace(self.centred), self.classifier_rows
-        return self.directed & (xp.sum(rows * rows, axis=1) > 0.0)
+        return self.directed & (self.duality.squares > 0.0)
 
-    @cached_property
+    @property
     def cosines(self) -> Array:
         """cos(w_c, Mc_c) of the classes in `aligned`."""
-        rows = directions(self.classifier_rows[self.aligned])
-        centred = directions(self.centred[self.aligned])
-        return namespace(rows).sum(rows * centred, axis=1)
+        return self.duality.cosines[self.aligned]
 
-    @cached_property
+    @property
     def direction_distances(self) -> Array:
         """|w_c/|w_c| - u_c| of the classes in `aligned`."""
-        xp = namespace(self.centred)
-        apart = directions(self.classifier_rows[self.aligned]) - directions(
-            self.centred[self.aligned]
-        )
-        return xp.sqrt(xp.sum(apart * apart, axis=1))
+        return self.duality.distances[self.aligned]
+
+    @staticmethod
+    def peak_bytes(n_classes: int, n_features: int, *, scatter: bool) -> int:
+        """Price all formulas beside the states: bytes at their peak; no K x D array is among them.
+
+        Parameters
+        ----------
+        n_classes, n_features : int
+            K and D.
+        scatter : bool
+            Whether metrics that read the within-class covariance are among them.
+        """
+        square = n_features**2 * 8
+        rows = product_rows(n_features)
+        # Factors and singular vectors of S_B, or a block, its copies and what they fold into.
+        folds = 4 * min(max(rows, n_features) if scatter else rows, n_classes) * n_features * 8
+        held = max(12 * square, 6 * square + folds) if scatter else 4 * square + folds
+        return held + 2**25 + n_classes * 8 * 24  # 2^25 for tiles and the BLAS
 
 
 def _eigenvalues(matrix: Array) -> Array:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from array_api_compat import device
 
-from ncbatch.arrays import Array, as_float64, namespace, row_blocks, scalar, symmetric_product
+from ncbatch.arrays import (
+    Array,
+    CentredRows,
+    as_float64,
+    block_rows,
+    float64_blocks,
+    namespace,
+    product_rows,
+    row_blocks,
+    scalar,
+    symmetric_product,
+    take_rows,
+)
 from ncbatch.errors import DataError
+from ncbatch.metrics.kernels import pair_grid
+
+# Classes of a tile's side where K x K products are summed.
+_LEAST_SIDE, _MOST_SIDE = 256, 1024
 
 
 def mean_norms(
@@ -30,9 +46,7 @@ def mean_norms(
     array (K,)
         The norms.
     """
-    xp = namespace(M)
-    centred = as_float64(M) - m_G
-    result = xp.sqrt(xp.sum(centred * centred, axis=1))
+    result = namespace(M).sqrt(square_norms(CentredRows(M, m_G)))
     for apply in post_funcs:
         result = apply(result)
     return result
@@ -40,9 +54,12 @@ def mean_norms(
 
 def interference_grid(M: Array, m_G: Array | float = 0) -> Array:
     """Compute the K x K grid of inner products of centred means, of an array in memory."""
-    xp = namespace(M)
-    centred = as_float64(M) - m_G
-    return xp.matmul(centred, xp.matrix_transpose(centred))
+    xp, centred = namespace(M), CentredRows(M, m_G)
+
+    def tile(rows: slice, columns: slice) -> Array:
+        return xp.matmul(centred[rows], xp.matrix_transpose(centred[columns]))
+
+    return pair_grid(centred, tile)
 
 
 def structure_error(A: Array, B: Array) -> float:
@@ -50,7 +67,7 @@ def structure_error(A: Array, B: Array) -> float:
 
     Parameters
     ----------
-    A, B : array (K, D)
+    A, B : array (K, D) or view of rows
         Two sets of vectors, one per class.
 
     Returns
@@ -65,7 +82,7 @@ def structure_error(A: Array, B: Array) -> float:
 
     Notes
     -----
-    Nothing of size K x K is held. For K <= D + 1 the difference is summed row block by row block.
+    Nothing of size K x K or K x D is held. For K <= D + 1 the difference is summed tile by tile.
     For more classes G has rank D < K - 1, the error has a floor far from 0, and it follows without
     loss from <A^T A, B^T B> and two sums.
 
@@ -78,38 +95,51 @@ def structure_error(A: Array, B: Array) -> float:
     """
     if A.shape != B.shape:
         raise DataError(f"arrays of shapes {tuple(A.shape)} and {tuple(B.shape)}", "equal shapes")
-    a, b = as_float64(A), as_float64(B)
-    n_classes, n_features = a.shape
+    n_classes, n_features = A.shape
     if n_classes <= n_features + 1:
-        return _error_by_rows(a, b)
-    xp = namespace(a, b)
-    norm = math.sqrt(max(scalar(xp.sum(symmetric_sum(a) * symmetric_sum(b))), 0.0))
+        return _error_by_tiles(A, B)
+    xp = namespace(A, B)
+    sums_a, sums_b, diagonal = 0.0, 0.0, 0.0
+    gram_a: Array = None
+    gram_b: Array = None
+    for part, a in float64_blocks(A, product_rows(n_features)):
+        b = a if B is A else as_float64(take_rows(B, part))
+        sums_a, sums_b = sums_a + xp.sum(a, axis=0), sums_b + xp.sum(b, axis=0)
+        diagonal += scalar(xp.sum(a * b))
+        gram_a = _added(gram_a, symmetric_product(a))
+        gram_b = gram_a if B is A else _added(gram_b, symmetric_product(b))
+    norm = math.sqrt(max(scalar(xp.sum(gram_a * gram_b)), 0.0))
     if norm == 0.0:
         return math.nan
-    total = scalar(xp.sum(xp.sum(a, axis=0) * xp.sum(b, axis=0)))
-    diagonal = sum(scalar(xp.sum(a[p, :] * b[p, :])) for p in row_blocks(n_classes))
+    total = scalar(xp.sum(sums_a * sums_b))
     match = (diagonal - total / n_classes) / (norm * math.sqrt(n_classes - 1))
     return math.sqrt(max(2.0 - 2.0 * match, 0.0))
 
 
-def _error_by_rows(a: Array, b: Array) -> float:
-    xp = namespace(a, b)
-    n_classes = a.shape[0]
-    columns = xp.arange(n_classes, device=device(a))
-
-    def products(part: slice) -> Array:
-        return xp.matmul(a[part, :], xp.matrix_transpose(b))
-
-    blocks = list(row_blocks(n_classes))
-    norm = math.sqrt(sum(scalar(xp.sum(products(part) ** 2)) for part in blocks))
+def _error_by_tiles(A: Array, B: Array) -> float:
+    xp = namespace(A, B)
+    n_classes = A.shape[0]
+    norm = math.sqrt(sum(scalar(xp.sum(tile * tile)) for _, _, tile in _products(A, B)))
     if norm == 0.0:
         return math.nan
+    ids = xp.arange(n_classes, device=device(A))
     square = 0.0
-    for part in blocks:
-        unit = xp.astype(columns[part][:, None] == columns[None, :], xp.float64)
+    for rows, columns, tile in _products(A, B):
+        unit = xp.astype(ids[rows][:, None] == ids[columns][None, :], xp.float64)
         ideal = (unit - 1.0 / n_classes) / math.sqrt(n_classes - 1)
-        square += scalar(xp.sum((products(part) / norm - ideal) ** 2))
+        square += scalar(xp.sum((tile / norm - ideal) ** 2))
     return math.sqrt(square)
+
+
+def _products(A: Array, B: Array) -> Iterator[tuple[slice, slice, Array]]:
+    """Compute A B^T tile by tile."""
+    xp = namespace(A, B)
+    side = min(_MOST_SIDE, block_rows(A.shape[1], _LEAST_SIDE))
+    for rows in row_blocks(A.shape[0], side):
+        a = as_float64(take_rows(A, rows))
+        for columns in row_blocks(B.shape[0], side):
+            b = as_float64(take_rows(B, columns))
+            yield rows, columns, xp.matmul(a, xp.matrix_transpose(b))
 
 
 def simplex_etf_error(M: Array, m_G: Array | float = 0) -> float:
@@ -122,7 +152,7 @@ def simplex_etf_error(M: Array, m_G: Array | float = 0) -> float:
     m_G : array (D,) or 0, optional
         Global mean.
     """
-    centred = as_float64(M) - m_G
+    centred = CentredRows(M, m_G)
     return structure_error(centred, centred)
 
 
@@ -138,9 +168,28 @@ def self_duality_error(W: Array, M: Array, m_G: Array | float = 0) -> float:
     m_G : array (D,) or 0, optional
         Global mean.
     """
-    return structure_error(W, as_float64(M) - m_G)
+    return structure_error(W, CentredRows(M, m_G))
 
 
-def symmetric_sum(rows: Array) -> Array:
-    """Compute ``rows^T rows`` of a tall array (K, D) block by block."""
-    return sum(symmetric_product(as_float64(rows[part, :])) for part in row_blocks(rows.shape[0]))
+def square_norms(rows: Array) -> Array:
+    """Compute the squared norms (K,) of rows (K, D), block by block."""
+    xp = namespace(rows)
+    return xp.concat([xp.sum(block * block, axis=1) for _, block in float64_blocks(rows)])
+
+
+def symmetric_sum(rows: Array, weights: Array | None = None) -> Array:
+    """Compute ``sum_c w_c row_c row_c^T`` of tall rows (K, D) block by block; w_c is 1 by default."""
+    xp = namespace(rows)
+    total = None
+    for part, block in float64_blocks(rows, product_rows(rows.shape[1])):
+        scaled = block if weights is None else block * xp.sqrt(weights[part])[:, None]
+        total = _added(total, symmetric_product(scaled))
+    return total
+
+
+def _added(total: Array | None, product: Array) -> Array:
+    """Add in place: only two of a sum's D x D arrays are held."""
+    if total is None:
+        return product
+    total += product
+    return total

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from ncbatch.arrays import Array, as_float64, namespace, scalar
+from ncbatch.arrays import Array, CentredRows, as_float64, mean_of_rows, namespace, scalar
 from ncbatch.errors import UsageError
 from ncbatch.metrics.kernels import pair_grid
 from ncbatch.metrics.spectrum import between_class_spectrum
+from ncbatch.metrics.structure import square_norms
 from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
 
 
@@ -48,11 +49,11 @@ def covariance_ratio(
     """
     if metric not in ("pinv", "svd", "quotient"):
         raise UsageError(f"covariance ratio '{metric}'", "pinv, svd or quotient")
-    within, centred = as_float64(V_intra), as_float64(M) - m_G
+    within, centred = as_float64(V_intra), CentredRows(M, m_G)
     xp = namespace(within, centred)
-    n_classes: int = centred.shape[0]
+    n_classes = centred.shape[0]
     if metric == "quotient":
-        between = scalar(xp.sum(centred * centred)) / n_classes
+        between = scalar(xp.sum(square_norms(centred))) / n_classes
         return scalar(xp.linalg.trace(within)) / between if between else math.nan
     spectrum = between_class_spectrum(centred)
     if not spectrum.rank:
@@ -83,7 +84,7 @@ def variability_cdnv(
         Mean over pairs of distinct means (Galanti et al. 2021); NaN without any.
     """
     stats = sweep_pairs(
-        M, scalar_mean(M), V_norms,
+        M, mean_of_rows(M), V_norms,
         quantities=["cdnv"], dist_exp=dist_exp, tile_classes=tile_size,
     )  # fmt: skip
     mean: float = stats.cdnv.mean
@@ -107,7 +108,7 @@ def class_dist_norm_vars(
     """
     xp = namespace(M)
     variances = as_float64(V_norms)
-    pairs = PairTiles(M, scalar_mean(M), variances, quantities=["cdnv"], dist_exp=dist_exp)
+    pairs = PairTiles(M, mean_of_rows(M), variances, quantities=["cdnv"], dist_exp=dist_exp)
 
     def tile(rows: slice, columns: slice) -> Array:
         squares = pairs.square_distances(rows, columns)
@@ -117,8 +118,3 @@ def class_dist_norm_vars(
         return xp.where(apart, spread / power, xp.inf)
 
     return pair_grid(M, tile, tile_size)
-
-
-def scalar_mean(M: Array) -> Array:
-    """Give the mean of the rows of `M` in float64, around which distances lose no digits."""
-    return namespace(M).mean(as_float64(M), axis=0)

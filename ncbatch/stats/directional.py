@@ -10,7 +10,7 @@ from array_api_compat import device
 
 from ncbatch.arrays import Array, Segments, add_at, as_float64, namespace, row_blocks, segment_sum
 from ncbatch.errors import DataError
-from ncbatch.stats.pair_tiles import PairTiles
+from ncbatch.stats.pair_means import PairMeans
 
 _TILE_CLASSES = 1024
 
@@ -33,7 +33,7 @@ class DirectionalVariance:
         return cls(xp.zeros((n_classes,), dtype=xp.float64, device=device))
 
     @classmethod
-    def from_block(cls, features: Array, labels: Array, pairs: PairTiles) -> DirectionalVariance:
+    def from_block(cls, features: Array, labels: Array, pairs: PairMeans) -> DirectionalVariance:
         """Sum one block of samples held in memory.
 
         Parameters
@@ -42,23 +42,26 @@ class DirectionalVariance:
             Floating-point features.
         labels : array (N,)
             Class ids 0..K-1.
-        pairs : PairTiles
-            The class means.
+        pairs : PairMeans
+            The class means, such as a `PairTiles`; they may lie in a file.
         """
         xp = namespace(features, labels)
         state = cls.zero(pairs.n_classes, xp=xp, device=device(pairs.means))
         if features.shape[0] == 0:
             return state
         segments = Segments.of(labels)
-        centred = pairs.means - pairs.center
-        residuals = as_float64(features) - xp.take(pairs.means, labels, axis=0)
-        own = xp.sum(residuals * xp.take(centred, labels, axis=0), axis=1)
+        present = pairs.block(segments.present)
+        own_means = xp.take(present.means, segments.index, axis=0)
+        residuals = as_float64(features) - own_means
+        own = xp.sum(residuals * (own_means - pairs.center), axis=1)
+        del own_means
         total = xp.zeros_like(as_float64(segments.present))
         for part in row_blocks(pairs.n_classes, _TILE_CLASSES):
-            squares = pairs.square_distances(segments.present, part)
-            apart = pairs.apart(segments.present, part, squares)
+            others = pairs.block(part)
+            squares = pairs.square_distances(present, others)
+            apart = pairs.apart(present, others, squares)
             weight = xp.where(apart, squares, xp.full_like(squares, xp.inf)) ** -2.0
-            along = xp.matmul(residuals, xp.matrix_transpose(centred[part, :])) - own[:, None]
+            along = xp.matmul(residuals, xp.matrix_transpose(others.centred)) - own[:, None]
             total = total + xp.sum(segment_sum(along * along, segments) * weight, axis=1)
         add_at(state.sums, segments.mask(pairs.n_classes), total)
         return state
@@ -74,5 +77,7 @@ class DirectionalVariance:
     @staticmethod
     def peak_bytes(n_classes: int, n_features: int, block_rows: int) -> int:
         """Price a block: bytes at its peak, beside the means."""
-        tile = min(n_classes, _TILE_CLASSES)
-        return n_classes * n_features * 8 * 2 + block_rows * (n_features * 32 + tile * 48)
+        tile, present = min(n_classes, _TILE_CLASSES), min(n_classes, block_rows)
+        # Present means, themselves and centred, and a tile of others; then residuals and gathers.
+        means = (present + 2 * tile) * n_features * 8 * 2
+        return n_classes * 32 + means + block_rows * (n_features * 32 + tile * 48)

@@ -8,24 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import ml_dtypes
 import numpy as np
-from array_api_compat import device
+from array_api_compat import device, is_numpy_array
 
 from ncbatch.arrays import (
     Array,
-    Segments,
-    add_at,
     as_float64,
     namespace,
     row_blocks,
-    segment_sum,
     symmetric_product,
     to_numpy,
 )
 from ncbatch.errors import DataError
 from ncbatch.stats.blocks import check_block
+from ncbatch.stats.folding import Folding, merge_rows
 
-Precision: TypeAlias = Literal["exact", "fp32"]
+Precision: TypeAlias = Literal["exact", "fp32", "tf32"]
+
+# Fewer numbers than these, rows times features, take less time than loading compiled code.
+_COMPILED_VALUES = 2**22
+# What the compiler holds when it has just compiled the kernels.
+_COMPILER_BYTES = 192 * 2**20
+# Blocks of NumPy arrays are folded in pieces of at most so many rows and bytes of float64.
+_PIECE_ROWS, _PIECE_BYTES = 8192, 64 * 2**20
+# Dtypes that are exact in float64.
+_FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class Moments:
             K.
         scatter : bool, optional
             Whether to keep the pooled within-class scatter (D, D).
-        precision : {"exact", "fp32"}, optional
+        precision : {"exact", "fp32", "tf32"}, optional
             Float64 throughout, or residual products in float32 folded in float64.
 
         Raises
@@ -173,19 +181,9 @@ class Moments:
         means, traces = xp.empty_like(self.means), xp.empty_like(self.traces)
         scatter = None if self.scatter is None else self.scatter + other.scatter
         for part in row_blocks(self.means.shape[0]):
-            n_a, n_b = as_float64(self.counts[part]), as_float64(other.counts[part])
-            n = xp.clip(n_a + n_b, 1.0, None)
-            apart = other.means[part, :] - self.means[part, :]
-            # A class that only one side holds takes that side's mean, to the bit.
-            toward = apart * (n_b / n)[:, None] + self.means[part, :]
-            means[part, :] = xp.where((n_a == 0.0)[:, None], other.means[part, :], toward)
-            weight = n_a * n_b / n
-            traces[part] = (
-                self.traces[part] + other.traces[part] + weight * xp.sum(apart * apart, axis=1)
-            )
+            means[part, :], traces[part], apart = merge_rows(self._rows(part), other._rows(part))
             if scatter is not None:
-                both = weight > 0.0
-                scatter = scatter + symmetric_product(apart[both] * xp.sqrt(weight[both])[:, None])
+                scatter += symmetric_product(apart)
         return Moments(self.counts + other.counts, means, traces, scatter)
 
     def select(self, classes: Array) -> Moments:
@@ -248,6 +246,9 @@ class Moments:
             scatter = file["scatter"] if "scatter" in file.files else None
             return cls(file["counts"], file["means"], file["traces"], scatter)
 
+    def _rows(self, part: slice) -> tuple[Array, Array, Array]:
+        return self.counts[part], self.means[part, :], self.traces[part]
+
     def _check_mergeable(self, other: Moments) -> None:
         mine = (*self.means.shape, self.scatter is not None)
         theirs = (*other.means.shape, other.scatter is not None)
@@ -272,13 +273,18 @@ class MomentsAccumulator:
         An array whose library, device and dtype the blocks share.
     scatter : bool
         Whether to keep the pooled within-class scatter (D, D).
-    precision : {"exact", "fp32"}
-        Dtype of residuals and their products; sums are folded in float64 either way.
+    precision : {"exact", "fp32", "tf32"}
+        Dtype of residuals and their products, float64 or float32; sums are folded in float64
+        either way.
 
     Notes
     -----
     The pilot's own samples belong to the class, so the correction is at most n times the class's
     scatter: float64 keeps at least 16 - log10(n) digits, however far out the pilot lies.
+
+    NumPy arrays beyond `_COMPILED_VALUES` numbers are folded by compiled code, `CompiledFolding`, with the
+    same arithmetic; which code folds a block depends on the data before it only. There a class's
+    first sample, alone in its block, is left out of the product: it is its own pilot.
     """
 
     def __init__(
@@ -291,73 +297,139 @@ class MomentsAccumulator:
         precision: Precision = "exact",
     ) -> None:
         xp = self._xp = namespace(like)
-        place = {"device": device(like)}
+        self._place = {"device": device(like)}
         self._work = xp.float64 if precision == "exact" else xp.float32
         # Any number near the mean serves as pilot; float32 halves the memory where it fits.
-        pilot = xp.float64 if like.dtype == xp.float64 else xp.float32
-        self._counts = xp.zeros((n_classes,), dtype=xp.int64, **place)
-        self._pilots = xp.zeros((n_classes, n_features), dtype=pilot, **place)
-        self._sums = xp.zeros((n_classes, n_features), dtype=xp.float64, **place)
-        self._traces = xp.zeros((n_classes,), dtype=xp.float64, **place)
-        self._scatter = (
-            xp.zeros((n_features, n_features), dtype=xp.float64, **place) if scatter else None
+        kind = like.dtype.newbyteorder("=") if is_numpy_array(like) else like.dtype
+        pilot = xp.float64 if kind == xp.float64 else xp.float32
+        self._shapes = {
+            "counts": ((n_classes,), xp.int64),
+            "pilots": ((n_classes, n_features), pilot),
+            "sums": ((n_classes, n_features), xp.float64),
+            "traces": ((n_classes,), xp.float64),
+        }
+        if scatter:
+            self._shapes["scatter"] = ((n_features, n_features), xp.float64)
+        self._n_seen, self._compilable = 0, is_numpy_array(like) and kind in _FLOATS
+        self._compiled_folding: Any = None
+        self._take(
+            {
+                name: xp.zeros(shape, dtype=dtype, **self._place)
+                for name, (shape, dtype) in self._shapes.items()
+            }
         )
 
     @staticmethod
-    def peak_bytes(n_classes: int, n_features: int, block_rows: int, *, scatter: bool) -> int:
-        """Price the accumulator: bytes at its peak, blocks of `block_rows` rows included."""
-        state = n_classes * (n_features * 16 + 16) + (n_features**2 * 8 if scatter else 0)
-        # Converted rows, gathered pilots, residuals and the rows' class sums, all float64.
-        block = block_rows * n_features * 8 * 4 + block_rows * 64
+    def peak_bytes(
+        n_classes: int,
+        n_features: int,
+        block_rows: int,
+        *,
+        scatter: bool,
+        n_rows: int | None = None,
+        itemsize: int = 8,
+    ) -> int:
+        """Price the accumulator: bytes at its peak, blocks of `block_rows` rows included.
+
+        Parameters
+        ----------
+        n_classes, n_features, block_rows : int
+            K, D, and the most rows of a block.
+        scatter : bool
+            Whether the pooled scatter is kept.
+        n_rows : int, optional
+            The most rows there can be in all: where they are few nothing is compiled. 0 stands for
+            another library than NumPy, None for any number.
+        itemsize : int, optional
+            Bytes of a feature as it is given; 8 needs wider pilots than less.
+        """
+        pilot = 8 if itemsize == 8 else 4
+        state = n_classes * (n_features * (8 + pilot) + 16) + (n_features**2 * 8 if scatter else 0)
         products = n_features**2 * 8 * 2 if scatter else 0
-        finish = n_classes * n_features * 8 + 4096 * n_features * 8 * 3
-        return state + products + max(block, finish)
+        rows, piece = block_rows, _piece_rows(n_features)
+        compiled = 0
+        if n_rows is None or n_rows * n_features >= _COMPILED_VALUES:
+            rows = min(block_rows, piece, -(-_COMPILED_VALUES // n_features))
+            # Residuals, rows converted where they must be, and what the grouping needs.
+            compiled = piece * (n_features * 8 * (2 if scatter else 1) + 48) + n_classes * 24
+            compiled += _COMPILER_BYTES
+        # Converted rows, gathered pilots, residuals and the rows' class sums, all float64.
+        block = rows * n_features * 8 * 4 + rows * 64 + n_classes * 24 + 2**20
+        finish = min(n_classes, 4096) * n_features * 8 * 5
+        return state + products + max(block, finish, compiled)
+
+    def arrays(self) -> dict[str, Array]:
+        """Give all that the running state is, to be saved and restored.
+
+        Returns
+        -------
+        dict of str to array
+            The arrays themselves, not copies: the next `add` changes them.
+        """
+        return {name: getattr(self, f"_{name}") for name in self._shapes}
+
+    def restore(self, arrays: dict[str, Array]) -> None:
+        """Continue from what `arrays` gave, to the same bits as without a break.
+
+        Parameters
+        ----------
+        arrays : dict of str to array
+            Of an accumulator made with the same arguments. They are taken over, not copied, where
+            their library and device allow it.
+
+        Raises
+        ------
+        DataError
+            When they are not those of such an accumulator; nothing has changed then.
+        """
+        found = {name: tuple(value.shape) for name, value in arrays.items()}
+        expected = {name: shape for name, (shape, _) in self._shapes.items()}
+        if found != expected:
+            raise DataError(f"a running state of {found}", f"{expected}")
+        xp, taken = self._xp, {}
+        for name, (_, dtype) in self._shapes.items():
+            value = xp.asarray(arrays[name], dtype=dtype, **self._place)
+            if is_numpy_array(value):
+                value = np.require(value, requirements=["C", "W"])
+            taken[name] = value
+        self._take(taken)
 
     def add(self, features: Array, labels: Array) -> None:
         """Fold a block: `features` (B, D) floats and `labels` (B,) ids in 0..K-1."""
-        xp = self._xp
-        if features.shape[0] == 0:
-            return
-        segments = Segments.of(labels)
-        present = segments.mask(self._counts.shape[0])
-        self._set_pilots(features, segments, present)
-        residuals = self._residuals(features, labels)
-        add_at(self._sums, present, as_float64(segment_sum(residuals, segments)))
-        squares = as_float64(xp.sum(residuals * residuals, axis=1))
-        add_at(self._traces, present, segment_sum(squares, segments))
-        add_at(self._counts, present, segments.counts)
-        if self._scatter is not None:
-            self._scatter += as_float64(symmetric_product(residuals))
+        n_rows = features.shape[0]
+        step = _piece_rows(features.shape[1]) if self._compilable else max(n_rows, 1)
+        for part in row_blocks(n_rows, step):
+            self._n_seen += part.stop - part.start
+            self._folds().add(features[part, :], labels[part])
 
     def finish(self) -> Moments:
         """Correct for the pilots and give the state; the accumulator is spent."""
-        xp = self._xp
-        counts, means = self._counts, self._sums
-        for part in row_blocks(means.shape[0]):
-            n = as_float64(xp.clip(counts[part], 1, None))
-            missed = means[part, :] / n[:, None]
-            weighted = missed * xp.sqrt(n)[:, None]
-            traces = self._traces[part] - xp.sum(weighted * weighted, axis=1)
-            self._traces[part] = xp.clip(traces, 0.0, None)
-            if self._scatter is not None:
-                self._scatter -= symmetric_product(weighted)
-            means[part, :] = as_float64(self._pilots[part, :]) + missed
-        return Moments(counts, means, self._traces, self._scatter)
+        self._folds().finish()
+        return Moments(self._counts, self._sums, self._traces, self._scatter)
 
-    def _set_pilots(self, features: Array, segments: Segments, present: Array) -> None:
-        xp = self._xp
-        known = xp.take(self._counts, segments.present, axis=0) > 0
-        if bool(xp.all(known)):
-            return
-        rows = ~xp.take(known, segments.index, axis=0)
-        firsts = Segments.of(segments.index[rows])
-        sums = segment_sum(as_float64(features[rows]), firsts)
-        pilots = sums / as_float64(firsts.counts)[:, None]
-        self._pilots[present & (self._counts == 0)] = xp.astype(pilots, self._pilots.dtype)
+    @property
+    def _compiled(self) -> bool:
+        return self._compilable and self._n_seen * self._sums.shape[1] >= _COMPILED_VALUES
 
-    def _residuals(self, features: Array, labels: Array) -> Array:
-        xp = self._xp
-        wide = xp.float64 if self._pilots.dtype == xp.float64 else self._work
-        pilots = xp.take(self._pilots, labels, axis=0)
-        residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
-        return xp.astype(residuals, self._work, copy=False)
+    def _take(self, arrays: dict[str, Array]) -> None:
+        self._counts, self._pilots = arrays["counts"], arrays["pilots"]
+        self._sums, self._traces = arrays["sums"], arrays["traces"]
+        self._scatter = arrays.get("scatter")
+        self._n_seen = int(self._xp.sum(self._counts))
+        self._compiled_folding = None
+
+    def _folds(self) -> Any:
+        """Give what folds the next block into the state."""
+        state = (self._counts, self._pilots, self._sums, self._traces, self._scatter)
+        if not self._compiled:
+            return Folding(*state, self._work)
+        if self._compiled_folding is None:
+            from ncbatch.stats.moments_kernel import CompiledFolding
+
+            rows = _piece_rows(self._sums.shape[1])
+            self._compiled_folding = CompiledFolding(*state, self._work, rows)
+        return self._compiled_folding
+
+
+def _piece_rows(n_features: int) -> int:
+    return min(_PIECE_ROWS, max(256, _PIECE_BYTES // (8 * n_features)))

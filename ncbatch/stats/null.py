@@ -67,11 +67,16 @@ def null_scatter(moments: Moments, null: Moments) -> Moments:
 
 
 def _between(moments: Moments) -> Any:
-    xp = namespace(moments.means)
+    """Sum n_c (m_c - x)(m_c - x)^T over classes, block by block: means may lie in a file."""
+    xp = namespace(moments.counts)
     counts = as_float64(moments.counts)
-    center = xp.matmul((counts / moments.n_samples)[None, :], moments.means)[0, :]
+    blocks = list(row_blocks(moments.means.shape[0]))
+    center = sum(
+        xp.matmul(counts[None, part], moments.means[part, :])[0, :] / moments.n_samples
+        for part in blocks
+    )
     total = 0.0
-    for part in row_blocks(moments.means.shape[0]):
+    for part in blocks:
         rows = (moments.means[part, :] - center) * xp.sqrt(counts[part])[:, None]
         total = total + symmetric_product(rows)
     return total

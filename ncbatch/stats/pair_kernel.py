@@ -121,22 +121,24 @@ def _direct(x: Any, y: Any, fx: float, fy: float, center: Any, shift: float) -> 
 
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
 def _repair(
-    means: Any,
+    x: Any,
+    others: Any,
+    b: int,
     center: Any,
-    i: int,
-    j: int,
+    si: float,
     square: Any,
+    ui: float,
     inverse: Any,
     lost: float,
     d2: Any,
     r2: Any,
 ) -> None:
-    """Compute lost distances of class i to classes j.. anew."""
+    """Compute lost distances of the mean x to others[b:] anew."""
     for t in range(d2.shape[0]):
-        if d2[t] < lost * (square[i] + square[j + t]):
-            d2[t] = _direct(means[i], means[j + t], 1.0, 1.0, center, 0.0)
+        if d2[t] < lost * (si + square[t]):
+            d2[t] = _direct(x, others[b + t], 1.0, 1.0, center, 0.0)
         if r2[t] < 2.0 * lost:
-            r2[t] = _direct(means[i], means[j + t], inverse[i], inverse[j + t], center, 1.0)
+            r2[t] = _direct(x, others[b + t], ui, inverse[t], center, 1.0)
 
 
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
@@ -206,19 +208,18 @@ def _sum_corrected(
 
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
 def _sum_directed(
-    g: Any, square_w: Any, within: Any, center: Any, i: int, j: int, lost: float, d2: Any,
+    g: Any, wi: float, square_w: Any, x: Any, others: Any, b: int, center: Any, lost: float, d2: Any,
     size: Any, zi: float, reference: float, along: Any, sums: Any, counts: Any,
 ) -> None:  # fmt: skip
-    wi = square_w[i]
     least = np.inf
     for t in range(d2.shape[0]):
-        whole = wi + square_w[j + t]
+        whole = wi + square_w[t]
         along[t] = whole - 2.0 * g[t]
         least = min(least, along[t] - lost * whole)
     if least < 0.0:
         for t in range(d2.shape[0]):
-            if along[t] < lost * (wi + square_w[j + t]):
-                along[t] = _direct(within[i], within[j + t], 1.0, 1.0, center, 0.0)
+            if along[t] < lost * (wi + square_w[t]):
+                along[t] = _direct(x, others[b + t], 1.0, 1.0, center, 0.0)
     t1 = t2 = found = 0.0
     for t in range(d2.shape[0]):
         apart = d2[t] > (zi + size[t])
@@ -338,9 +339,9 @@ def sweep_tile(
     gram_w: Any,
     i0: int,
     j0: int,
-    means: Any,
+    rows: Any,
+    columns: Any,
     center: Any,
-    within: Any,
     square: Any,
     size: Any,
     inverse: Any,
@@ -361,11 +362,14 @@ def sweep_tile(
         Products of centred means, rows i0.. and columns j0..; float32 or float64.
     gram_w : array (R, C) or (0, 0)
         The same of means times a root of S_W.
-    means, center, within : array (K, D), (D,), (K, D)
-        What lost distances are computed from.
+    rows, columns : tuple of array (R, D) and (C, D)
+        What lost distances are computed from: the tile's own means, and their products with the
+        root of S_W, which may be empty.
+    center : array (D,)
+        m_G.
     square, size, inverse, variance, corrected, error, square_w : array (K,)
         |Mc|^2, |m|^2 times the share that counts as zero, 1/|Mc| or 0, V, V n/(n-1) or -1, the
-        error of the mean V/(n-1), and |row|^2 of `within`.
+        error of the mean V/(n-1), and |m|^2 along S_W.
     numbers : tuple of float
         CDNV exponent, Riesz exponent, 1/(K-1), the share below which digits are lost, and that
         below which a square is zero.
@@ -380,6 +384,7 @@ def sweep_tile(
     want_cdnv, want_sphere, want_riesz, want_cosine, want_corrected, want_directed, want_near = (
         wants
     )
+    (means_a, within_a), (means_b, within_b) = rows, columns
     sums, counts, extremes, scales, near, near_at, cnear, cnear_at, histogram, top, top_at = out
     n_columns, bins = gram.shape[1], histogram.shape[0]
     buffers = np.empty((6, n_columns))
@@ -397,7 +402,10 @@ def sweep_tile(
         here = slice(j, j + n)
         counts[a, PAIRS] = n
         if _squares(g, square[here], inverse[here], square[i], inverse[i], lost, d2, r2):
-            _repair(means, center, i, j, square, inverse, lost, d2, r2)
+            _repair(
+                means_a[a], means_b, b, center, square[i], square[here], inverse[i], inverse[here],
+                lost, d2, r2,
+            )  # fmt: skip
         _sum_inner(g, refs[INNER], sums[a], extremes[a])
         if want_cdnv:
             _sum_cdnv(
@@ -414,7 +422,8 @@ def sweep_tile(
         if want_directed:
             g[:] = gram_w[a, b:]
             _sum_directed(
-                g, square_w, within, center, i, j, lost, d2, size[here], size[i],
+                g, square_w[i], square_w[here], within_a[a], within_b, b, center, lost, d2,
+                size[here], size[i],
                 refs[DIRECTED], x, sums[a], counts[a],
             )  # fmt: skip
         if want_near:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,23 @@ from array_api_compat import device, is_numpy_array
 from ncbatch.arrays import (
     Array,
     as_float64,
+    block_rows,
     cpu_count,
     map_threads,
     max_pending,
-    namespace,
+    product_rows,
     row_blocks,
     scalar,
+    take_rows,
     to_numpy,
 )
 from ncbatch.errors import DataError, UsageError
+from ncbatch.stats.pair_means import (
+    COINCIDENT,
+    LOST_IN_FLOAT64,
+    PairMeans,
+    square_differences,
+)
 from ncbatch.stats.pairs import (
     COSINE_BINS,
     PAIR_QUANTITIES,
@@ -33,29 +43,37 @@ from ncbatch.stats.pairs import (
 )
 from ncbatch.stats.tally import Tally
 
-# Classes of a tile's side: compiled, its product runs at full speed; in arrays, it fits the cache.
-_COMPILED_TILE, _ARRAYS_TILE = 1024, 512
+# Classes of a tile's side: few fit the cache; many are products at full speed; and of stored means
+# each row is read once per tile, so that wider tiles leave reading small beside the work.
+_FEW_SIDE, _MANY_SIDE, _STORED_SIDE = 512, 1024, 2048
 # With fewer classes the sweep takes less time than loading compiled code.
 _COMPILED_CLASSES = 2048
 # What the compiler holds when it has just compiled the kernel.
 _COMPILER_BYTES = 288 * 2**20
-# A squared distance at or below this share of |a|^2 + |b|^2 counts as zero: the means coincide.
-COINCIDENT = 1e-24
 # Below this share of |a|^2 + |b|^2 a squared distance from products is computed anew.
-_LOST_IN_FLOAT64 = 1e-7
 _LOST_IN_FLOAT32 = 0.05
 _SAMPLE_CLASSES = 128
 # Below this share of its terms a corrected squared distance is rounding error.
 _NO_DIGITS = 1e-9
 
 
-class PairTiles:
+@dataclass(frozen=True, eq=False)
+class _Operand:
+    """One side of a compiled tile: rows in float64, and in the dtype of products."""
+
+    means: Array
+    centred: Array
+    within: Array
+    within_product: Array
+
+
+class PairTiles(PairMeans):
     """The means of a pair sweep, prepared once, and the statistics of its tiles.
 
     Parameters
     ----------
-    means : array (K, D)
-        Class means.
+    means : array (K, D) or StoredRows
+        Class means; of stored ones only the blocks of a tile are read.
     center : array (D,) or 0, optional
         m_G, subtracted before directions are taken.
     variances : array (K,), optional
@@ -74,6 +92,9 @@ class PairTiles:
     products : dtype, optional
         Dtype of the tiles' products on the CPU: by default float32 for many classes, where every
         distance that lost digits is computed anew in float64, and float64 otherwise.
+    scratch : path, optional
+        Folder for a file of ``cdnv_directional`` where the means are stored, K * D * 8 bytes; by
+        default that of the means' file.
 
     Raises
     ------
@@ -95,6 +116,7 @@ class PairTiles:
         dist_exp: float = 1.0,
         compiled: bool | None = None,
         products: Any = None,
+        scratch: str | Path | None = None,
     ) -> None:
         needed = {
             "cdnv": variances is None,
@@ -109,125 +131,89 @@ class PairTiles:
         for quantity, missing in needed.items():
             if missing and quantity in self.quantities:
                 raise DataError(f"{quantity} without what it needs", "variances, counts or within")
-        xp = self._xp = namespace(means)
-        place = {"device": device(means)}
-        self.means = as_float64(means)
-        self.n_classes, self.n_features = means.shape
-        self.center = xp.zeros((self.n_features,), dtype=xp.float64, **place) + center
+        super().__init__(
+            means, center, within if "cdnv_directional" in self.quantities else None, scratch
+        )
         self._variances = None if variances is None else as_float64(variances)
         self._counts = None if counts is None else as_float64(counts)
-        self._set_norms()
-        self._within = self._rooted(within) if "cdnv_directional" in self.quantities else None
         self._dist_exp = float(dist_exp)
         self._riesz_exponent = float(self.n_features - 2)
         if compiled is None:
-            compiled = is_numpy_array(means) and self.n_classes > _COMPILED_CLASSES
+            on_host = is_numpy_array(means) or self.stored
+            compiled = on_host and self.n_classes > _COMPILED_CLASSES
         self._compiled = compiled
         # With more classes than an ETF can have no variance is so small that float32 shows in it.
         many = self.n_classes > max(_COMPILED_CLASSES, self.n_features + 1)
         self._products = np.dtype(products or (np.float32 if many else np.float64))
 
-    def _set_norms(self) -> None:
-        xp = self._xp
-        self._size = xp.sum(self.means**2, axis=1)
-        self._square = xp.empty_like(self._size)
-        for part in row_blocks(self.n_classes):
-            self._square[part] = xp.sum((self.means[part, :] - self.center) ** 2, axis=1)
-        directed = self._square > COINCIDENT * (self._size + xp.sum(self.center**2))
-        norms = xp.sqrt(xp.where(directed, self._square, xp.ones_like(self._square)))
-        self._inverse = xp.where(directed, 1.0 / norms, xp.zeros_like(norms))
+    @staticmethod
+    def side(n_classes: int, *, stored: bool = False) -> int:
+        """Count the classes of a tile's side, for so many classes in memory or in a file."""
+        if n_classes <= _COMPILED_CLASSES:
+            return _FEW_SIDE
+        return _STORED_SIDE if stored else _MANY_SIDE
 
-    def _rooted(self, within: Array) -> Array:
-        """Give rows whose squared distances are (m_i - m_j)^T S_W (m_i - m_j)."""
-        xp = self._xp
-        values, vectors = xp.linalg.eigh(as_float64(within))
-        root = vectors * xp.sqrt(xp.clip(values, 0.0, None))[None, :]
-        rows = xp.empty_like(self.means)
-        for part in row_blocks(self.n_classes):
-            rows[part, :] = xp.matmul(self.means[part, :] - self.center, root)
-        return rows
+    @staticmethod
+    def tile_list(n_classes: int, *, stored: bool = False) -> list[tuple[slice, slice]]:
+        """Give the tiles of so many classes, in the order of `tiles`."""
+        return list(_upper_tiles(n_classes, PairTiles.side(n_classes, stored=stored)))
 
     @staticmethod
     def peak_bytes(
         n_classes: int,
         n_features: int,
         quantities: Iterable[str],
+        *,
+        stored: bool = False,
     ) -> int:
-        """Price a sweep on the CPU beside its means: bytes at its peak."""
-        directional = 2 if "cdnv_directional" in quantities else 1
-        operands = n_classes * n_features * 8 * (2 * directional - 1)
-        operands += n_classes * 256 + n_features**2 * 8 * 3 * (directional - 1)
-        if n_classes > _COMPILED_CLASSES:
-            itemsize = 4 if n_classes > n_features + 1 else 8
-            tile = _COMPILED_TILE * (_COMPILED_TILE * itemsize * directional + 1024)
-            states = 3 * max_pending() * n_classes * 24 if "nearest" in quantities else 0
-            return operands + tile * cpu_count() + states + _COMPILER_BYTES
-        return operands + min(_ARRAYS_TILE, n_classes) ** 2 * 8 * 16
+        """Price a sweep on the CPU beside its means: bytes at its peak.
+
+        Parameters
+        ----------
+        n_classes, n_features : int
+            K and D.
+        quantities : iterable of str
+            What is swept for.
+        stored : bool, optional
+            Whether the means lie in a file.
+        """
+        side = min(PairTiles.side(n_classes, stored=stored), n_classes)
+        directional = "cdnv_directional" in quantities
+        fixed = n_classes * 256
+        if directional:  # a root of S_W, and the rows along it
+            rows = min(product_rows(n_features), n_classes)
+            fixed += n_features**2 * 8 * 4 + rows * n_features * 8 * 3
+            fixed += 0 if stored else n_classes * n_features * 8
+        else:
+            fixed += block_rows(n_features) * n_features * 8 * 4
+        if n_classes <= _COMPILED_CLASSES:
+            # Two sides of means, centred means, directions and rows along S_W.
+            blocks = 2 * side * n_features * 8 * (4 if stored else 3)
+            return fixed + blocks + side**2 * 8 * 16
+        itemsize = 4 if n_classes > n_features + 1 else 8
+        sides = 2 if directional else 1
+        operand = side * n_features * (itemsize + (8 if stored else 0)) * sides
+        tile = side * (side * itemsize * sides + 1024)
+        states = 3 * max_pending() * n_classes * 24 if "nearest" in quantities else 0
+        copies = n_classes * n_features * 4 * sides if itemsize == 4 and not stored else 0
+        operands = copies or operand * (cpu_count() + _rows_in_flight())
+        return fixed + operands + tile * cpu_count() + states + _COMPILER_BYTES
 
     def tiles(self, tile_classes: int | None = None) -> Iterator[tuple[slice, slice]]:
         """Give the tiles of the upper triangle as pairs of class slices, in a fixed order."""
-        tile_classes = tile_classes or (_COMPILED_TILE if self._compiled else _ARRAYS_TILE)
-        for rows in row_blocks(self.n_classes, tile_classes):
-            for columns in row_blocks(self.n_classes, tile_classes):
-                if columns.start >= rows.start:
-                    yield rows, columns
+        tile_classes = tile_classes or self.side(self.n_classes, stored=self.stored)
+        return _upper_tiles(self.n_classes, tile_classes)
 
     def fold(self, tiles: Iterable[tuple[slice, slice]]) -> PairStats:
         """Tally the pairs i < j of some tiles, on all processors; merged in their order."""
         if self._compiled:
             self.prepare()
-            folded = map_threads(lambda tile: self._fold_compiled(*tile), tiles)
+            folded = map_threads(lambda sides: self._fold_compiled(*sides), self._read_rows(tiles))
         else:
             folded = (self._fold_arrays(*tile) for tile in tiles)
         return functools.reduce(PairStats.merge, folded, PairStats.zero())
 
     # ------------------------------------------------------------ any array library, in float64
-
-    def square_distances(
-        self, rows: slice | Array, columns: slice, *, directions: bool = False
-    ) -> Array:
-        """Give |m_i - m_j|^2, or |u_i - u_j|^2, of a tile to full float64 accuracy.
-
-        The rows may be an integer array of classes. Distances that cancelled in the product are computed from differences.
-        """
-        xp = self._xp
-        means_a, means_b = _at(self.means, rows), self.means[columns, :]
-        a, b = means_a - self.center, means_b - self.center
-        total = _at(self._square, rows)[:, None] + self._square[columns][None, :]
-        if directions:
-            a, b = a * _at(self._inverse, rows)[:, None], b * self._inverse[columns][:, None]
-            total = xp.full_like(total, 2.0)
-        squares = xp.clip(total - 2.0 * xp.matmul(a, xp.matrix_transpose(b)), 0.0, None)
-        lost = squares < _LOST_IN_FLOAT64 * total
-        if bool(xp.any(lost)):
-            if not directions:
-                a, b = means_a, means_b
-            squares[lost] = self._from_differences(a, b, lost)
-        return squares
-
-    def _from_differences(self, a: Array, b: Array, lost: Array) -> Array:
-        xp = self._xp
-        at_i, at_j = xp.nonzero(lost)
-        parts = []
-        for part in row_blocks(at_i.shape[0]):
-            apart = xp.take(a, at_i[part], axis=0) - xp.take(b, at_j[part], axis=0)
-            parts.append(xp.sum(apart * apart, axis=1))
-        return xp.concat(parts)
-
-    def apart(self, rows: slice | Array, columns: slice, squares: Array) -> Array:
-        """Mark the pairs of a tile whose means do not coincide."""
-        size = _at(self._size, rows)[:, None] + self._size[columns][None, :]
-        return squares > COINCIDENT * size
-
-    def directed(self, rows: slice, columns: slice) -> Array:
-        """Mark the pairs of a tile of which both means differ from the center."""
-        return (self._inverse[rows] > 0.0)[:, None] & (self._inverse[columns] > 0.0)[None, :]
-
-    def interference(self, rows: slice, columns: slice) -> Array:
-        """Give the products of centred means of a tile."""
-        xp = self._xp
-        a, b = self.means[rows, :] - self.center, self.means[columns, :] - self.center
-        return xp.matmul(a, xp.matrix_transpose(b))
 
     def _fold_arrays(self, rows: slice, columns: slice) -> PairStats:
         xp = self._xp
@@ -235,20 +221,25 @@ class PairTiles:
         i = xp.arange(rows.start, rows.stop, **place)
         j = xp.arange(columns.start, columns.stop, **place)
         pairs = i[:, None] < j[None, :]
+        a = self.block(rows)
+        b = a if rows == columns else self.block(columns)
         found: dict[str, Any] = {}
         if "interference" in self.quantities:
-            found["interference"] = Tally.of(self.interference(rows, columns)[pairs])
+            found["interference"] = Tally.of(self.interference(a, b)[pairs])
         if self.quantities & {"cdnv", "cdnv_corrected", "cdnv_directional", "nearest"}:
-            found |= self._fold_distances(rows, columns, pairs)
+            squares = self.square_distances(a, b)
+            found |= self._fold_distances(rows, columns, pairs, squares)
         if self.quantities & {"distance", "log", "riesz", "cosine", "nearest"}:
-            found |= self._fold_directions(rows, columns, pairs)
+            angles = self.square_distances(a, b, directions=True)
+            found |= self._fold_directions(rows, columns, pairs, angles)
         if "nearest" in self.quantities:
-            found["nearest"] = self._nearest(rows, columns, pairs)
+            found["nearest"] = self._nearest(rows, columns, pairs, squares, angles)
         return PairStats(**found)
 
-    def _fold_distances(self, rows: slice, columns: slice, pairs: Array) -> dict[str, Any]:
+    def _fold_distances(
+        self, rows: slice, columns: slice, pairs: Array, squares: Array
+    ) -> dict[str, Any]:
         xp = self._xp
-        squares = self.square_distances(rows, columns)
         apart = pairs & self.apart(rows, columns, squares)
         lengths = squares[apart]
         found: dict[str, Any] = {}
@@ -267,21 +258,28 @@ class PairTiles:
             good = good & (left > _NO_DIGITS * (squares + errors))
             values = self._mean_of_pair(corrected, rows, columns)[good]
             found["cdnv_corrected"] = Tally.of(values / left[good] ** self._dist_exp)
-        if self._within is not None:
-            a, b = self._within[rows, :], self._within[columns, :]
-            along = xp.sum(a * a, axis=1)[:, None] + xp.sum(b * b, axis=1)[None, :]
-            total = along + 0.0
-            along = along - 2.0 * xp.matmul(a, xp.matrix_transpose(b))
-            lost = along < _LOST_IN_FLOAT64 * total
-            if bool(xp.any(lost)):
-                along[lost] = self._from_differences(a, b, lost)
+        if "cdnv_directional" in self.quantities:
+            along = self._square_along(rows, columns)
             found["cdnv_directional"] = Tally.of(along[apart] / lengths / lengths)
         return found
 
-    def _fold_directions(self, rows: slice, columns: slice, pairs: Array) -> dict[str, Any]:
+    def _square_along(self, rows: slice, columns: slice) -> Array:
+        """Give (m_i - m_j)^T S_W (m_i - m_j) of a tile."""
+        xp = self._xp
+        a, b = take_rows(self.within, rows), take_rows(self.within, columns)
+        total = self._square_within[rows][:, None] + self._square_within[columns][None, :]
+        along = total - 2.0 * xp.matmul(a, xp.matrix_transpose(b))
+        lost = along < LOST_IN_FLOAT64 * total
+        if bool(xp.any(lost)):
+            along[lost] = square_differences(a, b, lost)
+        return along
+
+    def _fold_directions(
+        self, rows: slice, columns: slice, pairs: Array, angles: Array
+    ) -> dict[str, Any]:
         xp = self._xp
         directed = pairs & self.directed(rows, columns)
-        squares = self.square_distances(rows, columns, directions=True)[directed]
+        squares = angles[directed]
         logs = -0.5 * xp.log(squares[squares > 2.0 * COINCIDENT])
         found: dict[str, Any] = {}
         if self.quantities & {"log", "riesz"}:
@@ -321,10 +319,11 @@ class PairTiles:
         classes = np.stack([i[kept] + rows.start, j[kept] + columns.start], axis=1)
         return TopPairs(host[kept], classes.astype(np.int64))
 
-    def _nearest(self, rows: slice, columns: slice, pairs: Array) -> Nearest:
+    def _nearest(
+        self, rows: slice, columns: slice, pairs: Array, squares: Array, angles: Array
+    ) -> Nearest:
         xp, k = self._xp, self.n_classes
-        squares = xp.where(pairs, self.square_distances(rows, columns), xp.inf)
-        angles = self.square_distances(rows, columns, directions=True)
+        squares = xp.where(pairs, squares, xp.inf)
         angles = xp.where(pairs & self.directed(rows, columns), angles, xp.inf)
         state = Nearest.none(k)
         for axis, mine, others in ((1, rows, columns), (0, columns, rows)):
@@ -351,19 +350,40 @@ class PairTiles:
 
     def prepare(self) -> None:
         """Compute what the tiles share, before threads do."""
-        _ = self._rows, self._rows_within, self._vectors, self._references
+        _ = self._copies, self._vectors, self._references
+
+    def _read_rows(
+        self, tiles: Iterable[tuple[slice, slice]]
+    ) -> Iterator[tuple[slice, _Operand, slice]]:
+        """Read the rows of tiles once for all tiles in a row."""
+        last: slice | None = None
+        for rows, columns in tiles:
+            if rows != last:
+                last, operand = rows, self._operand(rows)
+            yield rows, operand, columns
+
+    def _operand(self, classes: slice) -> _Operand:
+        means = np.ascontiguousarray(take_rows(self.means, classes), np.float64)
+        within = self._none if self.within is None else take_rows(self.within, classes)
+        if self._copies is not None:
+            return _Operand(means, self._copies[0][classes], within, self._copies[1][classes])
+        centred = np.empty(means.shape, self._products)
+        # Subtracted in float64, without an array of that.
+        np.subtract(means, self.center, out=centred, casting="same_kind")
+        return _Operand(means, centred, within, within.astype(self._products, copy=False))
 
     @cached_property
-    def _rows(self) -> Array:
-        """Centred means in the dtype of the products (K, D)."""
-        rows = np.empty(self.means.shape, self._products)
-        for part in row_blocks(self.n_classes):
-            rows[part] = self.means[part] - self.center
-        return rows
+    def _copies(self) -> tuple[Array, Array] | None:
+        """Operands of float32 of all classes, of means in memory: half their size."""
+        if self.stored or self._products != np.float32:
+            return None
+        centred = np.empty(self.means.shape, np.float32)
+        np.subtract(self.means, self.center, out=centred, casting="same_kind")
+        return centred, (self._none if self.within is None else self.within).astype(np.float32)
 
     @cached_property
-    def _rows_within(self) -> Array:
-        return None if self._within is None else self._within.astype(self._products, copy=False)
+    def _none(self) -> Array:
+        return np.empty((0, self.n_features))
 
     @cached_property
     def _vectors(self) -> tuple[Array, ...]:
@@ -373,11 +393,9 @@ class PairTiles:
         corrected = (nothing, nothing)
         if "cdnv_corrected" in self.quantities:
             corrected = self._corrected
-        within = np.empty((0, self.n_features)) if self._within is None else self._within
-        square_w = nothing if self._within is None else np.sum(within**2, axis=1)
         return (
-            self.means, self.center, within, self._square, COINCIDENT * self._size, self._inverse,
-            variances, *corrected, square_w,
+            self._square, COINCIDENT * self._size, self._inverse,
+            variances, *corrected, self._square_within,
         )  # fmt: skip
 
     @cached_property
@@ -386,7 +404,8 @@ class PairTiles:
         from ncbatch.stats import pair_kernel as kernel
 
         some = slice(0, min(self.n_classes, _SAMPLE_CLASSES))
-        out = self._run_kernel(some, some, np.zeros(kernel.N_SUMS))
+        operand = self._operand(some)
+        out = self._run_kernel(some, operand, some, operand, np.zeros(kernel.N_SUMS))
         sums, counts = out[0].sum(axis=0), out[1].sum(axis=0)
         references = np.zeros(kernel.N_SUMS)
         for column, counted in kernel.REFERENCED.items():
@@ -394,21 +413,24 @@ class PairTiles:
                 references[column] = sums[column] / counts[counted]
         return references
 
-    def _run_kernel(self, rows: slice, columns: slice, references: Array) -> tuple[Array, ...]:
+    def _run_kernel(
+        self, rows: slice, a: _Operand, columns: slice, b: _Operand, references: Array
+    ) -> tuple[Array, ...]:
         # Compiled code is loaded only where a sweep runs.
         from ncbatch.stats import pair_kernel as kernel
 
         wanted = self.quantities
-        gram = self._rows[rows] @ self._rows[columns].T
+        gram = a.centred @ b.centred.T
         gram_w = np.empty((0, 0), self._products)
-        if self._within is not None:
-            gram_w = self._rows_within[rows] @ self._rows_within[columns].T
+        if self.within is not None:
+            gram_w = a.within_product @ b.within_product.T
         n_rows, n_columns = gram.shape
         out = kernel.outputs(n_rows, n_columns, COSINE_BINS, TOP_PAIRS)
-        lost = _LOST_IN_FLOAT32 if self._products == np.float32 else _LOST_IN_FLOAT64
+        lost = _LOST_IN_FLOAT32 if self._products == np.float32 else LOST_IN_FLOAT64
         coherence = 1.0 / max(self.n_classes - 1, 1)
         kernel.sweep_tile(
-            gram, gram_w, rows.start, columns.start, *self._vectors,
+            gram, gram_w, rows.start, columns.start,
+            (a.means, a.within), (b.means, b.within), self.center, *self._vectors,
             (self._dist_exp, self._riesz_exponent, coherence, lost, COINCIDENT),
             references,
             (
@@ -424,20 +446,27 @@ class PairTiles:
         )  # fmt: skip
         return out
 
-    def _fold_compiled(self, rows: slice, columns: slice) -> PairStats:
+    def _fold_compiled(self, rows: slice, a: _Operand, columns: slice) -> PairStats:
         from ncbatch.stats import pair_kernel as kernel
 
-        out = self._run_kernel(rows, columns, self._references)
+        b = a if rows == columns else self._operand(columns)
+        out = self._run_kernel(rows, a, columns, b, self._references)
         return kernel.summarise(
             out, self.quantities, self._references, self._riesz_exponent,
             rows.start, columns.start, self.n_classes,
         )  # fmt: skip
 
 
-def _at(values: Array, rows: slice | Array) -> Array:
-    if not isinstance(rows, slice):
-        return namespace(values).take(values, rows, axis=0)
-    return values[rows] if len(values.shape) == 1 else values[rows, :]
+def _upper_tiles(n_classes: int, side: int) -> Iterator[tuple[slice, slice]]:
+    for rows in row_blocks(n_classes, side):
+        for columns in row_blocks(n_classes, side):
+            if columns.start >= rows.start:
+                yield rows, columns
+
+
+def _rows_in_flight() -> int:
+    """Count the rows of tiles that the tasks of all threads span, at the triangle's corner."""
+    return math.isqrt(2 * max_pending()) + 2
 
 
 def sweep_pairs(
@@ -448,7 +477,7 @@ def sweep_pairs(
     tile_classes: int | None = None,
     **options: Any,
 ) -> PairStats:
-    """Sweep all pairs of class means held in memory.
+    """Sweep all pairs of class means.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from ncbatch.errors import DataError, UsageError
 from ncbatch.stats import Decisions, linear_rule, nearest_mean_rule
-from ncbatch.stats import decisions as module
+from ncbatch.stats import leading_scores, near_ties
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
 from tests.strategies import REGIMES, partitions
@@ -19,9 +19,10 @@ from tests.strategies import REGIMES, partitions
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "TILE_ROWS", 16)
-    monkeypatch.setattr(module, "TILE_CLASSES", 3)
-    monkeypatch.setattr(module, "_RESCORED_PAIRS", 5)
+    monkeypatch.setattr(leading_scores, "TILE_ROWS", 16)
+    monkeypatch.setattr(leading_scores, "TILE_CLASSES", 3)
+    monkeypatch.setattr(near_ties, "pair_rows", lambda n_features: 5)
+    monkeypatch.setattr(near_ties, "LISTED_SCORES", 24)
 
 
 def rules(means, W, b, put=lambda a: a, **how):

@@ -1,0 +1,346 @@
+# mypy: disallow-untyped-decorators=False
+"""Moments of rows in memory on the CPU: conversion, residuals and sums in one compiled pass.
+
+A block's rows are grouped by class; every class is one thread's work, so that neither its sums nor
+the residual rows depend on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from llvmlite import binding, ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from ncbatch.arrays import cpu_count, map_threads, symmetric_product
+from ncbatch.errors import DataError
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _half_to_float(typing_context: Any, bits: Any) -> Any:
+    """Read 16 bits as a float16; LLVM converts vectors of them at once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = builder.bitcast(arguments[0], ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+def _converts_halves() -> bool:
+    """Whether this processor has instructions for float16, without which nothing links."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return platform.machine().lower() in ("aarch64", "arm64")
+    return bool(binding.get_host_cpu_features().get("f16c", False))
+
+
+_HALVES = _converts_halves()
+
+
+def _wide(value: Any) -> Any:
+    """Give a feature in float64; a uint16 holds the bits of a float16."""
+
+
+@overload(_wide, inline="always")
+def _wide_compiled(value: Any) -> Any:
+    def of_bits(value: Any) -> Any:
+        return np.float64(_half_to_float(value))
+
+    def of_number(value: Any) -> Any:
+        return np.float64(value)
+
+    return of_bits if value is types.uint16 else of_number
+
+
+# Only this sum may be reordered, so that it can be vectorised: reordered, a residual x - p that is
+# added to a sum could become (sum - p) + x, which loses what residuals are taken for.
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def _add_square(total: float, value: float) -> float:
+    return total + value * value
+
+
+@njit(cache=True, nogil=True)
+def group_rows(
+    labels: Any, counts: Any, slots: Any, present: Any, starts: Any, order: Any
+) -> tuple[int, int]:
+    """Group the rows of a block by class, in the order in which classes first occur.
+
+    Parameters
+    ----------
+    labels : array (B,) of int64
+        Class ids in 0..K-1.
+    counts : array (K,) of int64
+        Samples per class so far.
+    slots : array (K,) of int32
+        Scratch, full of -1, and left so.
+    present, starts, order : array (B,), (B + 1,), (B,) of int64
+        Written: the classes; where each one's rows begin in `order`; row numbers by class.
+
+    Returns
+    -------
+    tuple of int
+        Classes in the block, and how many of them come before those whose first and only sample
+        so far this is: they stand last.
+    """
+    n = 0
+    sizes = np.zeros(labels.shape[0], np.int64)
+    found = np.empty(labels.shape[0], np.int64)
+    for i in range(labels.shape[0]):
+        c = labels[i]
+        if slots[c] < 0:
+            slots[c] = n
+            found[n] = c
+            n += 1
+        sizes[slots[c]] += 1
+    place = row = several = 0
+    for alone in (False, True):
+        for p in range(n):
+            c = found[p]
+            if (counts[c] == 0 and sizes[p] == 1) == alone:
+                present[place], starts[place], slots[c] = c, row, place
+                row += sizes[p]
+                place += 1
+        if not alone:
+            several = place
+    starts[n] = row
+    ends = starts[:n].copy()
+    for i in range(labels.shape[0]):
+        p = slots[labels[i]]
+        order[ends[p]] = i
+        ends[p] += 1
+    for p in range(n):
+        slots[present[p]] = -1
+    return n, several
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def fold_classes(
+    rows: Any,
+    order: Any,
+    starts: Any,
+    present: Any,
+    first: int,
+    stop: int,
+    counts: Any,
+    pilots: Any,
+    sums: Any,
+    traces: Any,
+    residuals: Any,
+) -> None:
+    """Fold the rows of classes ``present[first:stop]`` of a block.
+
+    Parameters
+    ----------
+    rows : array (B, D)
+        Features: float32, float64, or the bits of float16 as uint16.
+    order, starts, present : array
+        From `group_rows`.
+    first, stop : int
+        Which of the present classes.
+    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+        The state, changed in place.
+    residuals : array (B, D) or (0, D)
+        Written where it has rows: each sample minus its class's pilot, in the order of `order`.
+    """
+    n_features = rows.shape[1]
+    keep = residuals.shape[0] > 0
+    mean = np.empty(n_features)
+    for p in range(first, stop):
+        c, begin, end = present[p], starts[p], starts[p + 1]
+        pilot, total = pilots[c], sums[c]
+        if counts[c] == 0:
+            mean[:] = 0.0
+            for t in range(begin, end):
+                x = rows[order[t]]
+                for j in range(n_features):
+                    mean[j] += _wide(x[j])
+            for j in range(n_features):
+                pilot[j] = mean[j] / (end - begin)
+        square = 0.0
+        for t in range(begin, end):
+            x = rows[order[t]]
+            if keep:
+                row = residuals[t]
+                for j in range(n_features):
+                    r = _wide(x[j]) - np.float64(pilot[j])
+                    total[j] += r
+                    square = _add_square(square, r)
+                    row[j] = r
+            else:
+                for j in range(n_features):
+                    r = _wide(x[j]) - np.float64(pilot[j])
+                    total[j] += r
+                    square = _add_square(square, r)
+        traces[c] += square
+        counts[c] += end - begin
+
+
+@njit(cache=True, nogil=True)
+def begin_classes(
+    rows: Any, order: Any, starts: Any, present: Any, first: int, stop: int, counts: Any,
+    pilots: Any,
+) -> None:  # fmt: skip
+    """Make the only sample of each of some classes its pilot: its residual is zero, to the bit."""
+    for p in range(first, stop):
+        x, pilot = rows[order[starts[p]]], pilots[present[p]]
+        for j in range(x.shape[0]):
+            pilot[j] = _wide(x[j])
+        counts[present[p]] = 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def settle_classes(
+    first: int, stop: int, counts: Any, pilots: Any, sums: Any, traces: Any, missed: Any
+) -> None:
+    """Turn sums of residuals into means, and correct the traces, of classes ``first..stop-1``.
+
+    What the pilot missed of the mean, times the root of the count, is written to the rows of
+    `missed`, if it has any, for each class with at least two samples.
+    """
+    n_features = sums.shape[1]
+    at = 0
+    for c in range(first, stop):
+        n = counts[c]
+        if n == 0:
+            continue
+        total, pilot = sums[c], pilots[c]
+        square = 0.0
+        if n > 1 and missed.shape[0] > 0:
+            row, root = missed[at], np.sqrt(np.float64(n))
+            at += 1
+            for j in range(n_features):
+                row[j] = total[j] / n * root
+        for j in range(n_features):
+            r = total[j] / n
+            square = _add_square(square, r)
+            total[j] = np.float64(pilot[j]) + r
+        traces[c] = max(traces[c] - n * square, 0.0)
+
+
+class CompiledFolding:
+    """Does what `Folding` does for NumPy arrays.
+
+    Parameters
+    ----------
+    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+        The state.
+    scatter : array (D, D) or None
+        The pooled scatter about the pilots.
+    work : dtype
+        Of residuals in products; sums are taken in float64.
+    block_rows : int
+        The most rows of a block, and of a product.
+    """
+
+    def __init__(
+        self,
+        counts: npt.NDArray[np.int64],
+        pilots: npt.NDArray[Any],
+        sums: npt.NDArray[np.float64],
+        traces: npt.NDArray[np.float64],
+        scatter: npt.NDArray[np.float64] | None,
+        work: Any,
+        block_rows: int,
+    ) -> None:
+        self._counts, self._pilots, self._sums, self._traces = counts, pilots, sums, traces
+        self._scatter = scatter
+        n_features = sums.shape[1]
+        kept = 0 if scatter is None else block_rows
+        self._residuals = np.empty((kept, n_features), work)
+        self._product = np.empty((n_features, n_features) if kept else (0, 0), work)
+        self._slots = np.full(counts.shape[0], -1, np.int32)
+        self._present, self._order = np.empty((2, block_rows), np.int64)
+        self._starts = np.empty(block_rows + 1, np.int64)
+
+    def add(self, features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+        """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1, B at most `block_rows`.
+
+        Raises
+        ------
+        DataError
+            For other shapes or a label out of range, before anything changed.
+        """
+        rows, labels = as_rows(features), np.ascontiguousarray(labels, np.int64)
+        self._check(rows, labels)
+        places = (self._order, self._starts, self._present)
+        n, several = group_rows(
+            labels, self._counts, self._slots, self._present, self._starts, self._order
+        )
+        state = (self._counts, self._pilots, self._sums, self._traces, self._residuals)
+
+        def fold(part: slice) -> None:
+            end = min(part.stop, several)
+            if part.start < end:
+                fold_classes(rows, *places, part.start, end, *state)
+            if several < part.stop:
+                begin_classes(rows, *places, max(part.start, several), part.stop, *state[:2])
+
+        _in_threads(fold, _shares(self._starts[: n + 1]))
+        self._add_product(int(self._starts[several]), 1)
+
+    def finish(self) -> None:
+        """Turn sums into means, and take what the pilots missed off traces and scatter."""
+        state = (self._counts, self._pilots, self._sums, self._traces)
+        n_classes, step = self._counts.shape[0], self._present.shape[0]
+        for start in range(0, n_classes, step):
+            several = self._counts[start : start + step] > 1
+            ends = np.concatenate([[0], np.cumsum(several)])
+
+            def settle(part: slice, start: int = start, ends: Any = ends) -> None:
+                missed = self._residuals[ends[part.start] : ends[part.stop]]
+                settle_classes(start + part.start, start + part.stop, *state, missed)
+
+            _in_threads(settle, _shares(np.arange(several.shape[0] + 1)))
+            self._add_product(int(ends[-1]), -1)
+
+    def _check(self, rows: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> None:
+        """Compiled code would write out of bounds where NumPy raises."""
+        n_classes, n_features = self._sums.shape
+        if rows.shape != (labels.shape[0], n_features):
+            raise DataError(
+                f"features {rows.shape} with labels {labels.shape}",
+                f"features (B, {n_features}) with labels (B,)",
+            )
+        if labels.min() < 0 or labels.max() >= n_classes:
+            raise DataError("a label out of range", f"labels in 0..{n_classes - 1}, the classes")
+
+    def _add_product(self, n_rows: int, sign: int) -> None:
+        if self._scatter is None or n_rows == 0:
+            return
+        product = symmetric_product(self._residuals[:n_rows], out=self._product)
+        if sign > 0:
+            self._scatter += product
+        else:
+            self._scatter -= product
+
+
+def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Give features as the kernels take them: rows contiguous, float16 as bits, in native order."""
+    if features.dtype == np.float16 and _HALVES:
+        return np.ascontiguousarray(features, np.float16).view(np.uint16)
+    if features.dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
+        return np.ascontiguousarray(features, np.float32)
+    return np.ascontiguousarray(features, np.float64)
+
+
+def _shares(starts: npt.NDArray[np.int64]) -> list[slice]:
+    """Cut segments, with rows from `starts`, into runs of about equally many rows, one per thread."""
+    n_threads = cpu_count()
+    targets = starts[-1] * np.arange(n_threads + 1) // n_threads
+    cuts = np.searchsorted(starts, targets)
+    cuts[0], cuts[-1] = 0, len(starts) - 1
+    pairs = zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
+    return [slice(a, b) for a, b in pairs if a < b]
+
+
+def _in_threads(work: Any, parts: list[slice]) -> None:
+    if len(parts) == 1:
+        work(parts[0])
+        return
+    for _ in map_threads(work, parts):
+        pass

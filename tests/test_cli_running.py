@@ -1,0 +1,111 @@
+"""Where and how a measurement runs, from the command line: plans, clusters, kept work, devices."""
+
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+
+from ncbatch.store import FeatureStore
+from tests.conftest import Answer, make_toy, run_command
+
+TOY = make_toy(300, 6)
+DASK = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture
+def toys(tmp_path, small_chunks) -> None:
+    """Put ``run.zarr`` with a classifier, a test and an OOD split into the current folder."""
+    store = FeatureStore.create(tmp_path / "run.zarr", 5, {"fc": 6}, "float32")
+    splits = {"train": (TOY.X, TOY.y), "test": (TOY.X_test, TOY.y_test), "ood": (TOY.X_ood, None)}
+    for name, (X, y) in splits.items():
+        with store.writer(name) as writer:
+            writer.append({"fc": X}, np.zeros(len(X), int) if y is None else y)
+    store.set_classifier("fc", TOY.W, TOY.b)
+
+
+def good(answer: Answer) -> str:
+    assert answer.code == 0, answer.err
+    return answer.out
+
+
+@pytest.mark.usefixtures("toys")
+def test_plan_says_what_measure_would_do_and_does_nothing(ncbatch, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    out = good(ncbatch("plan", "run.zarr", "--memory", "4GiB"))
+    for step in ("moments", "pairs", "decisions", "outside data", "formulas"):
+        assert f"{step} of run.zarr/fc" in out
+    assert re.search(r"peak memory of a worker: .* of 4\.00 GiB allowed", out)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    few = good(ncbatch("plan", "run.zarr", "--metrics", "nc1_quot"))
+    assert "pairs" not in few
+    refused = ncbatch("plan", "run.zarr", "--memory", "1MiB")
+    assert refused.code == 1
+    assert "give at least --memory" in refused.err
+
+
+@pytest.mark.usefixtures("toys")
+def test_state_is_used_again_and_says_what_changed(ncbatch, tmp_path):
+    line = ("measure", "run.zarr", "--state", "kept")
+    first = good(ncbatch(*line, "--out", "a.csv"))
+    assert good(ncbatch(*line, "--out", "b.csv")) == first
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    changed = ncbatch(*line, "--precision", "fp32")
+    assert "starts anew: precision was exact, is fp32" in changed.err
+    (tmp_path / "file").write_text("")
+    answer = ncbatch("measure", "run.zarr", "--state", "file")
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert "--state 'file' is a file" in answer.err
+
+
+@pytest.mark.slow
+@DASK
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize("cluster", ["threads", "processes:2"])
+def test_clusters_print_what_a_plain_loop_prints(tmp_path, cluster):
+    plain = run_command("measure", "run.zarr", "--out", "plain.csv", cwd=tmp_path)
+    answer = run_command(
+        "measure", "run.zarr", "--cluster", cluster, "--out", "cluster.csv", cwd=tmp_path
+    )
+    assert good(answer) == good(plain)
+    assert answer.err == ""  # nothing of Dask's own business
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--cluster", "everywhere"), "expected sync, threads, processes"),
+        (("--cluster", "tcp://127.0.0.1:9"), "no Dask scheduler answers at tcp://127.0.0.1:9"),
+        (("--cluster", "none/scheduler.json"), "no scheduler file 'none/scheduler.json'"),
+        (("--precision", "tf32", "--device", "cpu"), "precision 'tf32' on the CPU"),
+    ],
+)
+def test_what_is_not_there_is_named_in_two_lines(ncbatch, options, said):
+    answer = ncbatch("measure", "run.zarr", *options)
+    assert answer.code == 1
+    assert said in answer.err
+    assert 1 <= answer.err.count("\n") <= 2
+
+
+@pytest.mark.usefixtures("toys")
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
+def test_a_gpu_that_is_asked_for_is_never_replaced_in_silence(ncbatch):
+    answer = ncbatch("measure", "run.zarr", "--device", "cuda")
+    assert answer.code == 1
+    assert "CuPy is not installed" in answer.err
+    assert "ncbatch[gpu]" in answer.err
+    assert "device: cpu" in good(ncbatch("measure", "run.zarr"))
+
+
+def test_finalize_completes_what_several_writers_wrote(ncbatch, tmp_path, small_chunks):
+    store = FeatureStore.create(tmp_path / "run.zarr", 5, {"fc": 6}, "float32")
+    for rank in (0, 1):
+        if rank:
+            answer = ncbatch("finalize", "run.zarr", "--split", "train")
+            assert answer.code == 1
+            assert "1" in answer.err
+        with store.writer("train", rank=rank, world_size=2, n_samples=300) as writer:
+            writer.append({"fc": TOY.X[rank::2]}, TOY.y[rank::2])
+    assert "300 samples" in good(ncbatch("finalize", "run.zarr", "--split", "train"))
+    assert "300 samples, 5 classes" in good(ncbatch("measure", "run.zarr"))
