@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ncbatch.arrays import find_device
 from ncbatch.engine import (
@@ -55,7 +55,7 @@ class Workers:
     budget: int
     base_bytes: int
     at_once: int
-    device: str
+    device: Literal["cpu", "cuda"]
     device_name: str
     device_memory: int | None
 
@@ -130,7 +130,7 @@ class Workers:
             return run_graph(self.client, jobs, progress, state)
 
 
-def _own(device: str) -> tuple[str, str, int, int | None, int]:
+def _own(device: str) -> tuple[Literal["cpu", "cuda"], str, int, int | None, int]:
     """Give this process's device and memory: kind, name, resident, GPU memory, available."""
     import psutil
 

@@ -233,14 +233,14 @@ def _gathered(parts: list[SeenMoments], path: Path) -> SeenMoments:
         for part in row_blocks(len(m.counts)):
             rows[at + part.start : at + part.stop] = m.means[part]
         at += len(m.counts)
-    scatter = None if moments[0].scatter is None else sum(m.scatter for m in moments)
+    scatters = [m.scatter for m in moments if m.scatter is not None]
     return SeenMoments(
         np.concatenate([part.classes for part in parts]),
         Moments(
             np.concatenate([m.counts for m in moments]),
             rows,
             np.concatenate([m.traces for m in moments]),
-            scatter,
+            sum(scatters) if scatters else None,
         ),
     )
 

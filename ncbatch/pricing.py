@@ -191,11 +191,16 @@ def _moments(
     k = -(-n_used // b)
 
     def accumulated(scatter: bool) -> int:
-        return MomentsAccumulator.peak_bytes(k, d, rows.block_rows, scatter=scatter)
+        return MomentsAccumulator.peak_bytes(
+            k, d, rows.block_rows, scatter=scatter,
+            n_rows=0 if s.on_device else rows.n_rows, itemsize=8 if s.wide else 4,
+        )  # fmt: skip
 
     arrays = accumulated(scatter)
     if null:
         arrays += accumulated(False)
+    if b > 1:  # a block's rows of the classes at hand, and their residuals' mask and labels
+        arrays += 2 * rows.block_rows * (rows.row_bytes + 32)
     state = k * (d * 8 + 48) + (d * d * 8 if scatter else 0)
     merges = 0
     if s.merged:  # states of items that wait to be merged, and a merge beside them

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from ncbatch.stats import (
     PairStats,
     PairTiles,
     SeenMoments,
+    faiss_nearest_rule,
     linear_rule,
     nearest_mean_rule,
     null_scatter,
@@ -69,7 +70,7 @@ class Options:
     null_seed: int
     per_class: bool
     ncc: str = "exact"
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         if self.precision not in ("exact", "fp32", "tf32"):
@@ -413,7 +414,11 @@ class LayerTask:
                 statistics.global_mean,
                 dtype=dtype,
             )
-        nearest = nearest_mean_rule(means, put(measured.classes), dtype=dtype)
+        nearest = (
+            faiss_nearest_rule(means, put(measured.classes), device=self.options.device)
+            if self.options.ncc == "faiss"
+            else nearest_mean_rule(means, put(measured.classes), dtype=dtype)
+        )
         source = self._source(self.decided, self._decided_index)
         return DecisionsPass(source, nearest, classifier, self.options.device)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from array_api_compat import device, is_numpy_array
+from array_api_compat import device, is_cupy_array, is_numpy_array
 from scipy import sparse
 
+from ncbatch.arrays.cuda_kernels import cuda_segment_sum
 from ncbatch.arrays.namespace import Array, namespace
 
 
@@ -63,7 +64,7 @@ def segment_sum(values: Array, segments: Segments) -> Array:
 
     Notes
     -----
-    NumPy multiplies by a sparse one-hot. Other libraries add neighbours pairwise in log2(rows)
+    NumPy multiplies by a sparse one-hot, CuPy has a kernel of our own. Other libraries add neighbours pairwise in log2(rows)
     rounds over the sorted rows: O(B D) work, deterministic, and no library's scatter-add is
     trusted (CuPy's wraps bad labels, its ``add.reduceat`` cancels).
 
@@ -83,6 +84,8 @@ def segment_sum(values: Array, segments: Segments) -> Array:
             shape=(n_segments, n_rows),
         )
         return one_hot @ values
+    if is_cupy_array(values):
+        return cuda_segment_sum(values, segments.index, segments.counts)
     return _pairwise_segment_sum(values, segments.index, n_segments)
 
 

@@ -75,11 +75,13 @@ def unpack(
         if not any(key == name or key.startswith(name + ".") for key in arrays):
             return None
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
-    if dataclasses.is_dataclass(kind):
-        return kind(**{  # type: ignore[operator]
-            field: unpack(hint, arrays, f"{name}.{field}", put)
-            for field, hint in _hints(kind).items()
-        })  # fmt: skip
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return kind(
+            **{
+                field: unpack(hint, arrays, f"{name}.{field}", put)
+                for field, hint in _hints(kind).items()
+            }
+        )
     if f"{name}.path" in arrays:
         shape = tuple(int(n) for n in arrays[f"{name}.shape"])
         return _stored_rows(arrays[f"{name}.path"].tobytes().decode(), shape)

@@ -280,7 +280,7 @@ class _Loop:
             return
         if done == len(self._step.items):
             return
-        self._kept.save("running", {**self._work.save(accumulator), "items_done": np.int64(done)})
+        self._kept.save("running", {**self._work.save(accumulator), "items_done": np.array(done)})
         self._since = time.monotonic()
         self._cost = self._since - now
 

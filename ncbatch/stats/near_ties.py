@@ -96,6 +96,17 @@ def candidates(
             yield to_numpy(row) + part.start, to_numpy(k) + first
 
 
+def distinct_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Find one of each of the rows (R, D) that are equal: their numbers, and which each row is.
+
+    Rows of many candidates are often the same row: one of zeros ties with every class.
+    """
+    whole = np.ascontiguousarray(rows)
+    keys = whole.view(np.dtype((np.void, whole.dtype.itemsize * whole.shape[1])))[:, 0]
+    _, first, back = np.unique(keys, return_index=True, return_inverse=True)
+    return first, back
+
+
 def score_vectors(rows: Array, k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Read rows (C, D) at positions k (P,), in any order, as float64 on the host."""
     numbers, back = np.unique(k, return_inverse=True)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from array_api_compat import device, is_numpy_array
 
 from ncbatch.arrays import (
@@ -33,6 +34,7 @@ from ncbatch.stats.near_ties import (
     Contest,
     ExactScores,
     candidates,
+    distinct_rows,
     pair_rows,
 )
 
@@ -184,20 +186,24 @@ class Rule:
         row, column = np.nonzero(values >= to_numpy(floor[some])[:, None])
         contest = Contest(features, self.exact)
         contest.offer(row, at[row, column])
-        return self._ids_at(contest, features)
+        return self._ids_at(contest.at, features)
 
     def _decide_unlisted(self, features: Array, rows: Array, floor: Array) -> Array:
         """Decide rows from every class whose score reaches `floor`, which a sweep finds."""
-        contest = Contest(features, self.exact)
+        xp, host = namespace(features), to_numpy(features)
+        first, back = distinct_rows(host)
+        some = xp.asarray(first, device=device(features))
+        rows, floor = xp.take(rows, some, axis=0), xp.take(floor, some, axis=0)
+        contest = Contest(host[first], self.exact)
         most = self._tiles(rows).classes if self._converted else self.weight.shape[0]
         found = candidates(rows, self.weight, self.bias, floor, most)
         for row, k in found:
             contest.offer(row, k)
-        return self._ids_at(contest, features)
+        return self._ids_at(contest.at[back], features)
 
-    def _ids_at(self, contest: Contest, features: Array) -> Array:
-        at = namespace(features).asarray(contest.at, device=device(features))
-        return namespace(features).take(self.classes, at, axis=0)
+    def _ids_at(self, at: npt.NDArray[np.int64], like: Array) -> Array:
+        xp = namespace(like)
+        return xp.take(self.classes, xp.asarray(at, device=device(like)), axis=0)
 
     def _leaders(self, rows: Array) -> Leaders:
         tiles = self._tiles(rows)
@@ -232,7 +238,9 @@ class Rule:
         rows = xp.empty(shape, dtype=self.dtype, **place)
         norms = xp.empty(shape[:1], dtype=xp.float64, **place)
         limit = float(xp.finfo(self.dtype).max) / 16.0
-        for part in row_blocks(shape[0], _rows_at_a_time(shape[1])):
+        # On a GPU few large steps are better, and a sweep has few rows.
+        at_a_time = _rows_at_a_time(shape[1]) if is_numpy_array(features) else max(shape[0], 1)
+        for part in row_blocks(shape[0], at_a_time):
             centred = as_float64(features[part, :]) - self.origin
             norms[part] = xp.sqrt(xp.sum(centred * centred, axis=1))
             fits = norms[part] * max(self._reach, 1.0) <= limit

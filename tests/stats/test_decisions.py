@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.stats import Decisions, linear_rule, nearest_mean_rule
-from ncbatch.stats import leading_scores, near_ties
+from ncbatch.stats import Decisions, leading_scores, linear_rule, near_ties, nearest_mean_rule
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
 from tests.strategies import REGIMES, partitions

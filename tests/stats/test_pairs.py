@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ncbatch.arrays import StoredRows
 from ncbatch.errors import DataError, UsageError
-from ncbatch.stats import PAIR_QUANTITIES, PairStats, Tally, sweep_pairs
+from ncbatch.stats import PAIR_QUANTITIES, PairStats, PairTiles, Tally, sweep_pairs
 from tests.libraries import LIBRARIES, NUMPY, Library
 
 # The sweep of NumPy arrays by compiled code is a way of its own, in both dtypes of products.
@@ -266,3 +268,86 @@ def test_each_quantity_alone_is_what_it_is_among_all(quantity: str):
     assert_same(getattr(alone, quantity), getattr(among, quantity), 1e-9)
     if quantity != "nearest":
         assert getattr(alone, quantity).n > 400
+
+
+def in_file(path, values: np.ndarray) -> StoredRows:
+    rows = StoredRows(path, values.shape)
+    rows[0 : len(values)] = values
+    return rows
+
+
+def awkward_means(K: int, D: int) -> np.ndarray:
+    """Means far out, some near each other, two that coincide and one at the center."""
+    means = np.random.default_rng(0).normal(size=(K, D)) + 1e3
+    means[7] = means[3] + 1e-7 * means[0]
+    means[K - 1] = means[2]
+    means[5] = 0.0
+    means[5] = means.sum(axis=0) / (K - 1)
+    return means
+
+
+@each_cpu_way
+@pytest.mark.parametrize(("K", "D"), [(45, 6), (20, 33)])
+@pytest.mark.parametrize("tile", [8, None])
+def test_means_in_a_file_give_what_means_in_memory_give(tmp_path, how, K: int, D: int, tile):
+    rng = np.random.default_rng(1)
+    means, V, n = awkward_means(K, D), rng.uniform(size=K), rng.integers(1, 9, K)
+    given = dict(counts=n, within=np.cov(rng.normal(size=(3 * D, D)).T), tile_classes=tile, **how)
+    expected = sweep_pairs(means, means.mean(axis=0), V, **given)
+    got = sweep_pairs(in_file(tmp_path / "means", means), means.mean(axis=0), V, **given)
+    assert (expected.coincident_means, expected.cdnv.n) == (1, K * (K - 1) // 2 - 1)
+    for f in dataclasses.fields(PairStats):
+        assert_same(getattr(got, f.name), getattr(expected, f.name), 1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["means"]  # nothing is left beside it
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tile_gives_its_distances_whatever_asks_for_it(tmp_path, stored: bool):
+    means = awkward_means(30, 4)
+    rows = in_file(tmp_path / "means", means) if stored else means
+    pairs = PairTiles(rows, means.mean(axis=0), quantities=[])
+    d2 = np.sum((means[:, None] - means).astype(np.longdouble) ** 2, axis=-1).astype(float)
+    some = np.array([3, 29, 7])
+    for columns in (slice(0, 10), slice(5, 30)):
+        for x in (some, pairs.block(some)):
+            for y in (columns, pairs.block(columns)):
+                squares = pairs.square_distances(x, y)
+                np.testing.assert_allclose(squares, d2[some, columns], rtol=1e-6, atol=1e-20)
+                np.testing.assert_array_equal(pairs.apart(x, y, squares), d2[some, columns] > 1e-20)
+
+
+def test_tiles_are_those_of_the_list():
+    for K, side in ((30, 512), (2048, 512), (2049, 1024), (5000, 1024)):
+        pairs = PairTiles(np.zeros((K, 1)), quantities=[])
+        assert list(pairs.tiles()) == PairTiles.tile_list(K)
+        assert PairTiles.side(K) == side
+        assert PairTiles.tile_list(K)[0] == (slice(0, min(K, side)), slice(0, min(K, side)))
+    covered = np.zeros((5000, 5000), bool)
+    for rows, columns in PairTiles.tile_list(5000, stored=True):
+        covered[rows, columns] = True
+    assert covered[np.triu_indices(5000)].all()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "stored"])
+@pytest.mark.parametrize(
+    ("K", "D", "quantities"),
+    [
+        (2500, 300, PAIR_QUANTITIES),
+        (2500, 3000, ("cdnv", "distance")),  # products in float64
+        (1500, 300, PAIR_QUANTITIES),
+        (1500, 2000, ("cdnv", "distance")),
+    ],
+    ids=["many", "wide", "few", "few-wide"],
+)
+def test_a_sweep_holds_what_its_price_says(tmp_path, stored: bool, K: int, D: int, quantities):
+    rng = np.random.default_rng(0)
+    means, V, n, S = rng.normal(size=(K, D)), rng.uniform(size=K), np.full(K, 3), np.eye(D)
+    rows = in_file(tmp_path / "means", means) if stored else means
+    given = dict(counts=n, within=S, quantities=quantities)
+    sweep_pairs(means[:50], 0.0, V[:50], **(given | {"counts": n[:50], "compiled": K > 2048}))
+    tracemalloc.start()
+    sweep_pairs(rows, means[0], V, **given)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    compiler = 288 * 2**20 if K > 2048 else 0  # compiled code is loaded by now
+    assert peak < PairTiles.peak_bytes(K, D, quantities, stored=stored) - compiler

@@ -1,6 +1,7 @@
 """Rules over many classes: compiled and tiled, from memory or a file, near-ties and exact ties."""
 
 import pickle
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from ncbatch.arrays import ChosenRows, StoredRows, thread_limit
 from ncbatch.stats import Decisions, leading_scores, linear_rule, near_ties, nearest_mean_rule
-from ncbatch.stats.rule import Rule
+from ncbatch.stats.leading_scores import COMPILER_BYTES
+from ncbatch.stats.rule import COMPILED_CLASSES, Rule
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
 from tests.strategies import REGIMES
@@ -108,6 +110,17 @@ def test_ties_across_tiles_and_more_ties_than_leading_scores(compiled: bool):
     np.testing.assert_array_equal(near, nearest_means(X, means, np.arange(300)))
 
 
+@each_library
+def test_rows_that_tie_with_every_class_are_scored_once(library: Library, monkeypatch):
+    X, means, _b = gaussian()
+    X[3:30] = 0.0
+    rule = linear_rule(library.put(means), tile_rows=32, tile_classes=70)
+    assert decided_in_doubt(rule, library.put(X), monkeypatch) <= 4
+    chosen = library.host(rule.decide(library.put(X)))
+    np.testing.assert_array_equal(chosen, classifier_decisions(X, means))
+    assert (chosen[3:30] == 0).all()
+
+
 @both_ways
 def test_differences_below_float32_among_many(compiled: bool):
     X, means, _b = gaussian()
@@ -120,11 +133,11 @@ def test_differences_below_float32_among_many(compiled: bool):
 
 @both_ways
 def test_what_float32_cannot_hold_is_decided_in_float64(compiled: bool):
-    X, means, _ = gaussian(n=20, k=80)
-    X[3] *= 1e30
-    W = means * 1e12
+    X, means, b = gaussian(n=20, k=80)
+    X[3] *= 1e26
+    W, b = means * 1e12, b * 1e36  # beside such scores these biases are little, but not nothing
     how = {"compiled": compiled, **SMALL}
-    np.testing.assert_array_equal(linear_rule(W, **how).decide(X), classifier_decisions(X, W))
+    np.testing.assert_array_equal(linear_rule(W, b, **how).decide(X), classifier_decisions(X, W, b))
     tiny = linear_rule(means * 1e-25, **how).decide(X * 1e-25)
     np.testing.assert_array_equal(tiny, classifier_decisions(X, means))
 
@@ -260,3 +273,22 @@ def test_counts_by_class(library: Library):
         counts = np.bincount(y[yes & (y >= 0)], minlength=40)
         assert library.host(got).dtype == np.int64
         assert library.host(got).tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+@pytest.mark.parametrize(("n", "k", "d"), [(3000, 4000, 96), (500, 2100, 700), (4000, 900, 128)])
+def test_memory_is_what_the_price_says(place: str, n: int, k: int, d: int, tmp_path: Path):
+    X, means, _ = gaussian(n, k, d)
+    X[:40] = means[:40] * (1 + 1e-9)
+    X[40:80] = 0.0
+    rows = means if place == "memory" else stored(means, tmp_path)
+    nearest_mean_rule(rows).decide(X[:2])  # compiled, or loaded, by now
+    tracemalloc.start()
+    rule = nearest_mean_rule(rows)
+    rule.decide(X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    price = Rule.peak_bytes(k, d, n, stored=place == "file")
+    assert peak <= price - (COMPILER_BYTES if k > COMPILED_CLASSES else 0)
+    held = 0 if place == "file" else k * d * 4
+    assert peak > held
