@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncbatch import __version__
+from ncbatch.choosing import StoreLike, choose_tasks, open_stores, wanted_metrics
 from ncbatch.engine import Plan, Progress, check_budget, memory_budget
-from ncbatch.errors import DataError, UsageError
+from ncbatch.errors import UsageError
 from ncbatch.execution import Workers
-from ncbatch.metrics import CATALOGUE, Metric, find_metrics
+from ncbatch.layer import Options
+from ncbatch.metrics import CATALOGUE
 from ncbatch.results import to_dataset
-from ncbatch.rows import Selection, count_labels, select_classes
 from ncbatch.stats.moments import Precision
-from ncbatch.store import FeatureStore, Split
-from ncbatch.task import LayerTask, Options, check_classes
+from ncbatch.task import LayerTask
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,8 +33,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
     "wu2024": {"weighted": False, "dist_exp": 2.0, "min_count": 1},
 }
-
-StoreLike = FeatureStore | str | os.PathLike[str]
 
 
 def measure(
@@ -137,8 +135,8 @@ def measure(
         train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
         skip_nonfinite, precision, null, null_seed, per_class, ncc,
     )  # fmt: skip
-    opened, wanted, named = _open_all(stores), *_wanted(metrics)
-    tasks = _all_tasks(opened, layers, options, wanted, named, scanned=True)
+    opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
+    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True)
     with _cluster(cluster, memory) as client:
         workers = Workers.find(client, memory, device)
         _check_device(precision, workers.device)
@@ -201,8 +199,8 @@ def plan(
         train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
         skip_nonfinite, precision, null, null_seed, per_class, ncc,
     )  # fmt: skip
-    opened, wanted, named = _open_all(stores), *_wanted(metrics)
-    tasks = _all_tasks(opened, layers, options, wanted, named, scanned=False)
+    opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
+    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=False)
     with _cluster(cluster, memory) as client:
         workers = Workers.find(client, memory, device)
         _check_device(precision, workers.device)
@@ -238,171 +236,6 @@ def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--state '{state}' is a file", "a directory, made if it is not there")
     return folder
-
-
-def store_names(paths: Sequence[str]) -> list[str]:
-    """Name stores by the shortest suffix of their paths that tells them apart.
-
-    Raises
-    ------
-    UsageError
-        When a path is given twice.
-
-    Examples
-    --------
-    >>> store_names(["/runs/a/features.zarr", "/runs/b/features.zarr"])
-    ['a/features.zarr', 'b/features.zarr']
-    """
-    whole = [path if "://" in path else os.path.abspath(path) for path in paths]
-    parts = [[part for part in path.split(os.sep) if part] for path in whole]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    twice = next(path for path in whole if whole.count(path) > 1)
-    raise UsageError(f"store '{twice}' is given twice", "each store once")
-
-
-def _open_all(stores: StoreLike | Sequence[StoreLike]) -> dict[str, FeatureStore]:
-    if isinstance(stores, FeatureStore | str | os.PathLike):
-        stores = [stores]
-    if not stores:
-        raise UsageError("no store to measure", "at least one")
-    opened = [s if isinstance(s, FeatureStore) else FeatureStore.open(s) for s in stores]
-    return dict(zip(store_names([s.path for s in opened]), opened, strict=True))
-
-
-def _wanted(metrics: Iterable[str] | None) -> tuple[list[Metric], bool]:
-    """Find the metrics asked for, and whether they were named."""
-    names = [metrics] if isinstance(metrics, str) else metrics
-    return find_metrics(names), metrics is not None
-
-
-def _all_tasks(
-    opened: Mapping[str, FeatureStore],
-    layers: Iterable[str] | None,
-    options: Options,
-    wanted: list[Metric],
-    named: bool,
-    *,
-    scanned: bool,
-) -> list[LayerTask]:
-    chosen = [layers] if isinstance(layers, str) else layers
-    names = None if chosen is None else list(chosen)
-    tasks = [
-        task
-        for name, store in opened.items()
-        for task in _tasks(name, store, names, options, wanted, scanned)
-    ]
-    if named:
-        _refuse_impossible(wanted, tasks)
-    return tasks
-
-
-def _tasks(
-    name: str,
-    store: FeatureStore,
-    layers: list[str] | None,
-    options: Options,
-    wanted: list[Metric],
-    scanned: bool,
-) -> list[LayerTask]:
-    train = store.split(options.train)
-    test = _optional_split(store, options.test, "test")
-    ood = _optional_split(store, options.ood, "ood")
-    names = train.layers if layers is None else layers
-    if not names:
-        raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
-    for layer in names:
-        train.feature(layer)
-    selection = _selection(train, options) if scanned else None
-    tasks = []
-    for layer in names:
-        decided = test if test is not None and layer in test.features else train
-        outside = ood if ood is not None and layer in ood.features and ood.n_rows else None
-        if scanned and outside is not None and not outside.n_samples:
-            outside = None
-        applied, missing = _applicable(store, layer, train, decided, outside, wanted)
-        tasks.append(
-            LayerTask(
-                name,
-                store,
-                layer,
-                options,
-                train,
-                decided,
-                outside,
-                tuple(metric.name for metric in applied),
-                {why: tuple(metric.name for metric in lost) for why, lost in missing.items()},
-                selection,
-            )
-        )
-    return tasks
-
-
-def _selection(train: Split, options: Options) -> Selection:
-    """Choose the classes used, from the labels."""
-    selection = select_classes(
-        count_labels(train),
-        min_count=options.min_count,
-        max_count=options.max_count,
-        classes=options.classes,
-    )
-    if not selection.counts.any():
-        raise DataError(
-            f"split '{train.name}' of {train.where} has no rows",
-            "labelled rows",
-            "dump or import some",
-        )
-    check_classes(len(selection.classes), train, "with these filters" if selection.filtered else "")
-    return selection
-
-
-def _optional_split(store: FeatureStore, asked: str | None, default: str) -> Split | None:
-    if asked is not None:
-        return store.split(asked)
-    return store.split(default) if default in store.splits else None
-
-
-def _applicable(
-    store: FeatureStore,
-    layer: str,
-    train: Split,
-    decided: Split,
-    ood: Split | None,
-    wanted: list[Metric],
-) -> tuple[list[Metric], dict[str, list[Metric]]]:
-    """Split metrics into those that the store's contents allow, and the rest by reason."""
-    has_classifier = layer in store.classifiers
-    lacking = {
-        "classifier": None if has_classifier else "no classifier",
-        "decisions": None
-        if has_classifier or decided.head == layer
-        else "no classifier and no predictions",
-        "ood": None if ood is not None else "no out-of-distribution split",
-        "test": None if decided.name != train.name else "no test split",
-    }
-    applied: list[Metric] = []
-    missing: dict[str, list[Metric]] = {}
-    for metric in wanted:
-        why = next((lacking[r] for r in sorted(metric.reads) if lacking.get(r)), None)
-        if why is None:
-            applied.append(metric)
-        else:
-            missing.setdefault(why, []).append(metric)
-    return applied, missing
-
-
-def _refuse_impossible(wanted: list[Metric], tasks: list[LayerTask]) -> None:
-    """Refuse a metric that was named but that no store and layer allows."""
-    for metric in wanted:
-        if not any(metric in task.metrics for task in tasks):
-            why = next(r for r, names in tasks[0].missing.items() if metric.name in names)
-            raise DataError(
-                f"metric '{metric.name}' cannot be measured: {why}",
-                "a store that has what it reads",
-                "see 'ncbatch metrics' for what each metric reads, 'ncbatch info' for what is there",
-            )
 
 
 def _notes(tasks: list[LayerTask]) -> list[str]:

@@ -313,13 +313,15 @@ class DecisionsPass(_StatePass):
         """Decide the samples of an item."""
         skipped = [accumulator.skipped]
         found = accumulator.decisions
-        staged = self._staged(item, skipped)
-        for features, labels, *predictions in find_device(self.device).stream(staged):
-            block = Decisions.from_block(
-                features, labels, self.source.split.n_classes, self.nearest_mean,
-                predictions[0] if self.classifier is None else self.classifier,
-            )  # fmt: skip
-            found = found.merge(on_host(block))
+        staged, device = self._staged(item, skipped), find_device(self.device)
+        # The bound within which near-ties are decided again is that of float32, not of TF32.
+        with device.matmul_precision("fp32"):
+            for features, labels, *predictions in device.stream(staged):
+                block = Decisions.from_block(
+                    features, labels, self.source.split.n_classes, self.nearest_mean,
+                    predictions[0] if self.classifier is None else self.classifier,
+                )  # fmt: skip
+                found = found.merge(on_host(block))
         return DecisionsRead(found, sum(skipped))
 
     def _staged(self, item: Item, skipped: list[int]) -> Iterator[tuple[Any, ...]]:

@@ -68,6 +68,8 @@ class Shape:
         Bytes of an element of the classifier's rows; 0 without a classifier.
     classifier_decides : bool
         Whether the classifier's own products are needed for decisions.
+    faiss : bool
+        Whether FAISS seeks the nearest mean: it holds a copy of the means, stored ones too.
     on_device : bool
         Whether arrays of blocks and states are on a GPU.
     merged : bool
@@ -88,6 +90,7 @@ class Shape:
     null: bool
     weight_bytes: int
     classifier_decides: bool
+    faiss: bool = False
     on_device: bool = False
     merged: bool = False
 
@@ -245,10 +248,12 @@ def _pairs(s: Shape, mode: Mode, quantities: frozenset[str], step: str, held: in
 def _decisions(s: Shape, mode: Mode, rows: Rows, held: int) -> Price:
     k, d, itemsize = s.n_used, s.n_features, 8 if s.wide else 4
 
-    def rule(n: int) -> int:
-        return Rule.peak_bytes(n, d, rows.block_rows, itemsize, stored=mode.stored)
+    def rule(n: int, stored: bool) -> int:
+        return Rule.peak_bytes(n, d, rows.block_rows, itemsize, stored=stored)
 
-    arrays = rule(k) + (rule(s.n_classes) if s.classifier_decides else 0)
+    arrays = rule(k, mode.stored and not s.faiss)
+    if s.classifier_decides:
+        arrays += rule(s.n_classes, mode.stored)
     scores = k + (s.n_classes if s.classifier_decides else 0)
     return Price(
         f"decisions of {s.where}", rows.read_bytes + held + s.n_classes * 96 + arrays,

@@ -14,13 +14,13 @@ import pytest
 
 import ncbatch as nc
 from ncbatch import execution
+from ncbatch.choosing import choose_tasks, wanted_metrics
 from ncbatch.engine import memory_budget
 from ncbatch.errors import BudgetError
-from ncbatch.measurement import _all_tasks, _wanted
+from ncbatch.layer import Options
 from ncbatch.pricing import Mode, choose_mode, prices
 from ncbatch.store import FeatureStore, chunks
 from ncbatch.store import format as store_format
-from ncbatch.task import Options
 from tests.engine.test_run import Recorder
 from tests.strategies import REGIMES
 from tests.test_measurement import make_store, outside
@@ -255,7 +255,7 @@ def test_less_memory_means_more_class_blocks_until_nothing_fits(tmp_path):
     options = Options(
         "train", None, None, 1, None, None, False, 1.0, False, "exact", False, 0, False
     )
-    (task,) = _all_tasks({"s": store}, None, options, *_wanted(None), scanned=False)
+    (task,) = choose_tasks({"s": store}, None, options, *wanted_metrics(None), scanned=False)
     shape = replace(task.shape(), n_used=200_000)
     modes = [choose_mode(shape, gib * 2**30) for gib in (64, 12, 8, 4, 3)]
     assert modes[0] == Mode()

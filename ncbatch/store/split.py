@@ -208,9 +208,7 @@ class Split:
         if missing.size:
             raise chunk_fault(self._label, int(missing[0]), "chunk is missing").error()
 
-    def read(
-        self, layer: str, start: int, stop: int, *, widened: bool = True
-    ) -> npt.NDArray[Any]:
+    def read(self, layer: str, start: int, stop: int, *, widened: bool = True) -> npt.NDArray[Any]:
         """Read features of rows [start, stop) in their stored dtype; bfloat16 as float32 if `widened`."""
         rows = read_rows(self.feature(layer), start, stop)
         narrow = widened and self.spec(layer).dtype == "bfloat16"
