@@ -24,15 +24,8 @@ from ncbatch.arrays import (
     take_rows,
 )
 from ncbatch.stats.pair_arrays import ArrayTiles
-from ncbatch.stats.pair_means import (
-    COINCIDENT,
-    LOST_IN_FLOAT64,
-)
-from ncbatch.stats.pairs import (
-    COSINE_BINS,
-    TOP_PAIRS,
-    PairStats,
-)
+from ncbatch.stats.pair_means import COINCIDENT, LOST_IN_FLOAT64
+from ncbatch.stats.pairs import COSINE_BINS, TOP_PAIRS, PairStats
 
 # Classes of a tile's side: few fit the cache; many are products at full speed; and of stored means
 # each row is read once per tile, so that wider tiles leave reading small beside the work.
