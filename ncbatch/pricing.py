@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ncbatch.engine import Price
+from ncbatch.metrics import Statistics
 from ncbatch.stats import DirectionalVariance, MomentsAccumulator, PairTiles, Rule
 
 # Class blocks beyond this would read the data so often that a larger machine is cheaper.
 MAX_CLASS_BLOCKS = 256
 # Bytes per class of counts, traces, norms, selections and results by class.
 _CLASS_BYTES = 256
-# Rows of a block of K x D arrays, and blocks of them that formulas hold.
-_FORMULA_ROWS, _FORMULA_BLOCKS = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,10 @@ def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
             bytes_read=s.train.bytes_read, flops=2 * s.train.n_rows * s.n_used * s.n_features,
             n_items=s.train.n_items, block_rows=s.train.block_rows, n_reads=1,
         )  # fmt: skip
-    yield Price(f"formulas of {s.where}", held + _formula_bytes(s))
+    yield Price(
+        f"formulas of {s.where}",
+        held + Statistics.peak_bytes(s.n_used, s.n_features, scatter=s.scatter),
+    )
 
 
 def _moments(
@@ -261,9 +263,3 @@ def _decisions(s: Shape, mode: Mode, rows: Rows, held: int) -> Price:
         flops=2 * rows.n_rows * scores * d, n_items=rows.n_items, block_rows=rows.block_rows,
         n_reads=1,
     )  # fmt: skip
-
-
-def _formula_bytes(s: Shape) -> int:
-    d = s.n_features
-    rows = min(max(_FORMULA_ROWS, d), max(s.n_used, 1))
-    return d * d * 8 * (8 if s.scatter else 2) + rows * d * 8 * _FORMULA_BLOCKS

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, StoredRows
+from ncbatch.arrays import StoredRows, mean_of_rows
 from ncbatch.layer import Layer, check_classes, device_put
 from ncbatch.metrics import ClassView, Statistics, Undefined
 from ncbatch.passes import DecisionsRead, MomentsRead
@@ -98,7 +98,7 @@ def _completed(layer: Layer, measured: Measured, results: dict[str, Any]) -> Sta
     pairs: PairStats | None = results.get("pairs")
     directional: DirectionalVariance | None = results.get("directional")
     if outside is not None and len(outside.seen.classes):
-        mean = _mean_of_means(outside.seen.moments.means)
+        mean = mean_of_rows(outside.seen.moments.means)
         statistics = replace(statistics, ood_mean=device_put(layer.options.device, means)(mean))
     if test is not None:
         statistics = replace(statistics, test=_aligned(layer, test.seen, measured))
@@ -202,8 +202,3 @@ def _moved(moments: Moments, put: Callable[[Any], Any]) -> Moments:
         put(moments.counts), means if isinstance(means, StoredRows) else put(means),
         put(moments.traces), None if moments.scatter is None else put(moments.scatter),
     )  # fmt: skip
-
-
-def _mean_of_means(means: Array) -> npt.NDArray[np.float64]:
-    mean: npt.NDArray[np.float64] = np.mean(means, axis=0)
-    return mean

@@ -94,6 +94,7 @@ class ClassifierRows:
         self.shape = (int(array.shape[0]), int(array.shape[1]))
         stored: np.dtype[Any] = np.dtype(array.dtype)
         self.dtype = np.dtype(np.float32) if stored == DTYPES["bfloat16"] else stored
+        self._last: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         return array_api_compat.numpy
@@ -105,17 +106,23 @@ class ClassifierRows:
         """Read a slice of rows, or an array of row numbers by the slices between them."""
         part = rows[0] if isinstance(rows, tuple) else rows
         if isinstance(part, slice):
-            start, stop, _ = part.indices(self.shape[0])
-            return _read(self._array, start, stop)
+            part = np.arange(*part.indices(self.shape[0]))
         numbers = np.asarray(part)
         found = np.empty((len(numbers), self.shape[1]), self.dtype)
         height = int(self._array.chunks[0])
         for chunk in np.unique(numbers // height).tolist():
             here = numbers // height == chunk
-            first = chunk * height
-            block = _read(self._array, first, min(first + height, self.shape[0]))
-            found[here] = block[numbers[here] - first]
+            found[here] = self._chunk(chunk)[numbers[here] - chunk * height]
         return found
+
+    def _chunk(self, chunk: int) -> npt.NDArray[Any]:
+        """Read a chunk of rows; the last one is kept, since blocks are smaller than chunks."""
+        number, rows = self._last
+        if number != chunk:
+            height = int(self._array.chunks[0])
+            rows = _read(self._array, chunk * height, min((chunk + 1) * height, self.shape[0]))
+            self._last = (chunk, rows)
+        return rows
 
 
 def read_classifier(
