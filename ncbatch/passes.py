@@ -195,12 +195,11 @@ class _Moments:
 
 
 def _sealed(accumulator: MomentsAccumulator, first: int) -> SeenMoments:
-    moments = accumulator.finish()
-    seen = SeenMoments.of(Moments(
+    classes, moments = accumulator.finish_seen()
+    return SeenMoments(to_numpy(classes) + first, Moments(
         to_numpy(moments.counts), to_numpy(moments.means), to_numpy(moments.traces),
         None if moments.scatter is None else to_numpy(moments.scatter),
     ))  # fmt: skip
-    return replace(seen, classes=seen.classes + first) if first else seen
 
 
 def _to_file(seen: SeenMoments, path: Path) -> SeenMoments:

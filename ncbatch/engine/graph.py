@@ -118,7 +118,7 @@ class _Graph:
         for step in job.steps:
             given = [results[name] for name in step.needs]
             if isinstance(step, Call):
-                found = self._submit(_call, step.name, whole, step.name, *given)
+                found = self._submit(_call, step.name, whole, step.name, self._slots, *given)
             elif step.finished(self._state) is not None:
                 found = self._submit(_load, step.name, whole, step.name, self._state, *given)
             else:
@@ -276,7 +276,8 @@ def _load(job: Job, name: str, state: Path, *given: Any) -> Any:
     return found
 
 
-def _call(job: Job, name: str, *given: Any) -> Any:
+def _call(job: Job, name: str, slots: Mapping[str, int], *given: Any) -> Any:
     step = next(step for step in job.steps if step.name == name)
     assert isinstance(step, Call)
-    return step.compute(*given)
+    with thread_limit(task_threads(slots)):
+        return step.compute(*given)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from array_api_compat import is_numpy_array
+
 from ncbatch.arrays import (
     Array,
     Segments,
@@ -58,17 +60,39 @@ class Folding:
 
     def finish(self) -> None:
         """Turn sums into means, and take what the pilots missed off traces and scatter."""
+        for part in row_blocks(self._sums.shape[0]):
+            rows = (self._pilots[part, :], self._sums[part, :], self._traces[part])
+            self._sums[part, :], self._traces[part] = self._settle(self._counts[part], *rows)
+
+    def finish_seen(self, classes: Array) -> tuple[Array, Array]:
+        """Finish, and give means (P, D) and traces (P,) of `classes`, all that have samples."""
+        xp, n_seen, n_classes = self._xp, classes.shape[0], self._sums.shape[0]
+        if n_seen == n_classes:
+            self.finish()
+            return self._sums, self._traces
+        means, traces = self._sums[:n_seen, :], self._traces[:n_seen]
+        if is_numpy_array(means) and 2 * n_seen <= n_classes:
+            means = xp.empty_like(means)  # or a view would keep the memory of all classes
+        # Elsewhere rows move up in place, whatever is read standing behind what is written: a
+        # device has given memory to every row, and there is none beside them.
+        for part in row_blocks(n_seen):
+            state = (self._counts, self._pilots, self._sums, self._traces)
+            rows = (xp.take(values, classes[part], axis=0) for values in state)
+            means[part, :], traces[part] = self._settle(*rows)
+        return means, traces
+
+    def _settle(
+        self, counts: Array, pilots: Array, sums: Array, traces: Array
+    ) -> tuple[Array, Array]:
+        """Give means and traces of some classes, and correct the scatter for them."""
         xp = self._xp
-        counts, means = self._counts, self._sums
-        for part in row_blocks(means.shape[0]):
-            n = as_float64(xp.clip(counts[part], 1, None))
-            missed = means[part, :] / n[:, None]
-            weighted = missed * xp.sqrt(n)[:, None]
-            traces = self._traces[part] - xp.sum(weighted * weighted, axis=1)
-            self._traces[part] = xp.clip(traces, 0.0, None)
-            if self._scatter is not None:
-                self._scatter -= symmetric_product(weighted[counts[part] > 1])
-            means[part, :] = as_float64(self._pilots[part, :]) + missed
+        n = as_float64(xp.clip(counts, 1, None))
+        missed = sums / n[:, None]
+        weighted = missed * xp.sqrt(n)[:, None]
+        traces = xp.clip(traces - xp.sum(weighted * weighted, axis=1), 0.0, None)
+        if self._scatter is not None:
+            self._scatter -= symmetric_product(weighted[counts > 1])
+        return as_float64(pilots) + missed, traces
 
     def _set_pilots(self, features: Array, segments: Segments, present: Array) -> None:
         xp = self._xp

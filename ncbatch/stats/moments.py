@@ -407,6 +407,25 @@ class MomentsAccumulator:
         self._folds().finish()
         return Moments(self._counts, self._sums, self._traces, self._scatter)
 
+    def finish_seen(self) -> tuple[Array, Moments]:
+        """Correct for the pilots and give the state of the classes with samples only.
+
+        The accumulator is spent. Nothing beyond `peak_bytes` is held; of NumPy arrays, rows of
+        classes without samples are not touched.
+
+        Returns
+        -------
+        classes : array (P,) of int64
+            The ids of the classes with samples, ascending.
+        moments : Moments
+            Of those, in that order; what `SeenMoments` takes.
+        """
+        xp = self._xp
+        classes = xp.astype(xp.nonzero(self._counts > 0)[0], xp.int64, copy=False)
+        counts = xp.take(self._counts, classes, axis=0)
+        means, traces = self._folds().finish_seen(classes)
+        return classes, Moments(counts, means, traces, self._scatter)
+
     @property
     def _compiled(self) -> bool:
         return self._compilable and self._n_seen * self._sums.shape[1] >= _COMPILED_VALUES

@@ -17,7 +17,7 @@ from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from ncbatch.arrays import cpu_count, map_threads, symmetric_product
+from ncbatch.arrays import cpu_count, map_threads, row_blocks, symmetric_product
 from ncbatch.errors import DataError
 
 
@@ -60,7 +60,8 @@ def _wide_compiled(value: Any) -> Any:
 # Only this sum may be reordered, so that it can be vectorised: reordered, a residual x - p that is
 # added to a sum could become (sum - p) + x, which loses what residuals are taken for.
 @njit(cache=True, fastmath={"reassoc", "contract"})
-def _add_square(total: float, value: float) -> float:
+def add_square(total: float, value: float) -> float:
+    """Give ``total + value**2``."""
     return total + value * value
 
 
@@ -169,13 +170,13 @@ def fold_classes(
                 for j in range(n_features):
                     r = _wide(x[j]) - np.float64(pilot[j])
                     total[j] += r
-                    square = _add_square(square, r)
+                    square = add_square(square, r)
                     row[j] = r
             else:
                 for j in range(n_features):
                     r = _wide(x[j]) - np.float64(pilot[j])
                     total[j] += r
-                    square = _add_square(square, r)
+                    square = add_square(square, r)
         traces[c] += square
         counts[c] += end - begin
 
@@ -195,31 +196,37 @@ def begin_classes(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def settle_classes(
-    first: int, stop: int, counts: Any, pilots: Any, sums: Any, traces: Any, missed: Any
-) -> None:
-    """Turn sums of residuals into means, and correct the traces, of classes ``first..stop-1``.
+    classes: Any, places: Any, counts: Any, pilots: Any, sums: Any, traces: Any, means: Any,
+    missed: Any,
+) -> None:  # fmt: skip
+    """Turn sums of residuals into means, and correct the traces, of `classes` (P,) with samples.
 
-    What the pilot missed of the mean, times the root of the count, is written to the rows of
-    `missed`, if it has any, for each class with at least two samples.
+    Means are written to the rows `places` (P,) of `means`, which may be `sums`. What the pilot
+    missed of the mean, times the root of the count, is written to the rows of `missed`, if it has
+    any, for each class with at least two samples; a single one is its pilot.
     """
     n_features = sums.shape[1]
+    shift = np.empty(n_features)
     at = 0
-    for c in range(first, stop):
-        n = counts[c]
-        if n == 0:
+    for p in range(classes.shape[0]):
+        c = classes[p]
+        n, total, pilot, mean = counts[c], sums[c], pilots[c], means[places[p]]
+        if n == 1:
+            for j in range(n_features):
+                mean[j] = pilot[j]
             continue
-        total, pilot = sums[c], pilots[c]
+        for j in range(n_features):
+            shift[j] = total[j] / n
         square = 0.0
-        if n > 1 and missed.shape[0] > 0:
+        for j in range(n_features):
+            square = add_square(square, shift[j])
+            mean[j] = np.float64(pilot[j]) + shift[j]
+        traces[c] = max(traces[c] - n * square, 0.0)
+        if missed.shape[0] > 0:
             row, root = missed[at], np.sqrt(np.float64(n))
             at += 1
             for j in range(n_features):
-                row[j] = total[j] / n * root
-        for j in range(n_features):
-            r = total[j] / n
-            square = _add_square(square, r)
-            total[j] = np.float64(pilot[j]) + r
-        traces[c] = max(traces[c] - n * square, 0.0)
+                row[j] = shift[j] * root
 
 
 class CompiledFolding:
@@ -280,22 +287,47 @@ class CompiledFolding:
             if several < part.stop:
                 begin_classes(rows, *places, max(part.start, several), part.stop, *state[:2])
 
-        _in_threads(fold, _shares(self._starts[: n + 1]))
+        in_threads(fold, shares(self._starts[: n + 1]))
         self._add_product(int(self._starts[several]), 1)
 
     def finish(self) -> None:
         """Turn sums into means, and take what the pilots missed off traces and scatter."""
-        state = (self._counts, self._pilots, self._sums, self._traces)
-        n_classes, step = self._counts.shape[0], self._present.shape[0]
-        for start in range(0, n_classes, step):
-            several = self._counts[start : start + step] > 1
-            ends = np.concatenate([[0], np.cumsum(several)])
+        classes = np.flatnonzero(self._counts)
+        self._settle(classes, classes, self._sums)
 
-            def settle(part: slice, start: int = start, ends: Any = ends) -> None:
+    def finish_seen(
+        self, classes: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Finish, and give means (P, D) and traces (P,) of `classes`, all that have samples.
+
+        Rows of other classes are not touched: they may never have been given memory.
+        """
+        n_classes, n_seen = self._counts.shape[0], classes.shape[0]
+        # In memory of their own, or moved up where that saves little and has no room.
+        fresh = 2 * n_seen <= n_classes
+        means = np.empty((n_seen, self._sums.shape[1])) if fresh else self._sums[:n_seen]
+        # Rows that are moved up must be read before others take their place.
+        self._settle(classes, np.arange(n_seen), means, ordered=not fresh and n_seen < n_classes)
+        return means, self._traces[classes]
+
+    def _settle(
+        self,
+        classes: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        means: npt.NDArray[np.float64],
+        ordered: bool = False,
+    ) -> None:
+        state = (self._counts, self._pilots, self._sums, self._traces, means)
+        for block in row_blocks(classes.shape[0], self._present.shape[0]):
+            ids, rows = classes[block], places[block]
+            ends = np.concatenate([[0], np.cumsum(self._counts[ids] > 1)])
+
+            def settle(part: slice, ids: Any = ids, rows: Any = rows, ends: Any = ends) -> None:
                 missed = self._residuals[ends[part.start] : ends[part.stop]]
-                settle_classes(start + part.start, start + part.stop, *state, missed)
+                settle_classes(ids[part], rows[part], *state, missed)
 
-            _in_threads(settle, _shares(np.arange(several.shape[0] + 1)))
+            whole = [slice(0, ids.shape[0])]
+            in_threads(settle, whole if ordered else shares(np.arange(ids.shape[0] + 1)))
             self._add_product(int(ends[-1]), -1)
 
     def _check(self, rows: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> None:
@@ -328,7 +360,7 @@ def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.ascontiguousarray(features, np.float64)
 
 
-def _shares(starts: npt.NDArray[np.int64]) -> list[slice]:
+def shares(starts: npt.NDArray[np.int64]) -> list[slice]:
     """Cut segments, with rows from `starts`, into runs of about equally many rows, one per thread."""
     n_threads = cpu_count()
     targets = starts[-1] * np.arange(n_threads + 1) // n_threads
@@ -338,7 +370,8 @@ def _shares(starts: npt.NDArray[np.int64]) -> list[slice]:
     return [slice(a, b) for a, b in pairs if a < b]
 
 
-def _in_threads(work: Any, parts: list[slice]) -> None:
+def in_threads(work: Any, parts: list[slice]) -> None:
+    """Do `work`, which releases the GIL, on each of `parts`, one per thread."""
     if len(parts) == 1:
         work(parts[0])
         return

@@ -13,6 +13,9 @@ from ncbatch.errors import DataError
 from ncbatch.stats.folding import merge_rows
 from ncbatch.stats.moments import Moments
 
+# Results of fewer numbers than these, classes times features, are not worth compiled code.
+_COMPILED_VALUES = 2**22
+
 
 @dataclass(frozen=True)
 class SeenMoments:
@@ -98,6 +101,11 @@ class SeenMoments:
             )
         xp = namespace(self.classes, other.classes)
         classes = xp.unique_values(xp.concat([self.classes, other.classes]))
+        if _compiled(self, other, classes.shape[0]):
+            from ncbatch.stats.seen_kernel import merge_seen
+
+            sides = ((state.classes, state.moments) for state in (self, other))
+            return SeenMoments(classes, merge_seen(classes, *sides))
         whole = Moments.zero(
             classes.shape[0], mine[0], scatter=False, xp=xp, device=device(classes)
         )
@@ -159,6 +167,16 @@ class SeenMoments:
             place = xp.clip(xp.searchsorted(there, ids), 0, stop - first - 1)
             seen = xp.take(there, place, axis=0) == ids
         return tuple(_spread(row, seen) for row in rows)
+
+
+def _compiled(a: SeenMoments, b: SeenMoments, n_classes: int) -> bool:
+    """Whether compiled code, which checks no bounds, merges two states into one of `n_classes`."""
+    return n_classes * a.moments.means.shape[1] >= _COMPILED_VALUES and all(
+        isinstance(state.moments.means, np.ndarray)
+        and state.moments.means.dtype == np.float64
+        and state.moments.means.shape[0] == state.classes.shape[0]
+        for state in (a, b)
+    )
 
 
 def _spread(rows: Array, seen: Array) -> Array:

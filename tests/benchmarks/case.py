@@ -146,7 +146,7 @@ class Case:
             "aim": str(self.aim),
             "met": self.aim.met(ratio, peak) if shape == self.shape else None,
             "parts": {
-                name: statistics.median(run["parts"][name] for run in runs)
+                name: statistics.median(run["parts"].get(name, 0.0) for run in runs)
                 for name in runs[0]["parts"]
             },
             "notes": list(dict.fromkeys(note for run in runs for note in run["notes"])),

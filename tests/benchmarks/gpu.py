@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -56,10 +58,10 @@ def _synchronized(device: Device, work: Callable[[], Any]) -> float:
     return timed(whole)
 
 
-def _device_note(cupy: Any, device: Device) -> str:
-    # The pool keeps what it once had, so this is its peak.
+def _noted(cupy: Any, device: Device, sample: Sample) -> Sample:
+    """Add the device, and its memory at the peak: CuPy's pool keeps what it once had."""
     held = cupy.get_default_memory_pool().total_bytes() / 2**30
-    return f"{device.name}; {held:.1f} GiB of its memory"
+    return replace(sample, notes=[*sample.notes, f"{device.name}; {held:.1f} GiB of its memory"])
 
 
 # ------------------------------------------------------------------------------------- moments
@@ -93,7 +95,7 @@ def moments(shape: Shape, precision: Any) -> Sample:
             "products": products if products >= copies else 0.0,
         }
 
-    return measured(lambda: fold(n_blocks), limit, notes=[_device_note(cupy, device)])
+    return _noted(cupy, device, measured(lambda: fold(n_blocks), limit))
 
 
 def _host_blocks(cupy: Any, shape: Shape) -> list[Block]:
@@ -138,10 +140,11 @@ def _products(cupy: Any, device: Device, d: int, precision: Any) -> float:
     dtype = cupy.float64 if precision == "exact" else cupy.float32
     rows = cupy.random.standard_normal((_BLOCK_ROWS, d), dtype=dtype)
     out = cupy.empty((d, d), dtype, order="F")
+    cublas = import_module("cupy.cublas")
     ways = [
         lambda: cupy.matmul(rows.T, rows),
         # Of a C-ordered array, cuBLAS sees the transpose.
-        lambda: cupy.cublas.syrk("N", rows.T, out=out),
+        lambda: cublas.syrk("N", rows.T, out=out),
     ]
 
     def repeated(way: Callable[[], Any]) -> None:
@@ -182,7 +185,7 @@ def decisions(shape: Shape, precision: Any) -> Sample:
         with device.matmul_precision(precision):
             return {"two products": 2 * _tall_product(cupy, device, features, weight)}
 
-    return measured(lambda: decide(shape.n), limit, notes=[_device_note(cupy, device)])
+    return _noted(cupy, device, measured(lambda: decide(shape.n), limit))
 
 
 def _tall_product(cupy: Any, device: Device, rows: Any, weight: Any) -> float:
@@ -220,14 +223,14 @@ def pairs(shape: Shape) -> Sample:
 
     sweep(chosen[:2])
     # Tiles of other libraries than NumPy are computed in float64 throughout.
-    rows = means[: min(8192, shape.k)]
+    rows = means[: min(16_384, shape.k)]
 
     def limit() -> dict[str, float]:
         seconds = _tall_product(cupy, device, rows, rows)
         return {"float64 product": seconds * n_pairs / len(rows) ** 2}
 
-    notes = [f"on a share of {_TILE_SHARE:.3g} of the tiles", _device_note(cupy, device)]
-    return measured(lambda: sweep(chosen), limit, notes=notes)
+    notes = [f"on a share of {_TILE_SHARE:.3g} of the tiles"]
+    return _noted(cupy, device, measured(lambda: sweep(chosen), limit, notes=notes))
 
 
 # --------------------------------------------------------------------------------------- table

@@ -32,9 +32,10 @@ def one_thread_workers(n_workers: int) -> Iterator[Any]:
         cluster = stack.enter_context(
             LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0")
         )
-        client = stack.enter_context(Client(cluster, set_as_default=False))
         for processor in processors[:n_workers]:
             stack.enter_context(_worker(cluster.scheduler_address, processor))
+        # The client goes first: results on workers that went before it would be missed.
+        client = stack.enter_context(Client(cluster, set_as_default=False))
         client.wait_for_workers(n_workers, timeout=_WAIT_SECONDS)
         yield client
 

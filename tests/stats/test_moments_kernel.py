@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ncbatch.arrays import thread_limit
 from ncbatch.errors import DataError
-from ncbatch.stats import MomentsAccumulator, moments
+from ncbatch.stats import MomentsAccumulator, SeenMoments, moments
 from ncbatch.stats.moments_kernel import group_rows
 from tests.stats.test_moments import assert_equal_to_oracle, assert_same, streamed
 from tests.strategies import DTYPES, REGIMES, Features, feature_sets, partitions
@@ -134,6 +134,53 @@ def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch):
     assert_same_bits(found[1], found[0])
     assert_same_bits(found[2], found[0])
     assert_equal_to_oracle(found[0], data)
+
+
+def accumulated(classes, scatter: bool = True) -> MomentsAccumulator:
+    """Accumulate 2000 samples of some of 1000 classes, with many more than a product takes."""
+    rng = np.random.default_rng(1)
+    y = rng.permutation(np.concatenate([classes, rng.choice(classes, 2000 - len(classes))]))
+    X = (3.0 + y[:, None] % 7 + rng.normal(size=(2000, 16))).astype(np.float32)
+    accumulator = MomentsAccumulator(1000, 16, like=X, scatter=scatter)
+    for part in np.array_split(np.arange(2000), 5):
+        accumulator.add(X[part], y[part])
+    return accumulator
+
+
+@pytest.mark.parametrize("share", [0.01, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scatter", [True, False])
+def test_finishing_the_classes_seen_gives_the_bits_of_all(monkeypatch, share, threads, scatter):
+    classes = np.flatnonzero(np.random.default_rng(0).random(1000) < share)
+    monkeypatch.setattr("ncbatch.stats.moments_kernel.cpu_count", lambda: threads)
+    with thread_limit(1):
+        ids, state = accumulated(classes, scatter=scatter).finish_seen()
+        want = SeenMoments.of(accumulated(classes, scatter=scatter).finish())
+    np.testing.assert_array_equal(ids, classes)
+    np.testing.assert_array_equal(want.classes, classes)
+    for name in FIELDS[: 4 if scatter else 3]:
+        np.testing.assert_array_equal(getattr(state, name), getattr(want.moments, name))
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_finishing_leaves_rows_of_other_classes_untouched(scatter: bool):
+    classes = np.arange(0, 1000, 3)
+    accumulator = accumulated(classes, scatter=scatter)
+    others = np.setdiff1d(np.arange(1000), classes)
+    sums = accumulator.arrays()["sums"]
+    sums[others] = np.nan
+    _, state = accumulator.finish_seen()
+    assert np.all(np.isnan(sums[others]))
+    assert not np.shares_memory(state.means, sums)  # or it would keep the memory of all classes
+    assert np.all(np.isfinite(state.means))
+
+
+@pytest.mark.parametrize("share", [0.8, 1.0])
+def test_finishing_nearly_all_classes_takes_no_more_memory(share: float):
+    classes = np.flatnonzero(np.random.default_rng(0).random(1000) < share)
+    accumulator = accumulated(classes)
+    _, state = accumulator.finish_seen()
+    assert np.shares_memory(state.means, accumulator.arrays()["sums"])
 
 
 def test_layouts_and_labels_of_any_integer_give_the_same_bits():
