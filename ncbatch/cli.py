@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -317,6 +318,8 @@ def main() -> None:
     # A terminal may lack a letter; what stands in for one has no such method.
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    # As Ctrl-C does, so that a cancelled job leaves no files behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(cli(prog_name="ncbatch", standalone_mode=False) or 0)
     except NcbatchError as error:

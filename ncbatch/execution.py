@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from ncbatch.arrays import find_device
 from ncbatch.engine import (
+    About,
+    Kept,
     Plan,
     Progress,
-    digest,
     format_bytes,
     memory_budget,
     resident_bytes,
@@ -27,6 +28,7 @@ from ncbatch.task import LayerTask
 
 # Of a GPU's free memory, what arrays may take; the rest is for libraries' own work space.
 _DEVICE_SHARE = 0.85
+_BASE_STEP = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Workers:
         Which device that is.
     device_memory : int or None
         Bytes of a GPU's memory that may be used.
+    shares_disk : bool
+        Whether workers see the files of this process.
     """
 
     client: Any
@@ -58,9 +62,12 @@ class Workers:
     device: Literal["cpu", "cuda"]
     device_name: str
     device_memory: int | None
+    shares_disk: bool = True
 
     @classmethod
-    def find(cls, client: Any, memory: str | int | None, device: str) -> Workers:
+    def find(
+        cls, client: Any, memory: str | int | None, device: str, *, shares_disk: bool = True
+    ) -> Workers:
         """Ask this process, or the workers of `client`, what they have.
 
         Raises
@@ -88,12 +95,15 @@ class Workers:
         devices = [own for _, _, _, own, _ in found if own is not None]
         return cls(
             client, budget, base, at_once, kind, found[0][1],
-            int(min(devices) * _DEVICE_SHARE) if devices else None,
+            int(min(devices) * _DEVICE_SHARE) if devices else None, shares_disk,
         )  # fmt: skip
 
     def plan(self, tasks: Sequence[LayerTask]) -> tuple[Plan, list[Mode]]:
         """Choose how each task is measured, and say what all of it costs."""
-        room = (self.budget - self.base_bytes) // self.at_once
+        # What an interpreter holds varies by a few MiB; class blocks shall not vary with it, or a run
+        # that was killed could not go on with its kept blocks.
+        base = -(-self.base_bytes // _BASE_STEP) * _BASE_STEP
+        room = (self.budget - base) // self.at_once
         shapes = [task.shape(merged=self.client is not None) for task in tasks]
         modes = [choose_mode(shape, room, self.device_memory) for shape in shapes]
         costs = [price for s, m in zip(shapes, modes, strict=True) for price in prices(s, m)]
@@ -114,15 +124,18 @@ class Workers:
         state: Path | None,
     ) -> list[Cell]:
         """Measure every task."""
+        if any(mode.stored for mode in modes) and not self.shares_disk and state is None:
+            raise UsageError(
+                "class means that must go to files, on a cluster that may share no disk with this machine",
+                "a directory that every worker reaches",
+                "give it with --state DIR, or give the workers more --memory",
+            )
         with _scratch(tasks, modes, state) as scratch:
-            jobs = [
-                task.job(
-                    mode, scratch / digest({"fingerprint": task.fingerprint, "mode": str(mode)})
-                )
-                if mode.stored
-                else task.job(mode, scratch)
-                for task, mode in zip(tasks, modes, strict=True)
-            ]
+
+            def folder_of(about: About) -> Path:
+                return scratch if state is None else Kept(state, about).folder
+
+            jobs = [task.job(mode, folder_of) for task, mode in zip(tasks, modes, strict=True)]
             if self.client is None:
                 return run_jobs(jobs, progress, state)
             from ncbatch.engine.graph import run_graph
@@ -155,7 +168,7 @@ def _scratch(
         for price in prices(task.shape(), mode)
     )
     if state is not None:
-        folder = state / "rows"
+        folder = state
         folder.mkdir(parents=True, exist_ok=True)
     else:
         folder = Path(tempfile.mkdtemp(prefix="ncbatch-"))

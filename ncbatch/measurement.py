@@ -138,7 +138,7 @@ def measure(
     opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
     tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True)
     with _cluster(cluster, memory) as client:
-        workers = Workers.find(client, memory, device)
+        workers = Workers.find(client, memory, device, shares_disk=_is_local(cluster))
         _check_device(precision, workers.device)
         tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
         plan, modes = workers.plan(tasks)
@@ -226,6 +226,12 @@ def _cluster(cluster: Any, memory: str | int | None) -> Any:
     from ncbatch.engine.cluster import open_cluster
 
     return open_cluster(cluster, memory=None if memory is None else memory_budget(memory))
+
+
+def _is_local(cluster: Any) -> bool:
+    """Whether a cluster's workers are of this machine: others may share no disk with it."""
+    name = cluster.partition(":")[0] if isinstance(cluster, str) else cluster
+    return name in (None, "sync", "threads", "processes", "cuda")
 
 
 def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +13,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, Device, StoredRows, find_device, row_blocks, to_numpy
+from ncbatch.arrays import (
+    Array,
+    Device,
+    StackedRows,
+    StoredRows,
+    find_device,
+    row_blocks,
+    to_numpy,
+)
 from ncbatch.engine import Arrays, Item, pack, unpack
 from ncbatch.rows import Block, RowSource
 from ncbatch.stats import (
@@ -128,8 +138,8 @@ class MomentsPass:
         null = partial.null
         return replace(
             partial,
-            seen=_to_file(partial.seen, self.rows_at / "means.rows"),
-            null=None if null is None else _to_file(null, self.rows_at / "null.rows"),
+            seen=_to_file(partial.seen, self.rows_at, "means"),
+            null=None if null is None else _to_file(null, self.rows_at, "null"),
         )
 
     def save(self, accumulator: _Moments) -> Arrays:
@@ -202,44 +212,46 @@ def _sealed(accumulator: MomentsAccumulator, first: int) -> SeenMoments:
     ))  # fmt: skip
 
 
-def _to_file(seen: SeenMoments, path: Path) -> SeenMoments:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+def _to_file(seen: SeenMoments, folder: Path, name: str) -> SeenMoments:
+    """Move class means to a file of a name of its own, complete when it takes that name.
+
+    A task may run twice, and both runs' results may be in use: no file is ever written again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{uuid.uuid4().hex[:12]}.rows"
+    partial = path.with_suffix(".partial")
     means = seen.moments.means
-    rows = StoredRows(path, means.shape)
-    for part in row_blocks(len(means)):
-        rows[part] = means[part]
-    return replace(seen, moments=replace(seen.moments, means=rows))
+    try:
+        rows = StoredRows.create(partial, means.shape)
+        for part in row_blocks(len(means)):
+            rows[part] = means[part]
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return replace(seen, moments=replace(seen.moments, means=StoredRows(path, means.shape)))
 
 
-def gather(reads: list[MomentsRead], folder: Path) -> MomentsRead:
-    """Join the moments of class blocks, each with its means in a file, into one file in `folder`."""
-    nulls = [read.null for read in reads if read.null is not None]
-    return MomentsRead(
-        _gathered([read.seen for read in reads], folder / "means.rows"),
-        _gathered(nulls, folder / "null.rows") if nulls else None,
-        max(read.skipped for read in reads),  # every block's read met the same rows
-    )
+def joined(a: MomentsRead, b: MomentsRead) -> MomentsRead:
+    """Join the moments of two class blocks of the same rows, with their means in files."""
+    null = None
+    if a.null is not None and b.null is not None:
+        null = _stacked(a.null, b.null)
+    # Both reads met the same rows that are not finite.
+    return MomentsRead(_stacked(a.seen, b.seen), null, max(a.skipped, b.skipped))
 
 
-def _gathered(parts: list[SeenMoments], path: Path) -> SeenMoments:
-    moments = [part.moments for part in parts]
-    shape = sum(len(m.counts) for m in moments), moments[0].means.shape[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    rows, at = StoredRows(path, shape), 0
-    for m in moments:
-        for part in row_blocks(len(m.counts)):
-            rows[at + part.start : at + part.stop] = m.means[part]
-        at += len(m.counts)
-    scatters = [m.scatter for m in moments if m.scatter is not None]
+def _stacked(a: SeenMoments, b: SeenMoments) -> SeenMoments:
+    x, y = a.moments, b.moments
+    scatter = None if x.scatter is None or y.scatter is None else x.scatter + y.scatter
     return SeenMoments(
-        np.concatenate([part.classes for part in parts]),
+        np.concatenate([a.classes, b.classes]),
         Moments(
-            np.concatenate([m.counts for m in moments]),
-            rows,
-            np.concatenate([m.traces for m in moments]),
-            sum(scatters) if scatters else None,
+            np.concatenate([x.counts, y.counts]),
+            StackedRows([x.means, y.means]),
+            np.concatenate([x.traces, y.traces]),
+            scatter,
         ),
     )
 

@@ -159,7 +159,8 @@ def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
     )
     held = _held(s, mode)
     if "ood" in s.reads and s.outside is not None:
-        found = _moments(s, Mode(), s.outside, f"outside data of {s.where}", s.n_classes)
+        n_outside = min(s.n_classes, max(s.outside.n_rows, 1))
+        found = _moments(s, mode, s.outside, f"outside data of {s.where}", n_outside)
         yield replace(found, peak_bytes=found.peak_bytes + held)
     for quantities, what in ((s.quantities, "pairs"), (s.null_quantities, "null pairs")):
         if quantities:
@@ -167,9 +168,8 @@ def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
     if "decisions" in s.reads and s.decided is not None:
         yield _decisions(s, mode, s.decided, held)
     if "test" in s.reads and s.decided is not None:
-        found = _moments(s, Mode(), s.decided, f"test moments of {s.where}", s.n_used)
-        # Laid out over the classes of train, beside the read itself.
-        yield replace(found, peak_bytes=found.peak_bytes + held + s.n_used * s.n_features * 8)
+        found = _moments(s, mode, s.decided, f"test moments of {s.where}", s.n_used)
+        yield replace(found, peak_bytes=found.peak_bytes + held)
     if "directional" in s.reads:
         peak = DirectionalVariance.peak_bytes(s.n_used, s.n_features, s.train.block_rows)
         yield Price(
@@ -206,6 +206,8 @@ def _moments(
         arrays += accumulated(False)
     if b > 1:  # a block's rows of the classes at hand, and their residuals' mask and labels
         arrays += 2 * rows.block_rows * (rows.row_bytes + 32)
+    if b > 1 and scatter:  # of the blocks before, and of both when they are joined
+        arrays += 2 * d * d * 8
     state = k * (d * 8 + 48) + (d * d * 8 if scatter else 0)
     merges = 0
     if s.merged:  # states of items that wait to be merged, and a merge beside them
@@ -217,7 +219,7 @@ def _moments(
         device_bytes=arrays + 2 * rows.block_rows * d * 8 if s.on_device else 0,
         bytes_read=rows.bytes_read * b, flops=flops, n_items=rows.n_items * b,
         block_rows=rows.block_rows, n_reads=b,
-        disk_bytes=2 * n_used * d * 8 * (2 if null else 1) if mode.stored else 0,
+        disk_bytes=n_used * d * 8 * (2 if null else 1) if mode.stored else 0,
     )  # fmt: skip
 
 
@@ -228,6 +230,8 @@ def _held(s: Shape, mode: Mode) -> int:
     held = states * (k * _CLASS_BYTES + (d * d * 8 if s.scatter else 0)) + s.n_classes * 32
     if not mode.stored:
         held += states * k * d * 8
+        if "test" in s.reads:
+            held += k * d * 8
     if s.merged:  # as they were merged, and as they were sent
         held *= 2
     if s.weight_bytes and not mode.stored:

@@ -18,9 +18,8 @@ from ncbatch.passes import (
     DecisionsPass,
     DirectionalPass,
     MomentsPass,
-    MomentsRead,
     PairPass,
-    gather,
+    joined,
 )
 from ncbatch.pricing import Mode, Rows, Shape
 from ncbatch.rows import RowSource, count_labels, select_classes
@@ -34,6 +33,17 @@ _RESULTS = ("measured", "pairs", "null_pairs", "decisions", "outside", "test", "
 _ITEM_TILES, _ITEMS = 256, 16
 # Changed when kept states of earlier versions would no longer be right.
 _STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A read that gives moments: of what, over how many classes, and its pass by class block."""
+
+    label: str
+    source: RowSource
+    n_classes: int
+    about: About
+    work: Callable[..., MomentsPass]
 
 
 @dataclass(frozen=True)
@@ -87,35 +97,82 @@ class LayerTask(Layer):
 
     # ------------------------------------------------------------------------------- its steps
 
-    def job(self, mode: Mode, scratch: Path) -> Job:
-        """Give its steps; class means that do not stay in memory go to files in `scratch`."""
-        steps = list(self._moments_steps(mode, scratch))
+    def job(self, mode: Mode, folder_of: Callable[[About], Path]) -> Job:
+        """Give its steps.
+
+        Parameters
+        ----------
+        mode : Mode
+            How it is measured.
+        folder_of : callable
+            Gives the folder for class means that do not stay in memory, of a state.
+        """
+        reads = self.reads
+        steps = list(self._blocks("moments", self._train_moments, mode, folder_of))
         steps.append(Call("measured", partial(measured_of, self), ("moments",)))
         steps += self._pair_steps(mode)
         steps += self._read_steps()
+        if "ood" in reads and self.ood is not None:
+            steps += self._blocks("outside", self._outside_moments, mode, folder_of)
+        if "test" in reads:
+            steps += self._blocks("test", self._test_moments, mode, folder_of)
         names = tuple(s.name for s in steps if s.name in _RESULTS)
         steps.append(Call("cell", partial(cell_of, self, names), names))
         return Job(self.where, tuple(steps))
 
-    def _moments_steps(self, mode: Mode, scratch: Path) -> Iterator[Step]:
-        source = self._source(self.train, self.selected.index)
-        label = f"moments of {self.train.name}/{self.layer}"
+    def _blocks(
+        self, name: str, read: _Read, mode: Mode, folder_of: Callable[[About], Path]
+    ) -> Iterator[Step]:
+        """Give the steps of moments: one read, or one per class block, joined one after another."""
+        source, label, about = read.source, read.label, read.about
+        if not mode.stored:
+            yield _sweep(name, label, read.work, source, about)
+            return
+        k, n = read.n_classes, mode.class_blocks
+        blocks = list(cut(0, k, 1, most=-(-k // n), parts=n))
+        so_far = ""
+        for i, block in enumerate(blocks):
+            own = f"{name}-{i}" if len(blocks) > 1 else name
+            about_block = {**about, "class_block": list(block)}
+            part = f", classes {block[0]}..{block[1] - 1}" if len(blocks) > 1 else ""
+            make = partial(read.work, block=block, rows_at=folder_of(about_block))
+            yield _sweep(own, label + part, make, source, about_block)
+            if so_far:
+                last = i == len(blocks) - 1
+                own, earlier = name if last else f"{name}-to-{i}", (so_far, own)
+                yield Call(own, joined, earlier)
+            so_far = own
+
+    @property
+    def _train_moments(self) -> _Read:
         holds = ["scatter"] if "scatter" in self.reads else []
         if self.options.null:
             holds.append(f"null {self.options.null_seed}")
-        about = self._about("moments", self.train, holds=holds)
-        if not mode.stored:
-            yield _sweep("moments", label, self._moments_pass, source, about)
-            return
-        k, n = len(self.selected.classes), mode.class_blocks
-        names = []
-        for i, block in enumerate(cut(0, k, 1, most=-(-k // n), parts=n)):
-            names.append(f"moments-{i}")
-            about_block = {**about, "class_block": list(block)}
-            make = partial(self._moments_pass, block=block, rows_at=scratch / f"block-{i}")
-            part = f", classes {block[0]}..{block[1] - 1}" if n > 1 else ""
-            yield _sweep(names[-1], label + part, make, source, about_block)
-        yield Call("moments", partial(_gather, scratch), tuple(names))
+        return _Read(
+            f"moments of {self.train.name}/{self.layer}",
+            self._source(self.train, self.selected.index), len(self.selected.classes),
+            self._about("moments", self.train, holds=holds), self._moments_pass,
+        )  # fmt: skip
+
+    @property
+    def _outside_moments(self) -> _Read:
+        assert self.ood is not None
+        seen = select_classes(count_labels(self.ood))
+        source = self._source(self.ood, seen.index)
+        return _Read(
+            f"moments of {self.ood.name}/{self.layer}", source, len(seen.classes),
+            self._about("moments", self.ood),
+            partial(self._plain_moments, source, len(seen.classes)),
+        )  # fmt: skip
+
+    @property
+    def _test_moments(self) -> _Read:
+        source, k = self._source(self.decided, self.selected.index), len(self.selected.classes)
+        return _Read(
+            f"moments of {self.decided.name}/{self.layer} by train's classes", source, k,
+            self._about("test", self.decided, train_fingerprint=self.fingerprint),
+            partial(self._plain_moments, source, k),
+        )  # fmt: skip
 
     def _pair_steps(self, mode: Mode) -> Iterator[Step]:
         for name, quantities in (
@@ -144,17 +201,6 @@ class LayerTask(Layer):
             yield _sweep(
                 "decisions", f"decisions of {self.decided.name}/{self.layer}",
                 self._decisions_pass, source, self._about_decisions(), ("measured",),
-            )  # fmt: skip
-        if "ood" in reads and self.ood is not None:
-            yield _sweep(
-                "outside", f"moments of {self.ood.name}/{self.layer}", self._outside_pass,
-                self._source(self.ood, None), self._about("moments", self.ood),
-            )  # fmt: skip
-        if "test" in reads:
-            yield _sweep(
-                "test", f"moments of {self.decided.name}/{self.layer} by train's classes",
-                self._test_pass, self._source(self.decided, None),
-                self._about("test", self.decided, train_fingerprint=self.fingerprint),
             )  # fmt: skip
         if "directional" in reads:
             yield _sweep(
@@ -212,17 +258,17 @@ class LayerTask(Layer):
             rows_at=rows_at,
         )
 
-    def _outside_pass(self) -> MomentsPass:
-        assert self.ood is not None
-        seen = select_classes(count_labels(self.ood))
-        return self._plain_moments(self._source(self.ood, seen.index), len(seen.classes))
-
-    def _test_pass(self) -> MomentsPass:
-        source = self._source(self.decided, self.selected.index)
-        return self._plain_moments(source, len(self.selected.classes))
-
-    def _plain_moments(self, source: RowSource, n_classes: int) -> MomentsPass:
-        return MomentsPass(source, n_classes, False, self.options.precision, self.options.device)
+    def _plain_moments(
+        self,
+        source: RowSource,
+        n_classes: int,
+        block: tuple[int, int] | None = None,
+        rows_at: Path | None = None,
+    ) -> MomentsPass:
+        return MomentsPass(
+            source, n_classes, False, self.options.precision, self.options.device,
+            block=block, rows_at=rows_at,
+        )  # fmt: skip
 
     def _pair_pass(self, quantities: frozenset[str], null: bool, measured: Measured) -> PairPass:
         statistics = measured.null if null else measured.statistics
@@ -297,7 +343,3 @@ def _tile_items(n_classes: int, *, stored: bool) -> list[Item]:
     sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
     ranges = cut(0, len(sizes), 1, _ITEM_TILES, _ITEMS)
     return [Item(start, stop, sum(sizes[start:stop])) for start, stop in ranges]
-
-
-def _gather(scratch: Path, *reads: MomentsRead) -> MomentsRead:
-    return gather(list(reads), scratch)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import StoredRows, mean_of_rows
+from ncbatch.arrays import ChosenRows, StoredRows, mean_of_rows
 from ncbatch.layer import Layer, check_classes, device_put
 from ncbatch.metrics import ClassView, Statistics, Undefined
 from ncbatch.passes import DecisionsRead, MomentsRead
@@ -109,14 +109,26 @@ def _completed(layer: Layer, measured: Measured, results: dict[str, Any]) -> Sta
 
 
 def _aligned(layer: Layer, test: SeenMoments, measured: Measured) -> Moments:
-    """Lay test moments out over the classes of train that have samples."""
-    whole = test.expand(len(layer.selected.classes))
-    seen = layer.selected.index[measured.classes]
-    return whole if len(seen) == len(whole.counts) else whole.select(seen)
+    """Lay test moments out over the classes of train that have samples; copies no means."""
+    means = test.moments.means
+    put = device_put(layer.options.device, measured.statistics.moments.means)
+    if not len(test.classes):
+        means = np.zeros((1, means.shape[1]))
+    classes = layer.selected.index[measured.classes]
+    numbers = np.clip(np.searchsorted(test.classes, classes), 0, max(len(test.classes) - 1, 0))
+    there = np.zeros(len(classes), np.bool_)
+    if len(test.classes):
+        there = test.classes[numbers] == classes
+    counts, traces = np.zeros(len(classes), np.int64), np.zeros(len(classes))
+    counts[there] = test.moments.counts[numbers[there]]
+    traces[there] = test.moments.traces[numbers[there]]
+    on_disk = isinstance(means, StoredRows)
+    rows = ChosenRows(means if on_disk else put(means), numbers)
+    return Moments(put(counts), rows, put(traces))
 
 
 def _skipped(layer: Layer, measured: Measured, results: dict[str, Any]) -> int:
-    """Count the rows left out, once per split."""
+    """Count the rows left out, once per split: the most that a read of it met."""
     found = {layer.train.name: measured.skipped}
     for name, split in (
         ("test", layer.decided),
@@ -124,7 +136,7 @@ def _skipped(layer: Layer, measured: Measured, results: dict[str, Any]) -> int:
         ("decisions", layer.decided),
     ):
         if name in results and split is not None:
-            found.setdefault(split.name, results[name].skipped)
+            found[split.name] = max(found.get(split.name, 0), results[name].skipped)
     return sum(found.values())
 
 

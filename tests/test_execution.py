@@ -16,7 +16,7 @@ import ncbatch as nc
 from ncbatch import execution
 from ncbatch.choosing import choose_tasks, wanted_metrics
 from ncbatch.engine import memory_budget
-from ncbatch.errors import BudgetError
+from ncbatch.errors import BudgetError, UsageError
 from ncbatch.layer import Options
 from ncbatch.pricing import Mode, choose_mode, prices
 from ncbatch.store import FeatureStore, chunks
@@ -210,12 +210,52 @@ def test_means_in_files_and_class_blocks_change_no_metric(stores, tmp_path, monk
     assert_same(again, found, 0.0)
 
 
+def test_kept_class_blocks_of_other_options_stay_apart(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "choose_mode", lambda *_: Mode(2, stored=True))
+    state, store = tmp_path / "state", stores[0]
+    few = ["nc1_pinv", "nc2_norm_mean"]
+    for seed in (0, 1):
+        nc.measure(store, state=state, null=True, null_seed=seed, metrics=few)
+    more = [*few, "nc1_quot"]
+    found = nc.measure(store, state=state, null=True, null_seed=0, metrics=more)
+    assert_same(found, nc.measure(store, null=True, null_seed=0, metrics=more), 1e-12)
+    files = {path.name for path in state.rglob("*") if path.is_file()}
+    assert not [name for name in files if name.endswith(".partial") or name == "running.npz"]
+    next(state.rglob("means-*.rows")).write_bytes(b"cut short")
+    again = nc.measure(store, state=state, null=True, null_seed=0, metrics=more)
+    assert_same(again, found, 1e-12)
+
+
+def test_the_first_class_blocks_say_nothing_of_changes(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "choose_mode", lambda *_: Mode(2, stored=True))
+    said = Recorder()
+    nc.measure(stores, state=tmp_path, progress=said)
+    assert said.notes == []
+
+
 @pytest.mark.slow
 @DASK
-def test_class_blocks_on_a_cluster(stores, monkeypatch, scheduler_address):
+def test_a_damaged_kept_state_counts_as_absent_on_a_cluster(stores, tmp_path, scheduler_address):
+    store, metrics = stores[0], ["nc1_pinv", "nc4_agree"]
+    first = nc.measure(store, state=tmp_path, metrics=metrics, cluster=scheduler_address)
+    (file,) = tmp_path.glob("moments-*/state.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    again = nc.measure(store, state=tmp_path, metrics=metrics, cluster=scheduler_address)
+    assert_same(again, first, 0.0)
+
+
+@pytest.mark.slow
+@DASK
+def test_class_blocks_on_a_cluster(stores, tmp_path, monkeypatch, scheduler_address):
     plain = nc.measure(stores)
     monkeypatch.setattr(execution, "choose_mode", lambda *_: Mode(2, stored=True))
-    assert_same(nc.measure(stores, cluster=scheduler_address), plain, 1e-9)
+    with pytest.raises(UsageError, match="may share no disk"):
+        nc.measure(stores, cluster=scheduler_address)
+    found = nc.measure(stores, cluster=scheduler_address, state=tmp_path / "state")
+    assert_same(found, plain, 1e-9)
+    assert_same(nc.measure(stores, cluster="processes:2"), plain, 1e-9)
+    refuse_to_read(monkeypatch)
+    assert_same(nc.measure(stores, state=tmp_path / "state"), found, 1e-12)
 
 
 def test_planning_reads_no_data(stores, monkeypatch):
@@ -308,8 +348,37 @@ def test_k_by_d_larger_than_the_budget_works_by_class_blocks(tmp_path):
             X = rng.standard_normal((10_000, D), np.float32) + (y[start : start + 10_000, None] % 7)
             writer.append({"h": X.astype(np.float16)}, y[start : start + 10_000])
     metrics = ["nc1_pinv", "nc1_quot", "nc2_etf_err", "nc2_norm_mean"]
-    budget = 620 * 2**20
+    budget = 700 * 2**20
     assert budget < K * D * 8
+    planned, peak, reads, values = peak_of(stores=str(store.path), metrics=metrics, memory=budget)
+    assert peak <= planned <= budget
+    assert reads > 1
+    whole = nc.measure(store, metrics=metrics)
+    assert values == pytest.approx({name: float(whole[name][0, 0]) for name in metrics}, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_the_plan_holds_with_a_classifier_outside_data_and_many_class_blocks(tmp_path):
+    K, D = 30_000, 1024
+    rng = np.random.default_rng(0)
+    store = FeatureStore.create(tmp_path / "s.zarr", K, {"h": D}, "float16")
+    for name, n in (("train", 40_000), ("test", 2_000), ("ood", 30_000)):
+        with store.writer(name, n_samples=n) as writer:
+            y = np.arange(n) % K
+            for start in range(0, n, 10_000):
+                part = y[start : start + 10_000]
+                X = rng.standard_normal((len(part), D), np.float32) + (part[:, None] % 5)
+                writer.append({"h": X.astype(np.float16)}, part)
+    store.set_classifier("h", rng.standard_normal((K, D), np.float32), np.zeros(K, np.float32))
+    metrics = [
+        "nc1_pinv",
+        "nc1_quot",
+        "nc3_cos_mean",
+        "nc4_agree",
+        "nc5_ood_dev",
+        "nc1_test_to_train",
+    ]
+    budget = 760 * 2**20
     planned, peak, reads, values = peak_of(stores=str(store.path), metrics=metrics, memory=budget)
     assert peak <= planned <= budget
     assert reads > 1

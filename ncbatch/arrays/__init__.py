@@ -13,6 +13,7 @@ from ncbatch.arrays.products import row_blocks, symmetric_product, triangular_fa
 from ncbatch.arrays.rows import (
     CentredRows,
     ChosenRows,
+    StackedRows,
     StoredRows,
     block_rows,
     float64_blocks,
@@ -29,6 +30,7 @@ __all__ = [
     "ChosenRows",
     "Device",
     "Segments",
+    "StackedRows",
     "StoredRows",
     "add_at",
     "as_float64",

@@ -8,7 +8,7 @@ They have ``shape``, ``dtype``, ``device`` and a namespace, and give float block
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class StoredRows:
     Parameters
     ----------
     path : path
-        The file, exactly K * D * 8 bytes; made, full of zeros, when it is not there.
+        The file, exactly K * D * 8 bytes; `create` makes one.
     shape : (int, int)
         K and D.
     """
@@ -48,9 +48,19 @@ class StoredRows:
 
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, int]) -> None:
         self.path, self.shape = Path(path), shape
-        if not self.path.exists():
-            with self.path.open("wb") as file:
-                file.truncate(shape[0] * shape[1] * 8)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], shape: tuple[int, int]) -> StoredRows:
+        """Make a file of zeros, to be written slice by slice."""
+        with Path(path).open("wb") as file:
+            file.truncate(shape[0] * shape[1] * 8)
+        return cls(path, shape)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the file is there, and as long as its rows are."""
+        size = self.shape[0] * self.shape[1] * 8
+        return self.path.exists() and self.path.stat().st_size == size
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         return array_api_compat.numpy
@@ -105,6 +115,50 @@ class StoredRows:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoredRows, (self.path, self.shape)
+
+
+class StackedRows(StoredRows):
+    """The rows of several files, one below the other; for reading.
+
+    Parameters
+    ----------
+    parts : sequence of StoredRows
+        The files, with equal D.
+    """
+
+    def __init__(self, parts: Sequence[StoredRows]) -> None:
+        self.parts = [p for part in parts for p in getattr(part, "parts", [part])]
+        self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
+        self.path = self.parts[0].path
+        self.shape = int(self._starts[-1]), self.parts[0].shape[1]
+
+    def __getitem__(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """Read rows into an array of their own."""
+        rows = _without_columns(rows)
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            found = np.empty((max(stop - start, 0), self.shape[1]))
+            for part, first in zip(self.parts, self._starts.tolist(), strict=False):
+                low, high = max(start, first), min(stop, first + len(part))
+                if low < high:
+                    found[low - start : high - start] = part[low - first : high - first]
+            return found
+        numbers = np.asarray(rows)
+        if numbers.dtype == np.bool_:
+            numbers = np.flatnonzero(numbers)
+        found = np.empty((len(numbers), self.shape[1]))
+        homes = np.searchsorted(self._starts, numbers, side="right") - 1
+        for home in np.unique(homes).tolist():
+            here = homes == home
+            found[here] = self.parts[home][numbers[here] - self._starts[home]]
+        return found
+
+    def __setitem__(self, rows: Rows, values: npt.NDArray[np.float64]) -> None:
+        """Refuse: rows are written part by part."""
+        raise TypeError("stacked rows are written part by part")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StackedRows, (self.parts,)
 
 
 class _View:

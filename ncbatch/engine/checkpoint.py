@@ -22,7 +22,7 @@ from ncbatch.errors import OutputError
 About: TypeAlias = Mapping[str, Any]
 
 _ABOUT = "about.json"
-_SUBJECT = ("state", "place")
+_SUBJECT = ("state", "place", "class_block")
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,17 @@ class Kept:
                 "a directory with room to write to",
             ) from error
 
-    def drop(self, pattern: str) -> None:
-        """Delete the files whose names match a glob pattern."""
-        for path in self.folder.glob(f"{pattern}.npz"):
-            path.unlink(missing_ok=True)
+    def conclude(self, arrays: Arrays) -> None:
+        """Keep the finished state, and delete all that it replaces, left-overs of kills too."""
+        self.save("state", arrays)
+        needed = {a.tobytes().decode() for name, a in arrays.items() if name.endswith(".path")}
+        for path in self.folder.iterdir():
+            if path.name not in (_ABOUT, "state.npz") and str(path) not in needed:
+                path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Delete the finished state, which cannot be used."""
+        (self.folder / "state.npz").unlink(missing_ok=True)
 
     def changes(self) -> str | None:
         """Say why earlier work on the same subject does not serve; None when there is none.
@@ -99,7 +106,7 @@ class Kept:
         found = [
             _difference(about, self.about)
             for about in _all(self.root)
-            if all(about.get(name) == self.about[name] for name in _SUBJECT)
+            if all(about.get(name) == self.about.get(name) for name in _SUBJECT)
         ]
         return min(found, key=len) if found else None
 

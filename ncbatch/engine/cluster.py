@@ -152,6 +152,7 @@ def _given_client(client: Client) -> Client:
         raise UsageError("an asynchronous client", "one made without asynchronous=True")
     if client.status != "running":
         raise UsageError(f"a client that is {client.status}", "one that is connected")
+    _wait_for_worker(client, "the client's scheduler", "start some, or scale the cluster up")
     _check_versions(client)
     return client
 
@@ -182,15 +183,19 @@ def _connect(address: str, stack: ExitStack) -> Client:
 
     _check_scheduler(address)
     client = stack.enter_context(DaskClient(address, timeout=CONNECT_SECONDS, set_as_default=False))
+    _wait_for_worker(
+        client, f"the scheduler at {address}", f"start some with: dask worker {address}"
+    )
+    return client
+
+
+def _wait_for_worker(client: Client, scheduler: str, remedy: str) -> None:
     try:
         client.wait_for_workers(1, timeout=WORKER_SECONDS)
     except TimeoutError as error:
         raise WorkerError(
-            f"the scheduler at {address} has no workers",
-            f"one within {WORKER_SECONDS} seconds",
-            f"start some with: dask worker {address}",
+            f"{scheduler} has no workers", f"one within {WORKER_SECONDS} seconds", remedy
         ) from error
-    return client
 
 
 def _check_scheduler(address: str) -> None:

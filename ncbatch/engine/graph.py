@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from ncbatch.engine.packing import pack, unpack
 from ncbatch.engine.run import Call, Item, Job, Progress, Sweep, load_state, say_changes
 from ncbatch.engine.slots import task_slots, task_threads
 from ncbatch.errors import WorkerError
+
+# Seconds between looks at what is done, and those without a scheduler until a run is given up.
+_POLL_SECONDS, _LOST_SECONDS = 0.02, 20.0
 
 
 def run_graph(
@@ -46,7 +50,7 @@ def run_graph(
     if progress:
         for job in jobs:
             for step in job.steps:
-                if isinstance(step, Sweep) and step.finished(state) is None:
+                if isinstance(step, Sweep):
                     say_changes(step, state, progress)
         progress.begin(f"{len(jobs)} layers on {graph.n_workers} workers", graph.n_items, "items")
     try:
@@ -81,6 +85,11 @@ class _Graph:
             for step in job.steps
             if isinstance(step, Sweep)
         }
+        self._kept = {
+            (j, name): kept
+            for (j, name) in self._items
+            if (kept := _sweep(jobs[j], name).finished(state)) is not None
+        }
         self._leaves: dict[str, _Leaf] = {}
         self._leaf_futures: list[Any] = []
 
@@ -91,8 +100,8 @@ class _Graph:
 
     @property
     def n_items(self) -> int:
-        """Items of all sweeps."""
-        return sum(len(items) for items in self._items.values())
+        """Items of all sweeps that are not kept."""
+        return sum(len(items) for at, items in self._items.items() if at not in self._kept)
 
     def run(self, progress: Progress | None) -> list[Any]:
         """Run until every job has its result."""
@@ -119,8 +128,8 @@ class _Graph:
             given = [results[name] for name in step.needs]
             if isinstance(step, Call):
                 found = self._submit(_call, step.name, whole, step.name, self._slots, *given)
-            elif step.finished(self._state) is not None:
-                found = self._submit(_load, step.name, whole, step.name, self._state, *given)
+            elif (j, step.name) in self._kept:
+                found = self._submit(_load, step.name, whole, j, step.name, self._state, *given)
             else:
                 found = self._submit_sweep(j, step, whole, given)
             results[step.name] = found
@@ -159,15 +168,16 @@ class _Graph:
 
     def _wait(self, ends: list[Any], progress: Progress | None, told: set[_Leaf]) -> list[_Leaf]:
         """Wait for all tasks; give the items that killed workers."""
-        from distributed import KilledWorker, as_completed
+        from distributed import KilledWorker
 
-        waiting = as_completed([*ends, *self._leaf_futures], loop=self._client.loop)
-        # Held no longer: what is merged shall not stay in the workers' memory.
-        self._leaf_futures = []
+        futures, self._leaf_futures = [*ends, *self._leaf_futures], []
         killers: dict[str, _Leaf] = {}
-        for future in waiting:
+        for future in _completed(self._client, futures):
             if future.status == "error":
                 error = future.exception()
+                if isinstance(error, UnreadableStateError):
+                    self._kept.pop(error.at).forget()
+                    return []  # and build anew
                 if not isinstance(error, KilledWorker):
                     raise error
                 # What depends on the task that killed ends with the same error.
@@ -203,6 +213,41 @@ class _Graph:
             Item(item.start, middle, size),
             Item(middle, item.stop, item.size - size),
         ]
+
+
+class UnreadableStateError(Exception):
+    """A finished state that is kept, and cannot be read: it counts as absent."""
+
+    def __init__(self, job: int, step: str) -> None:
+        super().__init__(job, step)
+        self.at = (job, step)
+
+
+def _completed(client: Any, futures: list[Any]) -> Iterator[Any]:
+    """Give futures as they complete; `futures` is emptied, so that none is held longer.
+
+    Raises
+    ------
+    WorkerError
+        When the scheduler is gone.
+    """
+    from distributed import as_completed
+
+    waiting = as_completed(futures, loop=client.loop)
+    futures.clear()
+    last = time.monotonic()
+    while not waiting.is_empty():
+        batch = waiting.next_batch(block=False)
+        yield from batch
+        if client.status == "running":
+            last = time.monotonic()
+        elif time.monotonic() - last > _LOST_SECONDS:
+            raise WorkerError(
+                "the scheduler has gone", "one that answers",
+                "start it again, and the same command: with --state it goes on",
+            )  # fmt: skip
+        if not batch:
+            time.sleep(_POLL_SECONDS)
 
 
 def _in_pairs(parts: list[Any]) -> Iterator[tuple[Any, ...]]:
@@ -254,25 +299,24 @@ def _finish(
     job: Job, name: str, state: Path | None, slots: Mapping[str, int], partial: Any, *given: Any
 ) -> Any:
     step = _sweep(job, name)
+    work, kept = step.make(*given), step.kept(state)
+    if kept is not None:  # done before, by a worker that was lost since: others use its files
+        found = load_state(work, kept)
+        if found is not None:
+            return found
     with thread_limit(task_threads(slots)):
-        found = step.make(*given).finish(partial)
-    kept = step.kept(state)
+        found = work.finish(partial)
     if kept is not None:
-        kept.save("state", pack(found))
-        kept.drop("item-*")
+        kept.conclude(pack(found))
     return found
 
 
-def _load(job: Job, name: str, state: Path, *given: Any) -> Any:
+def _load(job: Job, j: int, name: str, state: Path, *given: Any) -> Any:
     step = _sweep(job, name)
     kept = step.finished(state)
     found = None if kept is None else load_state(step.make(*given), kept)
     if found is None:
-        raise WorkerError(
-            f"the kept state of {step.label} cannot be read from '{state}'",
-            "a directory that every worker reaches under that path",
-            "delete it, or give another --state",
-        )
+        raise UnreadableStateError(j, name)
     return found
 
 

@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -91,9 +90,10 @@ def unpack(
 
 
 def _stored_rows(path: str, shape: tuple[int, ...]) -> StoredRows:
-    if not Path(path).exists():  # rows are never made up
+    rows = StoredRows(path, (shape[0], shape[1]))
+    if not rows.complete:
         raise KeyError(path)
-    return StoredRows(path, (shape[0], shape[1]))
+    return rows
 
 
 @cache

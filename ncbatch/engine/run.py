@@ -263,8 +263,7 @@ class _Loop:
                 self._progress.advance(item.size)
         result = self._work.finish(self._work.seal(accumulator))
         if self._kept is not None:
-            self._kept.save("state", pack(result))
-            self._kept.drop("running")
+            self._kept.conclude(pack(result))
         return result
 
     def _resumed(self) -> tuple[int, Any]:

@@ -115,7 +115,7 @@ class PairMeans:
         # Another process may sweep the same means.
         own = tempfile.TemporaryDirectory(prefix="within-", dir=folder)
         weakref.finalize(self, own.cleanup)
-        return StoredRows(Path(own.name) / "within.rows", self.means.shape)
+        return StoredRows.create(Path(own.name) / "within.rows", self.means.shape)
 
     def _measure(self, root: Array | None) -> None:
         """Set norms, and rows along S_W, in one pass over the means."""

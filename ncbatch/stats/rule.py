@@ -13,7 +13,6 @@ from array_api_compat import device, is_numpy_array
 
 from ncbatch.arrays import (
     Array,
-    StoredRows,
     as_float64,
     block_rows,
     float64_blocks,
@@ -287,7 +286,7 @@ def _rows_at_a_time(n_features: int) -> int:
 
 def in_memory(rows: Array) -> bool:
     """Whether rows are an array, not a view or in a file."""
-    return not hasattr(rows, "rows") and not isinstance(rows, StoredRows)
+    return hasattr(rows, "__dlpack__")
 
 
 def longest_row(rows: Array) -> float:

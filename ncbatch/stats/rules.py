@@ -12,7 +12,6 @@ from array_api_compat import device
 from ncbatch.arrays import (
     Array,
     CentredRows,
-    StoredRows,
     as_float64,
     float64_blocks,
     mean_of_rows,
@@ -145,7 +144,7 @@ def linear_rule(
 def _in_file(rows: Array) -> bool:
     while hasattr(rows, "rows"):
         rows = rows.rows
-    return isinstance(rows, StoredRows)
+    return not in_memory(rows)
 
 
 def _ids(rows: Array, classes: Array | None) -> Array:

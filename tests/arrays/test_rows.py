@@ -37,7 +37,7 @@ each_part = pytest.mark.parametrize("part", PARTS, ids=str)
 
 @pytest.fixture
 def stored(tmp_path) -> StoredRows:
-    rows = StoredRows(tmp_path / "rows", ROWS.shape)
+    rows = StoredRows.create(tmp_path / "rows", ROWS.shape)
     for part in (slice(0, 20), slice(20, 50)):
         rows[part] = ROWS[part]
     return rows
@@ -53,7 +53,7 @@ def test_stored_rows_are_what_was_written(stored: StoredRows, part):
 
 
 def test_what_was_not_written_is_zero_and_what_is_missing_is_an_error(tmp_path):
-    rows = StoredRows(tmp_path / "rows", (4, 3))
+    rows = StoredRows.create(tmp_path / "rows", (4, 3))
     rows[1:2] = np.ones((1, 3))
     assert rows[0:4].sum(axis=1).tolist() == [0, 3, 0, 0]
     with pytest.raises(TypeError, match="slice by slice"):
@@ -124,7 +124,7 @@ def test_blocks_are_small_and_products_fold_into_few():
 
 
 def test_views_hold_no_rows(tmp_path):
-    stored = StoredRows(tmp_path / "rows", (20_000, 100))  # 16 MB
+    stored = StoredRows.create(tmp_path / "rows", (20_000, 100))  # 16 MB
     tracemalloc.start()
     view = CentredRows(ChosenRows(stored, np.arange(19_999, -1, -1)), np.ones(100))
     total = sum(float(block.sum()) for _, block in float64_blocks(view))

@@ -199,12 +199,6 @@ CASES = [
         Aim(at_least=1.7), peer=True,
     ),
     Case(
-        "processes-all-2-against-1",
-        "measure all metrics that need no classifier on 2 workers of a thread",
-        "the same on 1 worker", partial(processes, metrics=None), FULL, None, Aim(at_least=1.7),
-        peer=True, repeats=1,
-    ),
-    Case(
         "peak-rss", f"peak of measure {', '.join(_MOMENTS_METRICS)}", "the plan's figure",
         partial(peak_of_measure, metrics=_MOMENTS_METRICS), FULL, QUICK, Aim(at_most=1.0),
         unit="MiB",

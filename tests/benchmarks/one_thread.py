@@ -68,6 +68,7 @@ def _run_worker(processor: int, scheduler: str) -> None:
     main([
         *(scheduler, "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"),
         *("--nthreads", "1", "--no-nanny", "--memory-limit", "0"),
+        *("--death-timeout", "20"),  # without a scheduler it ends by itself
     ])  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 from ncbatch.engine import Call, Item, Job, Sweep, run_jobs
 from ncbatch.engine.graph import run_graph
 from ncbatch.errors import WorkerError
-from tests.clusters import ROOT, kill_worker, wait_for_workers
+from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
 from tests.engine.counting import Counting
 from tests.engine.test_run import NUMBERS, Recorder, _give, _text
 
@@ -100,11 +100,43 @@ class Picky(Counting):
         return super().fold(accumulator, item)
 
 
+def test_a_scheduler_that_dies_ends_the_run(tmp_path, monkeypatch):
+    from distributed import Client
+
+    from ncbatch.engine import graph
+
+    monkeypatch.setattr(graph, "_LOST_SECONDS", 2.0)
+    file = tmp_path / "scheduler.json"
+    loopback = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
+    with dask_process(
+        "scheduler",
+        "--scheduler-file",
+        file,
+        "--port",
+        0,
+        *loopback,
+        log=tmp_path / "scheduler.log",
+    ) as scheduler:
+        address = wait_for_file(file)["address"]
+        worker = ("worker", address, "--nthreads", 1, "--memory-limit", 0, *loopback)
+        with (
+            dask_process(*worker, log=tmp_path / "worker.log"),
+            Client(address, set_as_default=False, timeout=20) as client,
+        ):
+            client.wait_for_workers(1, timeout=60)
+            killer = threading.Timer(1.5, scheduler.kill)
+            killer.start()
+            with pytest.raises(WorkerError, match="the scheduler has gone"):
+                run_graph(client, [job(Counting(MANY, tmp_path / "log", slow=0.5))])
+
+
 def test_kept_items_are_not_done_again(client, tmp_path):
     log, state = tmp_path / "log", tmp_path / "state"
     bad = Counting((*MANY[:-1], -1), log)
     with pytest.raises(ValueError, match="negative"):
         run_graph(client, [job(bad)], state=state)
+    done = log.read_text().split()
+    time.sleep(0.5)  # items that workers had begun are finished, and kept
     done = log.read_text().split()
     kept = {path.stem.removeprefix("item-") for path in state.glob("*/item-*.npz")}
     assert kept == set(done)

@@ -65,7 +65,7 @@ def test_arrays_are_put_where_they_belong():
 
 
 def test_stored_rows_stay_where_they_are(tmp_path):
-    rows = StoredRows(tmp_path / "rows", (2, 3))
+    rows = StoredRows.create(tmp_path / "rows", (2, 3))
     rows[0:2] = np.arange(6.0).reshape(2, 3)
     found = unpack(Inner, pack(Inner(1.0, rows)))
     assert isinstance(found.numbers, StoredRows)

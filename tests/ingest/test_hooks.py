@@ -696,8 +696,13 @@ def kill_at(path: str, moment: str, count: int) -> None:
             tick()
             yield batch
 
+    owners = {
+        "flush": row_buffer.RowBuffer,
+        "save": writing.CommitRecord,
+        "finalize_split": writing,
+    }
     if moment != "batch":
-        before(writing.Writer if moment != "flush" else row_buffer.RowBuffer, moment)
+        before(owners[moment], moment)
     dump_wide(path, ticking(wide_batches()) if moment == "batch" else None)
 
 
@@ -708,8 +713,8 @@ def kill_at(path: str, moment: str, count: int) -> None:
         ("batch", 3),  # a split without a committed row
         ("batch", 9),
         ("flush", 9),  # features of a block without its labels
-        ("_record", 2),  # labels without their record
-        ("_finalize", 1),  # everything but the end
+        ("save", 2),  # labels without their record
+        ("finalize_split", 1),  # everything but the end
     ],
 )
 @pytest.mark.slow

@@ -34,7 +34,7 @@ CASES = {**REGIMES, "equal_means": equal_means}
 
 
 def in_file(tmp_path, name: str, values: np.ndarray) -> StoredRows:
-    rows = StoredRows(tmp_path / name, values.shape)
+    rows = StoredRows.create(tmp_path / name, values.shape)
     rows[0 : len(values)] = values
     return rows
 

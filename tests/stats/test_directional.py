@@ -41,7 +41,7 @@ def test_means_in_a_file_give_the_same_sums(tmp_path, D: int):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 40, 90)
     X, means = rng.normal(size=(90, D)), rng.normal(size=(40, D))
-    rows = StoredRows(tmp_path / "means", means.shape)
+    rows = StoredRows.create(tmp_path / "means", means.shape)
     rows[0:40] = means
     in_memory, stored = (
         DirectionalVariance.from_block(X, y, PairTiles(m, means[0], quantities=[]))
@@ -55,7 +55,7 @@ def test_means_in_a_file_give_the_same_sums(tmp_path, D: int):
 def test_a_block_holds_what_its_price_says(tmp_path, stored: bool):
     K, D, n = 6000, 128, 500
     means = np.random.default_rng(0).normal(size=(K, D))
-    rows = StoredRows(tmp_path / "means", means.shape) if stored else means
+    rows = StoredRows.create(tmp_path / "means", means.shape) if stored else means
     if stored:
         rows[0:K] = means
     pairs = PairTiles(rows, means[0], quantities=[])

@@ -56,7 +56,7 @@ def test_integer_grids_full_of_ties():
 def test_means_in_a_file_and_in_other_processes(tmp_path: Path):
     rng = np.random.default_rng(0)
     X, means = rng.normal(size=(60, 7)), rng.normal(size=(90, 7))
-    file = StoredRows(tmp_path / "means", means.shape)
+    file = StoredRows.create(tmp_path / "means", means.shape)
     file[0:90] = means
     rule = faiss_nearest_rule(file)
     want = nearest_means(X, means, np.arange(90))

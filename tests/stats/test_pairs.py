@@ -271,7 +271,7 @@ def test_each_quantity_alone_is_what_it_is_among_all(quantity: str):
 
 
 def in_file(path, values: np.ndarray) -> StoredRows:
-    rows = StoredRows(path, values.shape)
+    rows = StoredRows.create(path, values.shape)
     rows[0 : len(values)] = values
     return rows
 

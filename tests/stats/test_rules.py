@@ -25,7 +25,7 @@ both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["arrays", "c
 
 
 def stored(rows: np.ndarray, folder: Path) -> StoredRows:
-    found = StoredRows(folder / "rows", rows.shape)
+    found = StoredRows.create(folder / "rows", rows.shape)
     found[0 : len(rows)] = rows
     return found
 
