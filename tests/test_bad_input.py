@@ -452,7 +452,7 @@ def test_an_interrupted_command_says_so(folder, monkeypatch):
 
 def test_the_smallest_memory_that_is_named_works(folder):
     refusal = run_here("measure", "s", "--memory", "20MiB", cwd=folder)
-    check_refused(refusal, r"needs .* MiB resident", r"at most 20\.00 MiB")
+    check_refused(refusal, r"needs .* [MG]iB resident", r"at most 20\.00 MiB")
     found = re.search(r"--memory (\d+MiB)", refusal.err)
     assert found
     done = run_here("measure", "s", "--memory", found[1], cwd=folder)
