@@ -12,12 +12,14 @@ from typing import Any
 
 from ncbatch.arrays import thread_limit
 from ncbatch.engine.packing import pack, unpack
-from ncbatch.engine.run import Call, Item, Job, Progress, Sweep, load_state, say_changes
+from ncbatch.engine.run import Call, Item, Job, Progress, Step, Sweep, load_state, say_changes
 from ncbatch.engine.slots import task_slots, task_threads
 from ncbatch.errors import WorkerError
 
 # Seconds between looks at what is done, and those without a scheduler until a run is given up.
 _POLL_SECONDS, _LOST_SECONDS = 0.02, 20.0
+# Rounds in which workers died of a task that is no item, before that task is held guilty.
+_UNEXPLAINED = 1
 
 
 def run_graph(
@@ -71,6 +73,11 @@ class _Leaf:
     def __hash__(self) -> int:
         return hash((self.job, self.step.name, self.item))
 
+    @property
+    def grains(self) -> int:
+        """Whole grains that it can be cut into."""
+        return -(-(self.item.stop - self.item.start) // self.step.grain)
+
 
 class _Graph:
     """The tasks of all jobs. Items that killed workers are cut in two, and all is built anew."""
@@ -92,6 +99,7 @@ class _Graph:
         }
         self._leaves: dict[str, _Leaf] = {}
         self._leaf_futures: list[Any] = []
+        self._unexplained = 0
 
     @property
     def n_workers(self) -> int:
@@ -117,14 +125,22 @@ class _Graph:
             finally:
                 self._client.cancel(list(ends.values()))
             for leaf in killers:
-                self._halve(leaf)
+                if leaf.grains > 1:
+                    self._halve(leaf)
+            guilty = [leaf for leaf in killers if leaf.grains == 1 and self._kills_alone(leaf)]
+            if guilty:
+                raise _deadly(guilty[0])
         return [results[j] for j in range(len(self._jobs))]
 
     def _submit_job(self, j: int, job: Job) -> Any:
         """Submit all tasks of a job; gives the future of its result."""
-        whole = self._submit(_same, f"job-{job.name}", job)
+        return self._submit_steps(j, job.steps)[job.steps[-1].name]
+
+    def _submit_steps(self, j: int, steps: Sequence[Step]) -> dict[str, Any]:
+        """Submit the tasks of a job's first steps; gives the futures of their results."""
+        whole = self._whole(j)
         results: dict[str, Any] = {}
-        for step in job.steps:
+        for step in steps:
             given = [results[name] for name in step.needs]
             if isinstance(step, Call):
                 found = self._submit(_call, step.name, whole, step.name, self._slots, *given)
@@ -133,14 +149,20 @@ class _Graph:
             else:
                 found = self._submit_sweep(j, step, whole, given)
             results[step.name] = found
-        return results[job.steps[-1].name]
+        return results
+
+    def _whole(self, j: int) -> Any:
+        return self._submit(_same, f"job-{self._jobs[j].name}", self._jobs[j])
+
+    def _submit_item(self, step: Sweep, whole: Any, item: Item, given: list[Any]) -> Any:
+        return self._submit(
+            _fold, step.name, whole, step.name, item, self._state, self._slots, *given
+        )
 
     def _submit_sweep(self, j: int, step: Sweep, whole: Any, given: list[Any]) -> Any:
         parts = []
         for item in self._items[j, step.name]:
-            future = self._submit(
-                _fold, step.name, whole, step.name, item, self._state, self._slots, *given
-            )
+            future = self._submit_item(step, whole, item, given)
             self._leaves[future.key] = _Leaf(j, step, item)
             self._leaf_futures.append(future)
             parts.append(future)
@@ -172,6 +194,7 @@ class _Graph:
 
         futures, self._leaf_futures = [*ends, *self._leaf_futures], []
         killers: dict[str, _Leaf] = {}
+        others: list[str] = []
         for future in _completed(self._client, futures):
             if future.status == "error":
                 error = future.exception()
@@ -182,30 +205,28 @@ class _Graph:
                     raise error
                 # What depends on the task that killed ends with the same error.
                 task = str(error.task)
-                if task not in self._leaves:
-                    raise WorkerError(
-                        f"workers died of task '{task}'",
-                        "workers with memory for it",
-                        "see the memory that 'ncbatch plan' names, and the workers' own logs",
-                    )
-                killers[task] = self._leaves[task]
+                if task in self._leaves:
+                    killers[task] = self._leaves[task]
+                else:
+                    others.append(task)
             elif progress and (leaf := self._leaves.get(future.key)) and leaf not in told:
                 told.add(leaf)
                 progress.advance(1)
+        if others and not killers:
+            # A merge may have waited on a worker that an item killed; twice is no accident.
+            self._unexplained += 1
+            if self._unexplained > _UNEXPLAINED:
+                raise WorkerError(
+                    f"workers died of task '{others[0]}'",
+                    "workers with memory for it",
+                    "see the memory that 'ncbatch plan' names, and the workers' own logs",
+                )
         return list(killers.values())
 
     def _halve(self, leaf: _Leaf) -> None:
-        """Cut an item in two, or give up when it is as small as can be."""
-        item, grain = leaf.item, leaf.step.grain
-        grains = -(-(item.stop - item.start) // grain)
-        what = "rows" if leaf.step.unit == "B" else "tiles"
-        if grains < 2:
-            raise WorkerError(
-                f"{leaf.step.label}: {what} {item.start}..{item.stop - 1} kill every worker that takes them",
-                "workers that live through them",
-                "see the workers' own logs; give them more memory, or check the data with 'ncbatch validate'",
-            )
-        middle = item.start + grains // 2 * grain
+        """Cut an item in two, at a grain."""
+        item = leaf.item
+        middle = item.start + leaf.grains // 2 * leaf.step.grain
         size = item.size * (middle - item.start) // (item.stop - item.start)
         items = self._items[leaf.job, leaf.step.name]
         at = items.index(item)
@@ -213,6 +234,44 @@ class _Graph:
             Item(item.start, middle, size),
             Item(middle, item.stop, item.size - size),
         ]
+
+    def _kills_alone(self, leaf: _Leaf) -> bool:
+        """Try an item while nothing else runs: Dask blames all that waits on a worker that dies."""
+        from distributed import KilledWorker
+
+        self._round = uuid.uuid4().hex[:8]
+        before = self._submit_steps(leaf.job, _needed(self._jobs[leaf.job], leaf.step))
+        given = [before[name] for name in leaf.step.needs]
+        self._leaf_futures = []
+        for _ in _completed(self._client, list(given)):
+            pass
+        future = self._submit_item(leaf.step, self._whole(leaf.job), leaf.item, given)
+        for _ in _completed(self._client, [future]):
+            pass
+        error = future.exception() if future.status == "error" else None
+        if error is not None and not isinstance(error, KilledWorker):
+            raise error
+        return error is not None and str(error.task) == future.key
+
+
+def _needed(job: Job, step: Sweep) -> list[Step]:
+    """Give the steps of a job that one depends on, in their order."""
+    names, found = set(step.needs), list[Step]()
+    for earlier in reversed(job.steps[: job.steps.index(step)]):
+        if earlier.name in names:
+            names |= set(earlier.needs)
+            found.insert(0, earlier)
+    return found
+
+
+def _deadly(leaf: _Leaf) -> WorkerError:
+    item = leaf.item
+    what = "rows" if leaf.step.unit == "B" else "tiles"
+    return WorkerError(
+        f"{leaf.step.label}: {what} {item.start}..{item.stop - 1} kill every worker that takes them",
+        "workers that live through them",
+        "see the workers' own logs; give them more memory, or check the data with 'ncbatch validate'",
+    )
 
 
 class UnreadableStateError(Exception):

@@ -79,12 +79,9 @@ def test_an_item_that_kills_workers_is_halved_and_then_reported(
     client, scheduler_address, tmp_path
 ):
     log = tmp_path / "log"
-    with pytest.raises(WorkerError, match=r"counting job: rows [678]\.\.[678] kill every worker"):
+    with pytest.raises(WorkerError, match=r"counting job: rows 7\.\.7 kill every worker"):
         run_graph(client, [job(Counting(MANY, log, deadly=(7,)))])
-    # Items that waited on the worker that died are blamed with it, so neighbours may be cut too.
-    done = set(log.read_text().split())
-    assert "0-3" in done
-    assert not any(int(item.split("-")[0]) <= 7 < int(item.split("-")[1]) for item in done)
+    assert {"0-3", "8-9"} <= set(log.read_text().split())  # what is beside it was done
     wait_for_workers(scheduler_address, 2)
 
 
