@@ -19,9 +19,9 @@ from ncbatch.passes import (
     DirectionalPass,
     MomentsPass,
     PairPass,
-    joined,
 )
 from ncbatch.pricing import Mode, Rows, Shape
+from ncbatch.reads import joined
 from ncbatch.rows import RowSource, count_labels, select_classes
 from ncbatch.stats import PairTiles, faiss_nearest_rule, linear_rule, nearest_mean_rule
 from ncbatch.store import Split

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ncbatch.arrays import ChosenRows, StoredRows, mean_of_rows
 from ncbatch.layer import Layer, check_classes, device_put
 from ncbatch.metrics import ClassView, Statistics, Undefined
-from ncbatch.passes import DecisionsRead, MomentsRead
+from ncbatch.reads import DecisionsRead, MomentsRead
 from ncbatch.results import Cell
 from ncbatch.stats import DirectionalVariance, Moments, PairStats, SeenMoments, null_scatter
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncbatch.arrays import thread_limit
-from ncbatch.engine.packing import pack, unpack
-from ncbatch.engine.run import Call, Item, Job, Progress, Step, Sweep, load_state, say_changes
-from ncbatch.engine.slots import task_slots, task_threads
+from ncbatch.engine import tasks
+from ncbatch.engine.run import Call, Item, Job, Progress, Step, Sweep, say_changes
+from ncbatch.engine.slots import task_slots
 from ncbatch.errors import WorkerError
 
 # Seconds between looks at what is done, and those without a scheduler until a run is given up.
@@ -95,7 +94,7 @@ class _Graph:
         self._kept = {
             (j, name): kept
             for (j, name) in self._items
-            if (kept := _sweep(jobs[j], name).finished(state)) is not None
+            if (kept := tasks.sweep_of(jobs[j], name).finished(state)) is not None
         }
         self._leaves: dict[str, _Leaf] = {}
         self._leaf_futures: list[Any] = []
@@ -143,20 +142,22 @@ class _Graph:
         for step in steps:
             given = [results[name] for name in step.needs]
             if isinstance(step, Call):
-                found = self._submit(_call, step.name, whole, step.name, self._slots, *given)
+                found = self._submit(tasks.call, step.name, whole, step.name, self._slots, *given)
             elif (j, step.name) in self._kept:
-                found = self._submit(_load, step.name, whole, j, step.name, self._state, *given)
+                found = self._submit(
+                    tasks.load, step.name, whole, j, step.name, self._state, *given
+                )
             else:
                 found = self._submit_sweep(j, step, whole, given)
             results[step.name] = found
         return results
 
     def _whole(self, j: int) -> Any:
-        return self._submit(_same, f"job-{self._jobs[j].name}", self._jobs[j])
+        return self._submit(tasks.same, f"job-{self._jobs[j].name}", self._jobs[j])
 
     def _submit_item(self, step: Sweep, whole: Any, item: Item, given: list[Any]) -> Any:
         return self._submit(
-            _fold, step.name, whole, step.name, item, self._state, self._slots, *given
+            tasks.fold, step.name, whole, step.name, item, self._state, self._slots, *given
         )
 
     def _submit_sweep(self, j: int, step: Sweep, whole: Any, given: list[Any]) -> Any:
@@ -167,23 +168,23 @@ class _Graph:
             self._leaf_futures.append(future)
             parts.append(future)
         if not parts:
-            parts = [self._submit(_empty, step.name, whole, step.name, *given)]
+            parts = [self._submit(tasks.empty, step.name, whole, step.name, *given)]
         while len(parts) > 1:
             parts = [
-                self._submit(_merge, step.name, whole, step.name, self._slots, a, *b, *given)
+                self._submit(tasks.merge, step.name, whole, step.name, self._slots, a, *b, *given)
                 if b
                 else a
                 for a, *b in _in_pairs(parts)
             ]
         return self._submit(
-            _finish, step.name, whole, step.name, self._state, self._slots, parts[0], *given
+            tasks.finish, step.name, whole, step.name, self._state, self._slots, parts[0], *given
         )
 
     def _submit(self, function: Any, name: str, *arguments: Any) -> Any:
         """Submit a task under a key made of what it is given, so that equal tasks run once."""
         text = repr([getattr(a, "key", a) for a in arguments if not isinstance(a, Job)])
         key = hashlib.sha256(f"{function.__name__}{name}{text}".encode()).hexdigest()[:16]
-        kind = function.__name__.strip("_")
+        kind = function.__name__
         return self._client.submit(
             function, *arguments, key=f"ncbatch-{kind}-{self._round}-{key}", pure=False
         )
@@ -198,7 +199,7 @@ class _Graph:
         for future in _completed(self._client, futures):
             if future.status == "error":
                 error = future.exception()
-                if isinstance(error, UnreadableStateError):
+                if isinstance(error, tasks.UnreadableStateError):
                     self._kept.pop(error.at).forget()
                     return []  # and build anew
                 if not isinstance(error, KilledWorker):
@@ -274,14 +275,6 @@ def _deadly(leaf: _Leaf) -> WorkerError:
     )
 
 
-class UnreadableStateError(Exception):
-    """A finished state that is kept, and cannot be read: it counts as absent."""
-
-    def __init__(self, job: int, step: str) -> None:
-        super().__init__(job, step)
-        self.at = (job, step)
-
-
 def _completed(client: Any, futures: list[Any]) -> Iterator[Any]:
     """Give futures as they complete; `futures` is emptied, so that none is held longer.
 
@@ -312,75 +305,3 @@ def _completed(client: Any, futures: list[Any]) -> Iterator[Any]:
 def _in_pairs(parts: list[Any]) -> Iterator[tuple[Any, ...]]:
     for i in range(0, len(parts), 2):
         yield tuple(parts[i : i + 2])
-
-
-# ----------------------------------------------------- tasks, which carry paths and states, not data
-
-
-def _same(job: Job) -> Job:
-    return job
-
-
-def _sweep(job: Job, name: str) -> Sweep:
-    step = next(step for step in job.steps if step.name == name)
-    assert isinstance(step, Sweep)
-    return step
-
-
-def _fold(
-    job: Job, name: str, item: Item, state: Path | None, slots: Mapping[str, int], *given: Any
-) -> Any:
-    """Fold one item, unless it is kept."""
-    step = _sweep(job, name)
-    work, kept = step.make(*given), step.kept(state)
-    file = f"item-{item.start}-{item.stop}"
-    arrays = None if kept is None else kept.load(file)
-    if arrays is not None:
-        return unpack(work.kind, arrays)
-    with thread_limit(task_threads(slots)):
-        found = work.seal(work.fold(work.start(), item))
-    if kept is not None:
-        kept.save(file, pack(found))
-    return found
-
-
-def _empty(job: Job, name: str, *given: Any) -> Any:
-    work = _sweep(job, name).make(*given)
-    return work.seal(work.start())
-
-
-def _merge(job: Job, name: str, slots: Mapping[str, int], a: Any, b: Any, *given: Any) -> Any:
-    with thread_limit(task_threads(slots)):
-        return _sweep(job, name).make(*given).merge(a, b)
-
-
-def _finish(
-    job: Job, name: str, state: Path | None, slots: Mapping[str, int], partial: Any, *given: Any
-) -> Any:
-    step = _sweep(job, name)
-    work, kept = step.make(*given), step.kept(state)
-    if kept is not None:  # done before, by a worker that was lost since: others use its files
-        found = load_state(work, kept)
-        if found is not None:
-            return found
-    with thread_limit(task_threads(slots)):
-        found = work.finish(partial)
-    if kept is not None:
-        kept.conclude(pack(found))
-    return found
-
-
-def _load(job: Job, j: int, name: str, state: Path, *given: Any) -> Any:
-    step = _sweep(job, name)
-    kept = step.finished(state)
-    found = None if kept is None else load_state(step.make(*given), kept)
-    if found is None:
-        raise UnreadableStateError(j, name)
-    return found
-
-
-def _call(job: Job, name: str, slots: Mapping[str, int], *given: Any) -> Any:
-    step = next(step for step in job.steps if step.name == name)
-    assert isinstance(step, Call)
-    with thread_limit(task_threads(slots)):
-        return step.compute(*given)

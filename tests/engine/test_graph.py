@@ -85,6 +85,17 @@ def test_an_item_that_kills_workers_is_halved_and_then_reported(
     wait_for_workers(scheduler_address, 2)
 
 
+def test_a_merge_that_kills_workers_is_reported(client, scheduler_address):
+    with pytest.raises(WorkerError, match="workers died of task 'ncbatch-merge-"):
+        run_graph(client, [job(Unmergeable(MANY))])
+    wait_for_workers(scheduler_address, 2)
+
+
+class Unmergeable(Counting):
+    def merge(self, a, b):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_halves_that_live_give_the_result(client, scheduler_address):
     # Kills its process while an item of more than one row is folded.
     whole = run_graph(client, [job(Counting(MANY))])
