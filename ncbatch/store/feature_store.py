@@ -173,6 +173,56 @@ class FeatureStore:
         return self._header.get("class_names")
 
     @property
+    def model(self) -> str | None:
+        """Name of the model that made the features, where recorded."""
+        return self._header.get("model")
+
+    @property
+    def step(self) -> int | None:
+        """Training step of that model, where recorded."""
+        return self._header.get("step")
+
+    @property
+    def layer_notes(self) -> dict[str, dict[str, Any]]:
+        """What is recorded of layers by name.
+
+        ``depth``: the share of the model's blocks that come before, 0 to 1; ``hidden_state``: its
+        index among a Hugging Face model's ``hidden_states``.
+        """
+        return {name: dict(notes) for name, notes in self._header.get("layer_notes", {}).items()}
+
+    def describe(
+        self,
+        *,
+        model: str | None = None,
+        step: int | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Record where the features come from; what is given replaces what was recorded.
+
+        Parameters
+        ----------
+        model : str, optional
+            Name of the model.
+        step : int, optional
+            Its training step.
+        layers : mapping of str to mapping, optional
+            Notes of layers, as in `layer_notes`.
+        """
+        header = dict(self._header)
+        if model is not None:
+            header["model"] = str(model)
+        if step is not None:
+            header["step"] = int(step)
+        if layers:
+            kept = self.layer_notes
+            header["layer_notes"] = {
+                **kept, **{name: {**kept.get(name, {}), **notes} for name, notes in layers.items()}
+            }  # fmt: skip
+        self._root.update_attributes({ATTRIBUTE: header})
+        self._header = header
+
+    @property
     def declared_layers(self) -> dict[str, LayerSpec]:
         """The layers that writers write by default."""
         return {
