@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.engine import Progress
-from ncbatch.errors import DataError, StoreError, unknown_name
+from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
+from ncbatch.ingest.labelling import masked_labels
+from ncbatch.ingest.layers import Layers
 from ncbatch.ingest.rows import RowStream, open_rows, read_rows_of
+from ncbatch.ingest.sources import Sources
+from ncbatch.ingest.undoing import undone_on_failure
 from ncbatch.store import FeatureStore, LayerWriter, Split, Writer
 from ncbatch.store.format import DTYPES, check_name
+from ncbatch.store.opening import is_there
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,12 @@ class Imported:
     ----------
     store : FeatureStore
         Where it went.
+    layers : tuple of str
+        The layers that were written.
     features : RowStream
-        Where it came from, shard by shard.
+        Where it came from, shard by shard; of several layers in arrays of their own, the first.
+    axes : tuple of str
+        What the axes of the files were taken for.
     n_classes : int
         K of the store.
     created : bool
@@ -36,7 +43,9 @@ class Imported:
     """
 
     store: FeatureStore
+    layers: tuple[str, ...]
     features: RowStream
+    axes: tuple[str, ...]
     n_classes: int
     created: bool
 
@@ -44,34 +53,59 @@ class Imported:
 def import_features(
     path: str,
     split: str,
-    layer: str,
+    layer: str | Sequence[str],
     features: str,
     labels: str | None = None,
     predictions: str | None = None,
     *,
+    axes: str | None = None,
+    layer_index: int | None = None,
+    tokens: str | None = None,
+    documents: str | None = None,
+    mask: str | None = None,
+    loss_mask: str | None = None,
     n_classes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Imported:
-    """Import a layer of a split from files, never holding more than a block of rows.
+    """Import layers of a split from files, never holding more than a block of rows.
 
     Parameters
     ----------
     path : str
         The store; created when nothing is there.
-    split, layer : str
-        Where the rows go. Into a split that exists the layer is added row by row.
+    split : str
+        Where the rows go. Into a split that exists layers are added row by row.
+    layer : str or sequence of str
+        The layer's name. For several: a pattern such as ``h.{}``, or a name per layer.
     features : str
-        Rows (N, D): a ``.npy``, ``.npz:key`` or Zarr array, or a glob of shards.
+        Rows (N, D), in one of the forms of ``docs/import.md`` or a glob of shards of them, such as
+        ``x.npy``, ``x.safetensors:key``, ``x.parquet:column``. ``{}`` in the name of an array stands
+        for the number of a layer. ``:key`` in any of the sources below means the same files.
     labels : str, optional
-        Class ids (N,), likewise; negative ones mark rows that are no samples. They may be left
-        out for a split that exists, and for a new one whose name holds ``ood``.
+        Class ids (N,) or (B, T), likewise; negative ones mark rows that are no samples. They may be
+        left out for a split that exists, and for a new one whose name holds ``ood``. ``"next"``: the
+        next of `tokens` in the same sequence.
     predictions : str, optional
         The model's own decisions (N,), made by the classifier that reads this layer.
+    axes : str, optional
+        What the axes of the features count, such as ``B,T,D``: N samples in any order, B sequences,
+        T positions in order, L layers, D features. (N, D) by default; more axes may be left
+        out where only one reading fits the labels.
+    layer_index : int, optional
+        The one along L to import; all by default.
+    tokens : str, optional
+        Token ids of the rows, for ``labels="next"``.
+    documents : str, optional
+        Document ids of the rows; the next token of another document is no label.
+    mask : str, optional
+        0 where a row is padding.
+    loss_mask : str, optional
+        0 where a token (a label) does not count.
     n_classes : int, optional
         K of a new store; the largest label plus one by default.
     overwrite : bool, optional
-        Replace the layer if it exists, or a split whose writing was interrupted.
+        Replace layers that exist, or a split whose writing was interrupted.
     progress : Progress, optional
         Told how far the import is.
 
@@ -85,19 +119,20 @@ def import_features(
     DataError
         When files do not fit together or do not fit the store; named by input row. Nothing is
         left half-written then.
+    UsageError
+        For layer names or axes that do not fit the files.
     StoreError
-        When the layer exists and `overwrite` is not given.
+        When a layer exists and `overwrite` is not given.
     """
     check_name("split", split)
-    check_name("layer", layer)
-    rows = open_rows(features, "features")
-    y = None if labels is None else _integers(labels, "labels", rows)
-    p = None if predictions is None else _integers(predictions, "predictions", rows)
-    if len(rows.row_shape) != 1:
-        raise DataError(f"features of shape {rows.shape}", "(N, D): one row per sample")
+    for name in (layer,) if isinstance(layer, str) else layer:
+        check_name("layer", name)
+    given = Sources(features, labels, predictions, tokens, documents, mask, loss_mask)
+    opened = given.open(layer, axes, layer_index)
+    rows, y, p = opened.rows, opened.labels, opened.predictions
     if not rows.n_rows:
         raise DataError(f"no rows in '{features}'", "at least one row of features")
-    exists = Path(path).exists()
+    exists = is_there(path)
     store = FeatureStore.open(path) if exists else None
     target = _existing_split(store, split, overwrite) if store is not None else None
     if target is None and y is None and "ood" not in split:
@@ -110,28 +145,33 @@ def import_features(
             "--classes",
             "or import the labelled splits first",
         )
+    if target is not None and y is None and (mask is not None or loss_mask is not None):
+        raise UsageError(
+            f"a mask without labels for split '{split}', whose labels are stored",
+            "labels to compare with them, or neither",
+        )
+    y = masked_labels(y, rows.n_rows, opened.marks)
     k = _check_classes(store, y, p, n_classes)
     if target is not None:
         _check_against(target, rows, y)
     if store is not None:
-        store.check_width(layer, rows.row_shape[0], but=None if target is None else split)
+        for name, width in rows.widths.items():
+            store.check_width(name, width, but=None if target is None else split)
     dtype = _stored_dtype(rows)
-    with _undone_on_failure(path, None if target is not None else split):
+    head = None if p is None else rows.names[0]
+    with undone_on_failure(path, None if target is not None else split, overwrite):
         if store is None:
-            store = FeatureStore.create(path, k, {layer: rows.row_shape[0]}, dtype)
+            store = FeatureStore.create(path, k, rows.widths, dtype)
         if target is None:
             writer: Writer | LayerWriter = store.writer(
-                split, layers={layer: rows.row_shape[0]}, dtype=dtype, n_samples=rows.n_rows,
-                head=None if p is None else layer, overwrite=overwrite,
+                split, layers=rows.widths, dtype=dtype, n_samples=rows.n_rows, head=head,
+                overwrite=overwrite,
             )  # fmt: skip
         else:
-            writer = store.add_layers(
-                split, {layer: rows.row_shape[0]}, dtype,
-                head=None if p is None else layer, overwrite=overwrite,
-            )  # fmt: skip
+            writer = store.add_layers(split, rows.widths, dtype, head=head, overwrite=overwrite)
         with writer:
-            _copy(writer, layer, rows, y, p, progress)
-    return Imported(store, rows, k, not exists)
+            _copy(writer, rows, y, p, progress)
+    return Imported(store, rows.names, rows.streams[0], rows.axes, k, not exists)
 
 
 def import_classifier(
@@ -203,40 +243,30 @@ def _whole(stream: RowStream) -> npt.NDArray[Any]:
 
 def _copy(
     writer: Writer | LayerWriter,
-    layer: str,
-    rows: RowStream,
+    rows: Layers,
     y: RowStream | None,
     p: RowStream | None,
     progress: Progress | None,
 ) -> None:
-    n = read_rows_of(rows.row_shape[0] * rows.dtype.itemsize)
+    n = rows.rows_at_once
+    dtype = np.dtype(DTYPES[_stored_dtype(rows)])
     labels = y.batches(n) if y is not None else None
     chosen = p.batches(n) if p is not None else None
     if progress:
-        progress.begin(f"import of {layer}", rows.n_rows, "rows")
+        progress.begin(f"import of {', '.join(rows.names[:3])}", rows.n_rows, "rows")
     try:
-        for block in rows.batches(n):
+        for blocks in rows.batches(n):
+            size = len(blocks[rows.names[0]])
             given = None if labels is None else next(labels)
             if given is None and isinstance(writer, Writer):
-                given = np.zeros(len(block), np.int64)
-            wide = block.astype(rows.dtype, copy=False)
-            if wide.dtype.kind in "iu":
-                wide = wide.astype(_stored_dtype(rows))
-            writer.append({layer: wide}, given, None if chosen is None else next(chosen))
+                given = np.zeros(size, np.int64)
+            wide = {name: block.astype(dtype, copy=False) for name, block in blocks.items()}
+            writer.append(wide, given, None if chosen is None else next(chosen))
             if progress:
-                progress.advance(len(block))
+                progress.advance(size)
     finally:
         if progress:
             progress.end()
-
-
-def _integers(source: str, what: str, rows: RowStream) -> RowStream:
-    stream = open_rows(source, what)
-    if stream.row_shape != () or stream.dtype.kind not in "iu":
-        raise DataError(f"{what} of shape {stream.shape}, {stream.dtype}", "integers of shape (N,)")
-    if stream.n_rows != rows.n_rows:
-        raise DataError(f"{stream.n_rows} {what} for {rows.n_rows} rows of features", "one per row")
-    return stream
 
 
 def _existing_split(store: FeatureStore, split: str, overwrite: bool) -> Split | None:
@@ -292,7 +322,7 @@ def _largest(stream: RowStream) -> tuple[int, int]:
     return at, top
 
 
-def _check_against(target: Split, rows: RowStream, y: RowStream | None) -> None:
+def _check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
     """Compare the rows with the split they are added to."""
     if rows.n_rows != target.n_rows:
         raise DataError(
@@ -313,7 +343,7 @@ def _check_against(target: Split, rows: RowStream, y: RowStream | None) -> None:
         start += len(block)
 
 
-def _stored_dtype(rows: RowStream) -> str:
+def _stored_dtype(rows: Layers) -> str:
     """Keep float dtypes; integers go to the smallest float that holds them."""
     name = rows.dtype.newbyteorder("=").name if rows.dtype.name != "bfloat16" else "bfloat16"
     if name in DTYPES:
@@ -321,21 +351,3 @@ def _stored_dtype(rows: RowStream) -> str:
     if rows.dtype.kind in "iu":
         return "float32" if rows.dtype.itemsize <= 2 else "float64"
     raise DataError(f"features of type {rows.dtype}", "one of: " + ", ".join(DTYPES))
-
-
-@contextmanager
-def _undone_on_failure(path: str, split: str | None) -> Iterator[None]:
-    """Delete what the import made when it fails: the new store with its folders, or the new split."""
-    store = Path(path).absolute()
-    created = [place for place in (store, *store.parents) if not place.exists()]
-    try:
-        yield
-    except BaseException:
-        if created:
-            shutil.rmtree(store, ignore_errors=True)
-            with suppress(OSError):  # a folder that is not there, or that another process uses
-                for folder in created[1:]:
-                    folder.rmdir()
-        elif split is not None:
-            FeatureStore.open(path).delete_split(split)
-        raise

@@ -273,6 +273,31 @@ def test_an_interrupted_split_is_replaced_only_when_asked(monkeypatch):
     np.testing.assert_array_equal(stored(), TOY.X)
 
 
+def test_an_interrupted_split_stays_when_the_import_that_replaces_it_fails(monkeypatch):
+    interrupted(monkeypatch)
+    monkeypatch.setattr("ncbatch.ingest.rows._READ_BYTES", 500)
+    before = tree(Path())
+    with pytest.raises(KeyboardInterrupt):
+        train(overwrite=True, progress=Interrupting())
+    assert tree(Path()) == before
+    assert FeatureStore.open("s").split("train").n_samples == 64
+    train(overwrite=True)
+    assert FeatureStore.open("s").split("train").n_samples == 300
+    assert [path.name for path in Path().iterdir() if path.is_dir()] == ["s"]
+
+
+def test_a_split_that_was_begun_without_rows_is_not_deleted_unasked(monkeypatch):
+    store = FeatureStore.create("s", 5, {"h": 4}, "float32")
+    store.writer("train")
+    before = tree(Path("s"))
+    assert "train" in before
+    with pytest.raises(StoreError, match="begun but without rows"):
+        train()
+    assert tree(Path("s")) == before
+    train(overwrite=True)
+    np.testing.assert_array_equal(stored(), TOY.X)
+
+
 # --------------------------------------------------------------------------------------- failures
 
 

@@ -1,0 +1,226 @@
+"""Labels of rows: given ones, next tokens, and what masks leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncbatch.errors import DataError
+from ncbatch.ingest.axes import Axes, as_rows, n_rows
+from ncbatch.ingest.formats import Blocks, Shard
+from ncbatch.ingest.rows import RowStream, join_shards, open_shards
+
+Runs = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is known of the rows beside their labels.
+
+    Attributes
+    ----------
+    mask : RowStream or None
+        0 where a row is padding: it is no sample, and no row's next token.
+    loss_mask : RowStream or None
+        0 where a token is not to be predicted.
+    documents : RowStream or None
+        Ids of documents; a next token of another document is none.
+    """
+
+    mask: RowStream | None = None
+    loss_mask: RowStream | None = None
+    documents: RowStream | None = None
+
+
+def sequences(shards: Sequence[Shard], axes: Axes) -> Runs:
+    """List the sequences of arrays in order: (how many, how long), equal neighbours joined."""
+    found = []
+    for shard in shards:
+        sizes = dict(zip(axes, shard.shape, strict=True))
+        found.append((sizes.get("B", 1), sizes["T"]))
+    joined = groupby((run for run in found if run[0] * run[1]), key=lambda run: run[1])
+    return [(sum(count for count, _ in group), length) for length, group in joined]
+
+
+def open_beside(source: str, what: str, axes: Axes, n: int) -> RowStream:
+    """Open integers that belong to rows: (N,), or over the sequences of the features.
+
+    Parameters
+    ----------
+    source : str
+        Where they are.
+    what : str
+        What they are, for messages.
+    axes : tuple of str
+        The axes of the features.
+    n : int
+        The number of rows.
+
+    Raises
+    ------
+    DataError
+        When they are no integers, or not one per row.
+    """
+    return beside(open_shards(source, what), what, axes, n)
+
+
+def beside(shards: Sequence[Shard], what: str, axes: Axes, n: int) -> RowStream:
+    """View opened arrays as `open_beside` does."""
+    # Labels of shape (N, 1) beside flat features are one column of a table: to be looked at.
+    flat = what in ("labels", "predictions") and "B" not in axes
+    if len(shards[0].shape) == 2 and not flat:
+        shards = [as_rows(shard, ("B", "T")) for shard in shards]
+    stream = join_shards(shards, what)
+    kinds = "iub" if what.endswith("mask") else "iu"
+    if stream.row_shape != () or stream.dtype.kind not in kinds:
+        also = " or (B, T)" if "B" in axes else ""
+        raise DataError(
+            f"{what} of shape {stream.shape}, {stream.dtype}", f"integers of shape (N,){also}"
+        )
+    if stream.n_rows != n:
+        raise DataError(f"{stream.n_rows} {what} for {n} rows of features", "one per row")
+    return stream
+
+
+def next_labels(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes, marks: Marks) -> RowStream:  # fmt: skip
+    """Label every position with the token after it.
+
+    The last position of a sequence has none (-1), and so have those that a mask or a change of
+    document leaves out.
+
+    Parameters
+    ----------
+    tokens : sequence of Shard
+        Token ids of the rows.
+    features : sequence of Shard
+        The features, with `axes`.
+    axes : tuple of str
+        Theirs.
+    marks : Marks
+        Masks and documents.
+
+    Returns
+    -------
+    RowStream
+        Labels (N,) of int64.
+
+    Raises
+    ------
+    DataError
+        When nothing says that rows are in the order of the text, or sequences differ.
+    """
+    n = sum(n_rows(axes, shard.shape) for shard in features)
+    ids = beside(tokens, "token ids", axes, n)
+    runs = _token_sequences(tokens, features, axes)
+    counts = np.array([count * length for count, length in runs], np.int64)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if runs else np.zeros(0, np.int64)
+    lengths = np.array([length for _, length in runs], np.int64)
+
+    def blocks(size: int) -> Blocks:
+        start = 0
+        for now, after in _with_next(_together([ids, *_given(marks)], size)):
+            width = len(now[0])
+            rows = np.arange(start, start + width)
+            run = np.searchsorted(starts, rows, "right") - 1
+            last = (rows - starts[run] + 1) % lengths[run] == 0
+            yield _labels(now, after, last, marks)
+            start += width
+
+    shard = Shard(ids.shards[0].path, (n,), np.dtype(np.int64), blocks)
+    return RowStream("labels", (shard,))
+
+
+def masked_labels(labels: RowStream | None, n: int, marks: Marks) -> RowStream | None:
+    """Take rows that a mask leaves out for no samples; without labels the others are class 0."""
+    masks = [m for m in (marks.mask, marks.loss_mask) if m is not None]
+    if not masks:
+        return labels
+
+    def blocks(size: int) -> Blocks:
+        streams = [*masks, *([] if labels is None else [labels])]
+        for parts in _together(streams, size):
+            kept = np.logical_and.reduce([part != 0 for part in parts[: len(masks)]])
+            given = 0 if labels is None else parts[-1]
+            yield np.where(kept, given, -1).astype(np.int64)
+
+    path = masks[0].shards[0].path if labels is None else labels.shards[0].path
+    return RowStream("labels", (Shard(path, (n,), np.dtype(np.int64), blocks),))
+
+
+def _token_sequences(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes) -> Runs:
+    """Find which rows follow which, from the axes of the features or of the token ids."""
+    own = sequences(tokens, ("B", "T")) if len(tokens[0].shape) == 2 else None
+    if "T" not in axes:
+        if own is not None:
+            return own
+        said = ",".join("T" if a == "N" else a for a in axes)
+        raise DataError(
+            f"token ids of shape {tokens[0].shape} for features {','.join(axes)}, which need not be "
+            "in the order of the text",
+            f"--axes {said}, if every file is one sequence in order",
+            "rows that were shuffled have lost their next token: import them with --labels",
+        )
+    theirs = sequences(features, axes)
+    if own is None and len(tokens) > 1:
+        own = sequences(tokens, ("T",)) if "B" not in axes else None
+    if own is not None and own != theirs:
+        raise DataError(
+            f"token ids of sequences {_shown(own)} for features of {_shown(theirs)}",
+            "the same sequences in both",
+        )
+    return theirs
+
+
+def _shown(runs: Runs) -> str:
+    text = ", ".join(f"{count} x {length}" for count, length in runs[:4])
+    return text + (", ..." if len(runs) > 4 else "")
+
+
+def _given(marks: Marks) -> list[RowStream]:
+    return [m for m in (marks.mask, marks.loss_mask, marks.documents) if m is not None]
+
+
+def _together(streams: Sequence[RowStream], size: int) -> Iterator[tuple[npt.NDArray[Any], ...]]:
+    return zip(*(stream.batches(size) for stream in streams), strict=True)
+
+
+def _with_next(
+    blocks: Iterator[tuple[npt.NDArray[Any], ...]],
+) -> Iterator[tuple[tuple[npt.NDArray[Any], ...], tuple[npt.NDArray[Any], ...]]]:
+    """Give each block beside itself moved by one row; the last row follows itself."""
+    held = next(blocks, None)
+    while held is not None:
+        later = next(blocks, None)
+        following = held if later is None else later
+        edge = -1 if later is None else 0
+        yield (
+            held,
+            tuple(
+                np.append(part[1:], more[edge]) for part, more in zip(held, following, strict=True)
+            ),
+        )
+        held = later
+
+
+def _labels(
+    now: Sequence[npt.NDArray[Any]],
+    after: Sequence[npt.NDArray[Any]],
+    last: npt.NDArray[np.bool_],
+    marks: Marks,
+) -> npt.NDArray[np.int64]:
+    kept = ~last
+    at = 1
+    if marks.mask is not None:
+        kept &= (now[at] != 0) & (after[at] != 0)
+        at += 1
+    if marks.loss_mask is not None:
+        kept &= after[at] != 0
+        at += 1
+    if marks.documents is not None:
+        kept &= now[at] == after[at]
+    return np.where(kept, after[0].astype(np.int64), -1)
