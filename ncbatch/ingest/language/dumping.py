@@ -1,0 +1,297 @@
+"""From a language model and texts to a store of hidden states."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ncbatch.engine import Progress
+from ncbatch.errors import BudgetError, OutputError, StoreError, UsageError
+from ncbatch.ingest.capture import device_of
+from ncbatch.ingest.hooks import dump
+from ncbatch.ingest.language.corpus import Texts, open_corpus
+from ncbatch.ingest.language.feed import Feed
+from ncbatch.ingest.language.loading import open_language_model
+from ncbatch.ingest.language.model import LanguageModel
+from ncbatch.ingest.language.places import choose_places, probe
+from ncbatch.ingest.language.room import Room
+from ncbatch.ingest.merging import finalize_if_last
+from ncbatch.ingest.places import Place
+from ncbatch.ingest.row_target import RowTarget
+from ncbatch.ingest.state_target import StateTarget
+from ncbatch.store import FeatureStore
+from ncbatch.store.commit_records import Share
+from ncbatch.store.format import DTYPES, check_name
+
+if TYPE_CHECKING:
+    import torch
+
+LABELS = ("next", "given", "argmax")
+
+
+def dump_language_model(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    texts: Texts,
+    store: FeatureStore | str | os.PathLike[str],
+    split: str = "train",
+    *,
+    tokenizer: Any = None,
+    layers: str | Sequence[str] | None = None,
+    labels: Literal["next", "given", "argmax"] | None = None,
+    context: int | None = None,
+    batch_size: int = 8,
+    pack: bool = False,
+    field: str = "text",
+    exclude: Iterable[int] = (),
+    max_tokens: int | None = None,
+    per_class_cap: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    model_dtype: str | None = None,
+    device: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    moments: bool = False,
+    means: str | None = None,
+    name: str | None = None,
+    step: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FeatureStore:
+    """Run a causal or masked language model over texts and store its hidden states.
+
+    One forward pass per batch feeds all layers. The store's classes are the token ids of the
+    tokenizer. What is stored are the model's own values, cast to `dtype`; where the head's input
+    is among the layers its weight (and bias) become the classifier, and the arg-max of its
+    logits the predictions.
+
+    Parameters
+    ----------
+    model : path, str or torch.nn.Module
+        A folder, a name on the Hugging Face hub, or a model of transformers that is loaded; then
+        `tokenizer` is needed, and the model stays where it is.
+    texts : path or sequence of paths
+        Text files, JSON lines or ``datasets`` folders, as `open_corpus` takes them.
+    store : FeatureStore or path
+        Where to write; a path where nothing is becomes a new store.
+    split : str, optional
+        A new split, or a complete one that lacks all of `layers`: then they are added to it.
+    tokenizer : path, str or tokenizer, optional
+        Another tokenizer than the model's own.
+    layers : str or sequence of str, optional
+        Modules by path, with ``:input`` for what they take. By default what enters the first
+        block, what each block gives, and what enters the head:
+        ``model.layers.0:input``, ``model.layers.0``, ..., ``lm_head:input``.
+    labels : {"next", "given", "argmax"}, optional
+        The class of a position: the next token of its document, the label that comes with the
+        text, or the model's own decision. By default ``next``, and ``argmax`` for a masked model.
+    context : int, optional
+        Tokens of a window; by default as many as the model takes, 2048 at most.
+    batch_size : int, optional
+        Windows per forward pass. It belongs to the result: other batches may give other last bits.
+    pack, field, exclude, max_tokens, per_class_cap, seed
+        As `open_corpus` has them.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+        How hidden states are stored; by default bfloat16 for a model in bfloat16, else float16.
+    model_dtype : {"auto", "float32", "bfloat16", "float16"}, optional
+        What the model runs in; by default as it is stored.
+    device : str, optional
+        Where the model runs; by default on a GPU where torch finds one.
+    rank, world_size : int, optional
+        Which of several processes this is, and how many; by default what torchrun says in RANK
+        and WORLD_SIZE. Rank r takes batches r, r + world_size, ... Whichever ends last completes
+        the split.
+    moments : bool, optional
+        Keep no rows but their moments, class by class: `measure` takes them as it takes rows.
+    means : str, optional
+        With `moments`: the split whose class means decide, so that NC4 can be measured too.
+    name, step : str, int, optional
+        What the store says of the model; by default read from its path.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    trust_remote_code, allow_pickle : bool, optional
+        Run code that comes with the model; read weights that are pickled.
+    resume : bool, optional
+        Go on after an interruption, with the same arguments.
+    overwrite : bool, optional
+        Replace the split if it exists.
+    progress : Progress, optional
+        Told how far the dump is, and of its size and speed.
+
+    Returns
+    -------
+    FeatureStore
+        The store, with model, step and notes of the layers.
+
+    Raises
+    ------
+    UsageError
+        When transformers is missing, or options make no sense.
+    DataError
+        When the model, tokenizer or texts cannot be read or do not fit together.
+    UnknownNameError
+        When a layer does not exist.
+    OutputError
+        When there is not, or no longer, room on the disk.
+    BudgetError
+        When the model or a batch does not fit into the memory of its GPU.
+    StoreError
+        When the split exists, and nothing says what to do with it.
+    """
+    check_name("split", split)
+    _check_options(labels, batch_size, dtype, moments, means)
+    share = _share(rank, world_size)
+    lm = open_language_model(
+        model, tokenizer, revision=revision, model_dtype=model_dtype, device=device,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    lm.check_vocabulary()
+    kind = _labels(labels, lm)
+    places = choose_places(lm, [layers] if isinstance(layers, str) else layers)
+    stored_dtype = dtype or ("bfloat16" if lm.dtype == "bfloat16" else "float16")
+    how: dict[str, Any] = {
+        "moments": moments, "means": means, "resume": resume, "overwrite": overwrite
+    }  # fmt: skip
+    complete = _complete(store, split, places, stored_dtype, lm.n_tokens, share, **how)
+    if complete is not None:
+        _note(progress, f"split '{split}' of {complete.path} is complete: nothing to resume")
+        return complete
+    corpus = open_corpus(
+        texts, lm.tokenizer, context=lm.context(context), labels=kind, pack=pack, field=field,
+        exclude=exclude, max_tokens=max_tokens, per_class_cap=per_class_cap, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    feed = Feed(lm, corpus, batch_size, share)
+    with _full_named(store):
+        seen = probe(lm, places, feed.example(), device_of(lm.module))
+    if not moments:
+        room = Room.needed(store, split, seen.widths, stored_dtype, corpus.n_samples, overwrite)
+        room.check()
+        _note(progress, str(room))
+    with _running(progress, feed, split), _full_named(store):
+        done = dump(
+            lm.module, feed, store, split, list(places), head=lm.head or False,
+            n_classes=lm.n_tokens, dtype=stored_dtype, argmax_labels=kind == "argmax",
+            rank=share.rank, world_size=share.world_size, n_samples=corpus.n_samples,
+            progress=progress, **how,
+        )  # fmt: skip
+        if share.rank == 0:  # what all would say alike, written once
+            at = lm.step if step is None else step
+            done.describe(model=name or lm.name, step=at, layers=seen.notes)
+        if share.several:
+            finalize_if_last(done, split)
+    return done
+
+
+def _check_options(
+    labels: str | None, batch_size: int, dtype: str | None, moments: bool, means: str | None
+) -> None:
+    """Refuse before a model is loaded what needs no model."""
+    if labels not in (None, *LABELS):
+        raise UsageError(f"labels '{labels}'", "one of: " + ", ".join(LABELS))
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size}", "at least 1")
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
+    if means is not None and not moments:
+        raise UsageError(f"means '{means}' without moments", "--moments (moments=True) too")
+
+
+def _share(rank: int | None, world_size: int | None) -> Share:
+    """Take rank and number of ranks as given, else from torchrun."""
+    if (rank is None) != (world_size is None):
+        raise UsageError(
+            "rank without world size" if world_size is None else "world size without rank",
+            "both, or none of them",
+        )
+    if rank is not None and world_size is not None:
+        return Share(rank, world_size)
+    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return Share(*map(int, found)) if all(text.isdecimal() for text in found) else Share()
+
+
+def _labels(labels: str | None, model: LanguageModel) -> Literal["next", "given", "argmax"]:
+    kind = labels or ("argmax" if model.masked else "next")
+    if kind == "argmax" and model.head is None:
+        raise UsageError(
+            f"labels 'argmax' of {model.name}, which has no head", "labels 'next' or 'given'"
+        )
+    return cast('Literal["next", "given", "argmax"]', kind)
+
+
+def _complete(
+    store: FeatureStore | str | os.PathLike[str],
+    split: str,
+    places: Mapping[str, Place],
+    dtype: str,
+    n_classes: int,
+    share: Share,
+    *,
+    moments: bool,
+    means: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> FeatureStore | None:
+    """Give the store if nothing is left to resume; refuse what `dump` would, before texts are read."""
+    given = (store, split, places, dtype, n_classes, share)
+    how: dict[str, Any] = {"n_samples": 1, "resume": resume, "overwrite": overwrite}
+    target = StateTarget(*given, means=means, **how) if moments else RowTarget(*given, **how)
+    described = target.done and places.keys() <= target.opened.layer_notes.keys()
+    return target.opened if described else None
+
+
+@contextmanager
+def _running(progress: Progress | None, feed: Feed, split: str) -> Iterator[None]:
+    """Show the pass, and say how fast it was."""
+    start = time.perf_counter()
+    with ExitStack() as shown:
+        if progress is not None:
+            progress.begin(f"dump {split}", feed.n_samples, "rows")
+            shown.callback(progress.end)
+        yield
+    seconds = time.perf_counter() - start
+    if feed.n_tokens:
+        _note(
+            progress,
+            f"{feed.n_tokens:,} tokens in {seconds:,.1f} s: {feed.n_tokens / seconds:,.0f} tokens/s",
+        )
+
+
+def _note(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.note(text)
+
+
+@contextmanager
+def _full_named(store: FeatureStore | str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a disk or a GPU that is full into an error that says how to go on."""
+    import torch
+
+    where = store.path if isinstance(store, FeatureStore) else os.fspath(store)
+    try:
+        yield
+    except OSError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, StoreError):  # which names the place, but not what helps
+            cause = cause.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(
+            f"no space left for '{where}'; what was written before is intact",
+            "",
+            "make room, then go on with the same command and --resume (resume=True)",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            "the GPU has no memory left for a batch",
+            "",
+            "take a smaller --batch-size or --context (batch_size=, context=)",
+        ) from error

@@ -1,0 +1,413 @@
+"""The corpus as a whole: tokenizers, caps, limits, batches, and what it holds in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ncbatch.ingest.language.chosen as chosen
+import ncbatch.ingest.language.tokenizing as tokenizing
+import ncbatch.ingest.language.windows as windows
+from ncbatch.errors import DataError, NcbatchError, OutputError, UsageError
+from ncbatch.ingest.language import Corpus, open_corpus
+from ncbatch.ingest.language.scratch import Column
+from tests.ingest.language.tokenizers import transformers_tokenizer, word_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_rows(rows: list[list[int]], name: str = "rows.jsonl") -> None:
+    Path(name).write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+
+
+def random_rows(n: int = 60, n_ids: int = 7, longest: int = 20, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, n_ids, rng.integers(0, longest)).tolist() for _ in range(n)]
+
+
+def next_labels(rows: list[list[int]]) -> np.ndarray:
+    """Label every position of all documents, one behind the other."""
+    return np.array([label for row in rows if row for label in [*row[1:], -1]])
+
+
+def samples_of(corpus: Corpus, batch_size: int = 3) -> list[tuple[list[int], int]]:
+    """Give every sample as the tokens of its window up to it, and its label, in order."""
+    found = []
+    for batch in corpus.batches(batch_size):
+        for ids, mask, labels in zip(*vars(batch).values(), strict=True):
+            assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+            assert (labels[mask == 0] == -1).all()
+            for place in np.flatnonzero(labels >= 0):
+                found.append((ids[: place + 1].tolist(), int(labels[place])))
+    return found
+
+
+# ------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, transformers_tokenizer])
+def test_text_goes_through_the_tokenizer_once_per_document(make):
+    Path("a.txt").write_text("a b c")
+    Path("b.txt").write_text("d zebra e")
+    (batch,) = open_corpus(["a.txt", "b.txt"], make(), context=4).batches(8)
+    assert batch.input_ids.tolist() == [[3, 4, 5], [6, 0, 7]]
+    assert batch.labels.tolist() == [[4, 5, -1], [0, 7, -1]]
+    assert {array.dtype for array in vars(batch).values()} == {np.dtype(np.int64)}
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, transformers_tokenizer])
+def test_special_tokens_come_once_per_document(make):
+    Path("a.jsonl").write_text('{"text": "a b c"}\n{"text": ""}\n{"text": "d"}\n')
+    corpus = open_corpus("a.jsonl", make(special=True), context=3, pack=True)
+    (batch,) = corpus.batches(8)
+    assert batch.input_ids.tolist() == [[1, 3, 4], [5, 2, 1], [6, 2, 0]]
+    assert batch.labels.tolist() == [[3, 4, 5], [2, -1, 6], [2, -1, -1]]
+    assert (corpus.n_documents, corpus.n_empty, corpus.n_tokens) == (2, 1, 8)
+
+
+def test_the_tokenizer_cuts_and_pads_nothing_and_stays_as_it_was():
+    Path("a.txt").write_text("a b c d e f")
+    Path("b.txt").write_text("g")
+    tokenizer = word_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    ready = transformers_tokenizer(model_max_length=2, padding_side="left", pad_token="[SEP]")
+    for each in (tokenizer, ready):
+        (batch,) = open_corpus("*.txt", each, context=99).batches(8)
+        assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8]]
+    assert tokenizer.truncation["max_length"] == 2
+    assert tokenizer.padding["length"] == 9
+
+
+def test_many_batches_of_documents_stay_in_order(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(1)
+    lines = [" ".join(rng.choice(list("abcdefghij"), rng.integers(0, 9))) for _ in range(200)]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    expected = samples_of(open_corpus("a.jsonl", word_tokenizer(), context=5))
+    for name, value in (("_DOCUMENTS", 7), ("_CHARACTERS", 20)):
+        monkeypatch.setattr(tokenizing, name, value)
+        assert samples_of(open_corpus("a.jsonl", word_tokenizer(), context=5)) == expected
+    words = [line.split() for line in lines if line]
+    assert len(expected) == sum(len(found) - 1 for found in words)
+
+
+def test_what_is_no_tokenizer_is_refused():
+    Path("a.txt").write_text("a b c")
+    with pytest.raises(UsageError, match="tokenizer of type str; expected a tokenizer of"):
+        open_corpus("a.txt", "gpt2", context=4)
+    with pytest.raises(UsageError, match="text, but no tokenizer"):
+        open_corpus("a.txt", None, context=4)
+
+
+def test_a_tokenizer_that_fails_names_the_documents():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    Path("a.txt").write_text("a b c")
+    with pytest.raises(DataError, match=r"tokenizer fails between 'a.txt' and 'a.txt': .*UNK"):
+        open_corpus("a.txt", Tokenizer(WordLevel({"b": 0}, unk_token="[UNK]")), context=4)
+
+
+def test_lines_data_sets_and_files_give_the_same():
+    texts = ["a b c", "d e", "f g h i"]
+    for number, text in enumerate(texts):
+        Path(f"t{number}.txt").write_text(text)
+    Path("t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk("d")
+    found = [open_corpus(t, word_tokenizer(), context=3) for t in ("t*.txt", "t.jsonl", "d")]
+    assert len({corpus.fingerprint for corpus in found}) == 1
+    assert samples_of(found[0]) == samples_of(found[1]) == samples_of(found[2])
+
+
+# -------------------------------------------------------------------------------- windows, batches
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12),
+    context=st.integers(2, 7),
+    pack=st.booleans(),
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=2),
+    tokens=st.integers(1, 30),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_documents_windows_and_batches(rows, context, pack, sizes, tokens):
+    write_rows(rows)
+    expected = _naive_samples(rows, context, pack)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_TOKENS", tokens)
+        patch.setattr(windows, "_DOCUMENTS", 3)
+        if not expected:
+            with pytest.raises(DataError, match="no sample"):
+                open_corpus("rows.jsonl", None, context=context, pack=pack)
+            return
+        corpus = open_corpus("rows.jsonl", None, context=context, pack=pack)
+    for size in sizes:
+        assert samples_of(corpus, size) == expected
+    assert corpus.n_samples == len(expected)
+    counts = Counter(label for _, label in expected)
+    assert corpus.label_counts(10).tolist() == [counts[label] for label in range(10)]
+    assert (
+        corpus.fingerprint
+        == open_corpus("rows.jsonl", None, context=context, pack=pack).fingerprint
+    )
+
+
+def _naive_samples(rows, context, pack):
+    found, laid = [], []
+    for row in rows:
+        before = len(laid) % context if pack else 0
+        packed = laid[len(laid) - before :]
+        for place in range(len(row) - 1):
+            start = max((before + place) // context * context - before, 0)
+            inside = row[start : place + 1]
+            if (before + place) // context == 0:
+                inside = packed + inside
+            found.append((inside, row[place + 1]))
+        laid += row
+    return found
+
+
+def test_batches_are_a_sequence():
+    write_rows([[1, 2]] * 7 + [[3]])
+    corpus = open_corpus("rows.jsonl", None, context=2)
+    batches = corpus.batches(3)
+    assert (len(batches), corpus.n_windows) == (3, 7)
+    assert [len(batch.labels) for batch in batches] == [3, 3, 1]
+    assert len(batches[-1].labels) == 1
+    assert [len(batch.labels) for batch in batches[1:]] == [3, 1]
+    for wrong in (3, -4):
+        with pytest.raises(IndexError):
+            batches[wrong]
+    with pytest.raises(UsageError, match="batches of 0 windows"):
+        corpus.batches(0)
+
+
+def test_a_batch_is_as_wide_as_its_longest_window():
+    write_rows([[1, 2], [1, 2, 3], [1, 2, 3, 4, 5]])
+    corpus = open_corpus("rows.jsonl", None, context=9)
+    assert [batch.input_ids.shape for batch in corpus.batches(2)] == [(2, 3), (1, 5)]
+
+
+def test_the_fingerprint_tells_tokens_labels_and_windows_apart():
+    write_rows([[1, 2, 3, 4], [5, 6, 7, 8]])
+    write_rows([[1, 2, 3, 4], [5, 6, 7, 9]], "other.jsonl")
+    found = [
+        open_corpus("rows.jsonl", None, context=4),
+        open_corpus("other.jsonl", None, context=4),
+        open_corpus("rows.jsonl", None, context=3),
+        open_corpus("rows.jsonl", None, context=4, exclude=[8]),
+        open_corpus("rows.jsonl", None, context=4, labels="argmax"),
+        open_corpus("rows.jsonl", None, context=8, pack=True),
+        open_corpus("rows.jsonl", None, context=4, max_tokens=4),
+    ]
+    assert len({corpus.fingerprint for corpus in found}) == len(found)
+    again = open_corpus("rows.jsonl", None, context=4, pack=True)  # packing changes nothing here
+    assert again.fingerprint == found[0].fingerprint
+
+
+# ---------------------------------------------------------------------------- the first so many
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 57, 10**6])
+def test_the_first_samples_are_taken_as_all_would_be(most: int, pack: bool):
+    write_rows(random_rows())
+    every = samples_of(open_corpus("rows.jsonl", None, context=6, pack=pack))
+    corpus = open_corpus("rows.jsonl", None, context=6, pack=pack, max_tokens=most)
+    assert samples_of(corpus) == every[:most]
+    assert corpus.n_samples == min(most, len(every)) == corpus.label_counts(7).sum()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_texts_are_read_no_further_than_needed(pack: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenizing, "_DOCUMENTS", 1)
+    write_rows([[1, 2], [3, 4], [5, 6]])
+    with Path("rows.jsonl").open("a") as file:
+        file.write("this would be an error\n")
+    corpus = open_corpus("rows.jsonl", None, context=4, pack=pack, max_tokens=1)
+    (batch,) = corpus.batches(9)
+    # The window of the last sample is whole: a model may look both ways.
+    assert batch.input_ids.tolist() == ([[1, 2, 3, 4]] if pack else [[1, 2]])
+    assert batch.labels.tolist() == ([[2, -1, -1, -1]] if pack else [[2, -1]])
+    assert corpus.n_documents == (2 if pack else 1)
+
+
+# ------------------------------------------------------------------------------- so many per class
+
+
+def lowest(rows: list[list[int]], cap: int, seed: int) -> list[int]:
+    """Choose positions by sorting all draws of each class."""
+    labels = next_labels(rows)
+    draws = np.random.Philox(key=seed).random_raw(len(labels))
+    return sorted(
+        place
+        for label in set(labels.tolist()) - {-1}
+        for place in sorted(np.flatnonzero(labels == label), key=lambda p: draws[p])[:cap]
+    )
+
+
+@pytest.mark.parametrize("block", [5, 64, 2**20])
+@pytest.mark.parametrize("cap", [1, 3, 50, 10**6])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_of_each_class_the_lowest_draws(
+    block: int, cap: int, seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chosen, "_BLOCK", block)
+    rows = random_rows(150)
+    write_rows(rows)
+    labels = next_labels(rows)
+    column = Column(np.int32)
+    column.append(labels)
+    expected = lowest(rows, cap, seed)
+    assert chosen.lowest_per_class(column, cap, seed).tolist() == expected
+    for pack in (False, True):
+        options = {"context": 6, "pack": pack, "per_class_cap": cap, "seed": seed}
+        corpus = open_corpus("rows.jsonl", None, **options)
+        assert [label for _, label in samples_of(corpus)] == labels[expected].tolist()
+        counts = np.bincount(labels[labels >= 0], minlength=7)
+        assert corpus.label_counts(7).tolist() == np.minimum(counts, cap).tolist()
+        first = open_corpus("rows.jsonl", None, **options, max_tokens=5)
+        assert samples_of(first) == samples_of(corpus)[:5]
+
+
+@given(start=st.integers(0, 50), length=st.integers(0, 50), seed=st.integers(0, 2**64 - 1))
+def test_a_draw_depends_on_its_position_only(start: int, length: int, seed: int):
+    whole = np.random.Philox(key=seed).random_raw(100)
+    part = chosen.random_draws(start, start + length, seed)
+    np.testing.assert_array_equal(part, whole[start : start + length])
+
+
+def test_another_seed_draws_others():
+    write_rows([[1, 2] * 50])
+    first, second = (
+        open_corpus("rows.jsonl", None, context=8, per_class_cap=10, seed=seed) for seed in (0, 1)
+    )
+    assert first.fingerprint != second.fingerprint
+    assert first.n_samples == second.n_samples == 20
+
+
+def test_windows_without_a_chosen_sample_are_left_out():
+    write_rows([[1, 2, 3]] * 100)
+    corpus = open_corpus("rows.jsonl", None, context=3, per_class_cap=2)
+    assert corpus.n_samples == 4
+    assert corpus.n_windows <= 4
+    assert corpus.n_documents == 100
+    for batch in corpus.batches(2):
+        assert (batch.labels >= 0).any(axis=1).all()
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 1}, "windows of 1 tokens; expected at least 2"),
+        ({"max_tokens": 0}, "max_tokens 0; expected at least 1"),
+        ({"per_class_cap": 0}, "per_class_cap 0; expected at least 1"),
+        ({"exclude": [-1]}, "excluded id -1; expected ids of the vocabulary"),
+        ({"exclude": [1.5]}, r"excluded ids \[1.5\]; expected a list of token ids"),
+        ({"exclude": 5}, "excluded ids 5; expected a list of token ids"),
+        ({"labels": "nxt"}, "(?s)no kind of labels 'nxt'.*did you mean 'next'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(options: dict, message: str):
+    with pytest.raises(NcbatchError, match=message):
+        open_corpus("nowhere.txt", None, **({"context": 4} | options))
+
+
+def test_no_room_for_temporary_files(monkeypatch: pytest.MonkeyPatch):
+    write_rows([[1, 2]])
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere/at/all")
+    with pytest.raises(OutputError, match=r"(?s)cannot be kept in a temporary file.*TMPDIR"):
+        open_corpus("rows.jsonl", None, context=4)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch):
+    write_rows([[1, 2]])
+    full = Path("/dev/full").open("wb", 0)  # noqa: SIM115 (the column closes it)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: full)
+    with pytest.raises(OutputError, match="No space left on device; expected room for 8 bytes"):
+        open_corpus("rows.jsonl", None, context=4)
+
+
+# ------------------------------------------------------------------------------ memory, progress
+
+
+def test_memory_does_not_grow_with_the_corpus(monkeypatch: pytest.MonkeyPatch):
+    # Blocks are made small, so that a corpus is many of them in no time.
+    for module, name in ((chosen, "_BLOCK"), (windows, "_TOKENS"), (tokenizing, "_CHARACTERS")):
+        monkeypatch.setattr(module, name, 2**13)
+
+    def peak_of(n: int) -> int:
+        with Path("big.jsonl").open("w") as file:
+            for start in range(n):
+                ids = [(start * 31 + i * i) % 50 for i in range(500)]
+                file.write(json.dumps({"input_ids": ids}) + "\n")
+        tracemalloc.start()
+        try:
+            corpus = open_corpus("big.jsonl", None, context=128, per_class_cap=20)
+            for batch in corpus.batches(8):
+                assert batch.labels.size
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    small = peak_of(100)
+    assert peak_of(1000) < 1.2 * small < Path("big.jsonl").stat().st_size
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.total = self.seen = 0
+        self.ended = False
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        assert unit == "B"
+        self.total = total
+
+    def advance(self, size: int) -> None:
+        self.seen += size
+
+    def end(self) -> None:
+        self.ended = True
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+def test_progress_counts_the_bytes_read():
+    write_rows(random_rows())
+    watcher = Watcher()
+    open_corpus("rows.jsonl", None, context=4, progress=watcher)
+    assert (watcher.seen, watcher.ended) == (watcher.total, True)
+    assert watcher.total == Path("rows.jsonl").stat().st_size
+    watcher = Watcher()
+    Path("rows.jsonl").write_text("bad")
+    with pytest.raises(DataError):
+        open_corpus("rows.jsonl", None, context=4, progress=watcher)
+    assert watcher.ended
+
+
+def test_the_text_side_needs_no_torch():
+    code = (
+        "import sys; from ncbatch.ingest.language.corpus import open_corpus\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
