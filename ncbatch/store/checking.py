@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from ncbatch.errors import CorruptionError
 from ncbatch.store.chunks import Fault, chunk_fault, present_chunks, read_fault
 from ncbatch.store.commit_records import n_samples
 from ncbatch.store.finalizing import ARRAYS
 from ncbatch.store.format import ATTRIBUTE
+from ncbatch.store.states import STATES
 
 if TYPE_CHECKING:
     from ncbatch.store.feature_store import FeatureStore
@@ -29,7 +31,20 @@ def find_faults(store: FeatureStore) -> list[Fault]:
     for layer in store.classifiers:
         for array in store.classifier_arrays(layer):
             faults.extend(_array_faults(array, None))
+    for name in store.state_splits:
+        faults.extend(_state_faults(store, name))
     return faults
+
+
+def _state_faults(store: FeatureStore, split: str) -> Iterator[Fault]:
+    for layer, kind in store.state_kinds(split):
+        try:
+            arrays = store.state_arrays(split, layer, kind) or {}
+        except CorruptionError as error:
+            yield Fault(f"{split}/{STATES}/{layer}/{kind}", 0, store.n_classes, error.found)
+            continue
+        for array in arrays.values():
+            yield from _array_faults(array, None)
 
 
 def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ from zarr.abc.store import SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from ncbatch.errors import CorruptionError
+from ncbatch.errors import CorruptionError, StoreError
+from ncbatch.store.fetching import gathered
 
 _CHECKSUM_BYTES = 4
-_CONCURRENT_REQUESTS = 64
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def trim(array: zarr.Array[Any], rows: int) -> None:
     if array.shape[0] == rows:
         return
     beyond = [index for index in stored_chunks(array) if index * array.chunks[0] >= rows]
-    for index in sorted(beyond):
-        sync(array.store.delete(chunk_key(array, index)))
+    sync(gathered(array.store.delete(chunk_key(array, index)) for index in sorted(beyond)))
     sync(array.async_array.resize((rows, *array.shape[1:]), delete_outside_chunks=False))
 
 
@@ -99,9 +97,13 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]
     ------
     CorruptionError
         Names the file and the rows of the first chunk that cannot be read.
+    StoreError
+        When the store does not answer.
     """
     try:
         return np.asarray(array[start:stop])
+    except StoreError:
+        raise
     except Exception as error:
         rows = array.chunks[0]
         for index in range(start // rows, -(-stop // rows)):
@@ -115,6 +117,8 @@ def read_fault(array: zarr.Array[Any], index: int) -> Fault | None:
     rows = array.chunks[0]
     try:
         array[index * rows : min((index + 1) * rows, array.shape[0])]
+    except StoreError:
+        raise
     except Exception as error:
         kind = "checksum does not match its bytes" if "checksum" in str(error) else str(error)
         return chunk_fault(array, index, kind)
@@ -132,18 +136,13 @@ def checksums(array: zarr.Array[Any]) -> bytes:
     indices = range(-(-array.shape[0] // array.chunks[0]))
     prototype = default_buffer_prototype()
 
-    async def tail(index: int, gate: asyncio.Semaphore) -> bytes:
-        async with gate:
-            found = await array.store.get(
-                chunk_key(array, index), prototype, SuffixByteRequest(_CHECKSUM_BYTES)
-            )
+    async def tail(index: int) -> bytes:
+        found = await array.store.get(
+            chunk_key(array, index), prototype, SuffixByteRequest(_CHECKSUM_BYTES)
+        )
         return b"missing" if found is None else found.to_bytes()
 
-    async def tails() -> list[bytes]:
-        gate = asyncio.Semaphore(_CONCURRENT_REQUESTS)
-        return await asyncio.gather(*(tail(i, gate) for i in indices))
-
     digest = hashlib.sha256(repr((array.shape, array.chunks, str(array.dtype))).encode())
-    for index, found in zip(indices, sync(tails()), strict=True):
+    for index, found in zip(indices, sync(gathered(map(tail, indices))), strict=True):
         digest.update(index.to_bytes(8, "little") + found)
     return digest.digest()

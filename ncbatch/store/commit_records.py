@@ -14,7 +14,7 @@ import zarr
 from ncbatch.errors import StoreError, UsageError
 from ncbatch.store.chunks import chunk_fault, stored_chunks
 from ncbatch.store.format import ATTRIBUTE
-from ncbatch.store.nodes import found_group
+from ncbatch.store.nodes import find_node, found_group
 
 _CLAIM = "claim"
 
@@ -93,7 +93,9 @@ class CommitRecord:
 
     def save(self, group: zarr.Group) -> None:
         """Store the record in the split's `group`, in the place of this writer's last one."""
-        home = found_group(found_group(group, "writers"), str(self.share.rank))
+        home = find_node(group, f"writers/{self.share.rank}")
+        if not isinstance(home, zarr.Group):
+            home = found_group(found_group(group, "writers"), str(self.share.rank))
         home.update_attributes({ATTRIBUTE: self._attributes()})
 
     def _attributes(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class CommitRecord:
 
 def read_record(group: zarr.Group, share: Share) -> CommitRecord | None:
     """Read the record of a writer; None when it has not begun."""
-    home = group.get(f"writers/{share.rank}")
+    home = find_node(group, f"writers/{share.rank}")
     found = {} if home is None else home.attrs.get(ATTRIBUTE)
     if not isinstance(found, dict) or "blocks" not in found:
         return None

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import zarr
-import zarr.errors
 
 from ncbatch import __version__
-from ncbatch.arrays import Array, cuda_chunk, cuda_meta
+from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import checksums
 from ncbatch.store.classifiers import checked_classifier, read_classifier, store_classifier
@@ -25,18 +21,39 @@ from ncbatch.store.finalizing import finalize_split
 from ncbatch.store.format import (
     ATTRIBUTE,
     CLASSIFIER,
-    DTYPES,
     FORMAT,
     MAX_CLASSES,
     LayerSpec,
-    check_metadata,
     check_name,
     layer_specs,
-    read_header,
 )
+from ncbatch.store.header import StoreHeader
 from ncbatch.store.layer_writing import LayerWriter
-from ncbatch.store.nodes import subgroups
+from ncbatch.store.layout import Layout
+from ncbatch.store.nodes import find_node, find_nodes, found_group, open_arrays, subgroups
+from ncbatch.store.opening import (
+    as_text,
+    check_root,
+    check_writable,
+    delete_store,
+    is_there,
+    make_root,
+    open_root,
+)
+from ncbatch.store.renaming import finish_renaming
 from ncbatch.store.split import Split
+from ncbatch.store.states import (
+    State,
+    delete_state,
+    read_state,
+    splits_with_states,
+    state_arrays,
+    state_attributes,
+    state_fingerprint,
+    states_of,
+    store_state,
+)
+from ncbatch.store.views import dask_view, xarray_view
 from ncbatch.store.writing import Writer
 
 if TYPE_CHECKING:
@@ -46,16 +63,11 @@ if TYPE_CHECKING:
     from ncbatch.store.chunks import Fault
 
 
-class FeatureStore:
+class FeatureStore(StoreHeader):
     """Features of layers, labels and classifiers in one Zarr v3 group.
 
     Use `create` or `open`; the format is described in ``docs/store.md``.
     """
-
-    def __init__(self, root: zarr.Group, path: str) -> None:
-        self._root = root
-        self.path = path
-        self._header = read_header(root, path)
 
     def __repr__(self) -> str:
         return f"FeatureStore('{self.path}', K={self.n_classes}, splits={self.splits})"
@@ -70,13 +82,15 @@ class FeatureStore:
         *,
         class_names: Sequence[str] | None = None,
         overwrite: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> FeatureStore:
         """Create an empty store.
 
         Parameters
         ----------
-        path : path
-            A directory that does not exist yet.
+        path : path or URL
+            A directory that does not exist yet, or a free prefix of an object store, such as
+            ``s3://bucket/run.zarr``.
         n_classes : int
             K; labels are 0..K-1.
         layers : mapping of str to int, optional
@@ -87,27 +101,30 @@ class FeatureStore:
             A name per class.
         overwrite : bool, optional
             Delete what is there, if that is a store.
+        storage_options : mapping, optional
+            Of an object store, beyond what the environment says; ``docs/store.md`` has them.
 
         Raises
         ------
         StoreError
-            When something is there already.
+            When something is there already, or an object store cannot be used.
         UsageError
             For bad layer names, widths, dtype or number of classes.
         """
-        where = os.fspath(path)
+        where = as_text(path)
         specs = layer_specs(layers or {}, dtype)
         if not 1 <= n_classes <= MAX_CLASSES:
             raise UsageError(f"a store of {n_classes} classes", f"1 to {MAX_CLASSES} classes")
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"{len(class_names)} class names", f"{n_classes}, one per class")
-        if Path(where).exists():
+        check_writable(where)
+        if is_there(where, storage_options):
             if not overwrite:
                 raise StoreError(
                     f"'{where}' exists", "a path that is free", "choose another, or overwrite it"
                 )
-            cls.open(where)  # never delete what is no store
-            shutil.rmtree(where)
+            cls.open(where, storage_options=storage_options)  # never delete what is no store
+            delete_store(where, storage_options)
         header: dict[str, Any] = {
             "format": FORMAT,
             "id": str(uuid.uuid4()),
@@ -119,19 +136,23 @@ class FeatureStore:
         }
         if class_names is not None:
             header["class_names"] = [str(name) for name in class_names]
-        try:
-            root = zarr.create_group(
-                _zarr_path(where), zarr_format=3, attributes={ATTRIBUTE: header}
-            )
-        except OSError as error:
-            raise StoreError(
-                f"no store can be made at '{where}': {error.strerror}", "a folder to write to"
-            ) from error
-        return cls(root, where)
+        return cls(make_root(where, header, storage_options), where)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
-        """Open a store, a local path or any URL that zarr opens.
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> FeatureStore:
+        """Open a store.
+
+        Parameters
+        ----------
+        path : path or URL
+            A local directory, an object store, or any other URL that zarr opens, for reading only.
+        storage_options : mapping, optional
+            Of an object store, beyond what the environment says.
 
         Raises
         ------
@@ -139,103 +160,17 @@ class FeatureStore:
             When nothing is there, it is no store, its format is newer than this version, or its
             metadata is damaged.
         """
-        where = os.fspath(path)
-        remote = "://" in where
-        if not remote and not Path(where).exists():
-            raise StoreError(f"no store at '{where}': nothing is there", "the path of a store")
-        if not remote and not Path(where).is_dir():
-            raise StoreError(f"'{where}' is a file", "the directory of a store")
-        try:
-            root = zarr.open_group(_zarr_path(where), mode="r" if remote else "r+", zarr_format=3)
-        except (zarr.errors.BaseZarrError, FileNotFoundError, KeyError, ValueError) as error:
-            raise StoreError(
-                f"'{where}' is no store: no Zarr v3 group can be read there",
-                remedy="make one with 'ncbatch import' or nc.FeatureStore.create",
-            ) from error
-        store = cls(root, where)
-        if not remote:
-            check_metadata(Path(where))
+        where = as_text(path)
+        store = cls(open_root(where, storage_options), where)
+        check_root(store._root, where)
         return store
-
-    @property
-    def id(self) -> str:
-        """The store's own identifier, a UUID."""
-        return str(self._header["id"])
-
-    @property
-    def n_classes(self) -> int:
-        """K, the number of classes."""
-        return int(self._header["n_classes"])
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """A name per class, where recorded."""
-        return self._header.get("class_names")
-
-    @property
-    def model(self) -> str | None:
-        """Name of the model that made the features, where recorded."""
-        return self._header.get("model")
-
-    @property
-    def step(self) -> int | None:
-        """Training step of that model, where recorded."""
-        return self._header.get("step")
-
-    @property
-    def layer_notes(self) -> dict[str, dict[str, Any]]:
-        """What is recorded of layers by name.
-
-        ``depth``: the share of the model's blocks that come before, 0 to 1; ``hidden_state``: its
-        index among a Hugging Face model's ``hidden_states``.
-        """
-        return {name: dict(notes) for name, notes in self._header.get("layer_notes", {}).items()}
-
-    def describe(
-        self,
-        *,
-        model: str | None = None,
-        step: int | None = None,
-        layers: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Record where the features come from; what is given replaces what was recorded.
-
-        Parameters
-        ----------
-        model : str, optional
-            Name of the model.
-        step : int, optional
-            Its training step.
-        layers : mapping of str to mapping, optional
-            Notes of layers, as in `layer_notes`.
-        """
-        header = dict(self._header)
-        if model is not None:
-            header["model"] = str(model)
-        if step is not None:
-            header["step"] = int(step)
-        if layers:
-            kept = self.layer_notes
-            header["layer_notes"] = {
-                **kept, **{name: {**kept.get(name, {}), **notes} for name, notes in layers.items()}
-            }  # fmt: skip
-        self._root.update_attributes({ATTRIBUTE: header})
-        self._header = header
-
-    @property
-    def declared_layers(self) -> dict[str, LayerSpec]:
-        """The layers that writers write by default."""
-        return {
-            name: LayerSpec(int(spec["n_features"]), str(spec["dtype"]))
-            for name, spec in self._header.get("layers", {}).items()
-        }
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits that hold committed rows or ended empty."""
-        return sorted(
-            name for name, group in subgroups(self._root) if name != CLASSIFIER and "label" in group
-        )
+        names = [name for name, _ in subgroups(self._root) if name != CLASSIFIER]
+        labels = find_nodes(self._root, [f"{name}/label" for name in names])
+        return [name for name, label in zip(names, labels, strict=True) if label is not None]
 
     @property
     def lost_splits(self) -> dict[str, int]:
@@ -243,7 +178,7 @@ class FeatureStore:
         found = {}
         for name, group in subgroups(self._root):
             attributes: Any = group.attrs.get(ATTRIBUTE, {})
-            if "n_samples" in attributes and "label" not in group:
+            if "n_samples" in attributes and find_node(group, "label") is None:
                 found[name] = int(attributes["n_samples"])
         return found
 
@@ -255,12 +190,33 @@ class FeatureStore:
         UnknownNameError
             When there is none of that name.
         """
-        splits = self.splits
-        if name not in splits:
-            raise unknown_name("split", name, splits, self.path)
-        group = self._root[name]
-        assert isinstance(group, zarr.Group)
+        group = find_node(self._root, name) if _may_be_split(name) else None
+        if not isinstance(group, zarr.Group) or find_node(group, "label") is None:
+            raise unknown_name("split", name, self.splits, self.path)
         return Split(name, group, self.path, self.n_classes)
+
+    def layout(self, split: str) -> Layout | None:
+        """Give what several writers of a split have agreed on.
+
+        None when it was not begun, or by a single writer, and once it is finalized.
+        """
+        group = self._root.get(split)
+        return Layout.read(group) if isinstance(group, zarr.Group) else None
+
+    def claim(self, split: str, task: str) -> bool:
+        """Take a task of a split; True for one of the processes that ask, until it is released."""
+        token = str(uuid.uuid4())
+        try:
+            group = found_group(found_group(self._root, split), task, {"token": token})
+        except KeyError:  # given back while this process looked
+            return False
+        return group.attrs.get("token") == token
+
+    def release(self, split: str, task: str) -> None:
+        """Give back a task that was taken."""
+        group = self._root.get(split)
+        if isinstance(group, zarr.Group) and task in group:
+            del group[task]
 
     def layers(self, split: str | None = None) -> list[str]:
         """Name the complete layers of a split, or of any split, in the order written."""
@@ -376,7 +332,8 @@ class FeatureStore:
         """Complete a split of several writers, once all are closed.
 
         Its arrays are cut after the last row, blocks that no writer came to become holes, and the
-        number of samples is recorded. A split that is complete stays as it is.
+        number of samples is recorded. A split that is complete stays as it is, except that layers whose
+        replacing was interrupted in an object store take their names.
 
         Parameters
         ----------
@@ -403,6 +360,7 @@ class FeatureStore:
             raise unknown_name("split", split, self.splits, self.path)
         if not Split(split, group, self.path, self.n_classes).finalized:
             finalize_split(group, f"split '{split}' of {self.path}")
+        finish_renaming(group)
         return self.split(split)
 
     def delete_split(self, split: str) -> None:
@@ -489,18 +447,86 @@ class FeatureStore:
 
     def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
         """Give the stored arrays of a layer's classifier."""
-        group = self._root[f"{CLASSIFIER}/{layer}"]
-        assert isinstance(group, zarr.Group)
-        return [array for _, array in sorted(group.arrays(), key=lambda item: item[0])]
+        names = [f"{CLASSIFIER}/{layer}/{name}" for name in ("bias", "weight")]
+        return [array for array in open_arrays(self._root, names) if array is not None]
 
     @property
     def classifiers(self) -> list[str]:
         """Layers that have a classifier."""
-        if CLASSIFIER not in self._root:
+        group = find_node(self._root, CLASSIFIER)
+        if not isinstance(group, zarr.Group):
             return []
-        group = self._root[CLASSIFIER]
-        assert isinstance(group, zarr.Group)
-        return sorted(name for name, g in group.groups() if g.attrs.get("complete"))
+        return [name for name, found in subgroups(group) if found.attrs.get("complete")]
+
+    def set_state(
+        self,
+        split: str,
+        layer: str,
+        kind: str,
+        arrays: Mapping[str, Array],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Store what sums the samples of a layer up, replacing an earlier state of that kind.
+
+        Parameters
+        ----------
+        split, layer : str
+            Of which samples; neither needs rows in the store.
+        kind : str
+            Such as ``moments`` or ``decisions``; ``docs/store.md`` lists their arrays.
+        arrays : mapping of str to array
+            Integers or floats, in memory.
+        attributes : mapping, optional
+            What JSON can hold.
+
+        Raises
+        ------
+        UsageError
+            For a name that cannot be part of a path.
+        DataError
+            For an array of another type or without a dimension.
+        """
+        host = {name: to_numpy(array) for name, array in arrays.items()}
+        store_state(self._root, split, layer, kind, host, attributes)
+
+    def state(self, split: str, layer: str, kind: str) -> State | None:
+        """Read a state: its arrays and attributes, as `set_state` took them; None without one.
+
+        Raises
+        ------
+        CorruptionError
+            Names a chunk that cannot be read.
+        """
+        return read_state(self._root, split, layer, kind)
+
+    def state_arrays(self, split: str, layer: str, kind: str) -> dict[str, zarr.Array[Any]] | None:
+        """Open the arrays of a state without reading them; None without one."""
+        return state_arrays(self._root, split, layer, kind)
+
+    def state_attributes(self, split: str, layer: str, kind: str) -> dict[str, Any]:
+        """Give the attributes of a state; empty without one."""
+        return state_attributes(self._root, split, layer, kind)
+
+    def state_fingerprint(self, split: str, layer: str, kind: str) -> str:
+        """Hash the shapes and stored checksums of a state; 32 hexadecimal digits."""
+        return state_fingerprint(self._root, split, layer, kind)
+
+    def state_layers(self, split: str, kind: str = "moments") -> list[str]:
+        """Name the layers of a split that have a state of that kind."""
+        return [layer for layer, found in states_of(self._root, split) if found == kind]
+
+    def state_kinds(self, split: str) -> list[tuple[str, str]]:
+        """Give (layer, kind) of every state of a split."""
+        return list(states_of(self._root, split))
+
+    @property
+    def state_splits(self) -> list[str]:
+        """Names of the splits that hold states, with or without rows."""
+        return splits_with_states(self._root)
+
+    def delete_state(self, split: str, layer: str, kind: str) -> None:
+        """Delete a state, if it is there."""
+        delete_state(self._root, split, layer, kind)
 
     def to_dask(self, split: str, layer: str, device: Literal["cpu", "cuda"] = "cpu") -> da.Array:
         """Give a layer's rows as a Dask array (sample, unit), one block per chunk.
@@ -521,15 +547,7 @@ class FeatureStore:
         UsageError
             When ``cuda`` is asked for and CuPy or a device is missing here.
         """
-        import dask.array as da
-
-        if device not in ("cpu", "cuda"):
-            raise UsageError(f"device '{device}'", "cpu or cuda")
-        array = da.from_zarr(self.split(split).feature(layer))
-        dtype = np.dtype("float32") if array.dtype == DTYPES["bfloat16"] else array.dtype
-        if device == "cuda":
-            return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
-        return array.astype(dtype)
+        return dask_view(self.split(split), layer, device)
 
     def to_xarray(self, split: str, layer: str) -> xr.Dataset:
         """Give a layer as a Dask-backed Dataset of its samples.
@@ -540,22 +558,7 @@ class FeatureStore:
             ``feature(sample, unit)`` and ``label(sample)``, and ``prediction(sample)`` where
             stored; rows that are no samples are left out.
         """
-        import xarray as xr
-
-        part = self.split(split)
-        labels = part.labels()
-        variables: dict[str, Any] = {
-            "feature": (("sample", "unit"), self.to_dask(split, layer)),
-            "label": (("sample",), labels),
-        }
-        if part.head is not None:
-            variables["prediction"] = (("sample",), part.predictions())
-        dataset = xr.Dataset(
-            variables,
-            attrs={"store": self.path, "store_id": self.id, "split": split, "layer": layer},
-        )
-        rows = np.flatnonzero(labels >= 0)
-        return dataset if rows.size == labels.size else dataset.isel(sample=rows)
+        return xarray_view(self.split(split), layer, self.id)
 
     def validate(self) -> list[Fault]:
         """Read everything and name every bad chunk and impossible value; empty when all is well."""
@@ -582,10 +585,6 @@ class FeatureStore:
         return specs
 
 
-def _zarr_path(path: str) -> str:
-    """Make a local path absolute.
-
-    When zarr (3.1.6) lists keys it cuts the store's path out wherever it occurs, so that a store
-    at ``s`` would lose the end of ``layers/`` in every key.
-    """
-    return path if "://" in path else os.path.abspath(path)
+def _may_be_split(name: str) -> bool:
+    """Whether a name leads to a group right below the root that is not of the classifiers."""
+    return bool(name) and "/" not in name and name != CLASSIFIER

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore
 
 from ncbatch.arrays import Array, to_numpy
 from ncbatch.errors import DataError, StoreError
 from ncbatch.store.finalizing import record_arrays
 from ncbatch.store.format import STAGED, LayerSpec, chunk_rows
 from ncbatch.store.nodes import create_prediction, found_group
+from ncbatch.store.renaming import delete_node, rename
 from ncbatch.store.row_buffer import RowBuffer, checked_labels
 from ncbatch.store.split import Split
 
@@ -63,12 +61,13 @@ class LayerWriter:
         self._buffers = {}
         for order, (name, spec) in enumerate(specs.items(), start=len(split.features)):
             home = STAGED + name if name in split.features else name
-            if home in layers:
-                del layers[home]
+            for left in {home, STAGED + name}:
+                delete_node(layers, left)
             rows = min(chunk_rows(spec, split.n_rows), split.base_block)
             self._buffers[name] = RowBuffer(name, spec, rows, order, home)
             self._buffers[name].create(split.group, split.n_rows, complete=False)
         self.position = 0
+        self._complete = False  # all is stored, and takes its names
 
     def append(
         self,
@@ -136,16 +135,23 @@ class LayerWriter:
         for buffer in self._buffers.values():
             buffer.flush(group, self.position)
         self._write_predictions(1)
+        self._complete = True
         for name, buffer in self._buffers.items():
             group[f"layers/{buffer.home}"].update_attributes({"complete": True})
             if buffer.home != name:
-                _rename(group, f"layers/{buffer.home}", f"layers/{name}")
+                rename(group, f"layers/{buffer.home}", f"layers/{name}")
         if self._prediction is not None:
-            _rename(group, STAGED + "prediction", "prediction")
+            rename(group, STAGED + "prediction", "prediction")
         record_arrays(group)
 
     def discard(self) -> None:
-        """Remove what was written, and keep what it was to replace."""
+        """Remove what was written, and keep what it was to replace.
+
+        Nothing is removed once all is stored: where nothing can be renamed, what was to be replaced
+        may be gone, and `FeatureStore.finalize` goes on with it.
+        """
+        if self._complete:
+            return
         group = self._split.group
         for buffer in self._buffers.values():
             if f"layers/{buffer.home}" in group:
@@ -212,15 +218,3 @@ class LayerWriter:
                 f"{int(stored[row])}, as stored in split '{self._split.name}'",
                 "give the features in the order of the stored rows",
             )
-
-
-def _rename(group: zarr.Group, staged: str, name: str) -> None:
-    """Let what is complete take its name, and the place of what it replaces."""
-    if not isinstance(group.store, LocalStore):
-        raise StoreError(f"{group.store_path} is no local store", "a folder to replace a layer in")
-    root = Path(group.store.root) / group.path
-    replaced = root / f"{staged}{STAGED}replaced"
-    if (root / name).exists():
-        (root / name).rename(replaced)
-    (root / staged).rename(root / name)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import zarr
@@ -12,8 +12,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
 
-from ncbatch.errors import StoreError
+from ncbatch.errors import CorruptionError, StoreError
 from ncbatch.store.bfloat16 import BFloat16
+from ncbatch.store.fetching import gathered
 
 # Not part of the stored metadata: an array that is opened again must be told again.
 _CONFIG: Any = {"write_empty_chunks": True}
@@ -63,12 +64,45 @@ def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
     """
 
     async def names() -> list[str]:
-        return [name async for name in group.store.list_dir(group.path)]
+        found = [name async for name in group.store.list_dir(group.path)]
+        return sorted(name for name in found if name != "zarr.json")
 
-    for name in sorted(sync(names())):
-        found = group.get(name) if name != "zarr.json" else None
+    inside = sync(names())
+    for name, found in zip(inside, find_nodes(group, inside), strict=True):
         if isinstance(found, zarr.Group):
             yield name, found
+
+
+def find_node(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
+    """Open what has that name in a group; None for nothing.
+
+    Raises
+    ------
+    CorruptionError
+        When its metadata is damaged.
+    """
+    return find_nodes(group, [name])[0]
+
+
+def find_nodes(
+    group: zarr.Group, names: Sequence[str]
+) -> list[zarr.Array[Any] | zarr.Group | None]:
+    """Open several as `find_node` does, asking for all at once."""
+    asked = zarr.AsyncGroup(metadata=group.metadata, store_path=group.store_path)
+
+    async def node(name: str) -> Any:
+        try:
+            return await asked.get(name)
+        except (ValueError, TypeError) as error:
+            key = "/".join(part for part in (group.path, name, "zarr.json") if part)
+            raise CorruptionError(f"metadata '{key}' cannot be read", "", "restore it") from error
+
+    found = sync(gathered(node(name) for name in names))
+    return [
+        None if node is None else zarr.Array(node) if isinstance(node, zarr.AsyncArray)
+        else zarr.Group(node)
+        for node in found
+    ]  # fmt: skip
 
 
 def create_array(
@@ -91,7 +125,7 @@ def create_array(
     StoreError
         When an array is there that differs.
     """
-    is_label = dtype == "int32"
+    is_integer = dtype.startswith("int")
     try:
         return group.create_array(
             name,
@@ -100,7 +134,7 @@ def create_array(
             dtype=BFloat16() if dtype == "bfloat16" else dtype,
             filters=None,
             compressors=[Crc32cCodec()],
-            fill_value=-1 if is_label else float("nan"),
+            fill_value=-1 if is_integer else float("nan"),
             dimension_names=dimensions,
             attributes=dict(attributes or {}),
             config=_CONFIG,
@@ -145,8 +179,23 @@ def open_array(group: zarr.Group, name: str, rows: int | None = None) -> zarr.Ar
     rows : int, optional
         Let the array end there; what is stored keeps its shape.
     """
-    array = group[name]
-    assert isinstance(array, zarr.Array)
+    array = find_node(group, name)
+    if not isinstance(array, zarr.Array):
+        raise KeyError(f"{group.path}/{name}")
+    return _opened(array, rows)
+
+
+def open_arrays(
+    group: zarr.Group, names: Sequence[str], rows: int | None = None
+) -> list[zarr.Array[Any] | None]:
+    """Open several arrays as `open_array` does; None for one that is not there."""
+    return [
+        _opened(node, rows) if isinstance(node, zarr.Array) else None
+        for node in find_nodes(group, names)
+    ]
+
+
+def _opened(array: zarr.Array[Any], rows: int | None) -> zarr.Array[Any]:
     metadata: Any = array.metadata
     if rows is not None and rows != array.shape[0]:
         metadata = metadata.update_shape((rows, *array.shape[1:]))

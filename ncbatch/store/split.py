@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,9 +21,10 @@ from ncbatch.store.chunks import (
     stored_chunks,
 )
 from ncbatch.store.commit_records import CommitRecord, claimed_blocks, read_records
+from ncbatch.store.fetching import chunks_at_once, map_ahead
 from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec
 from ncbatch.store.layout import Layout
-from ncbatch.store.nodes import open_array, subgroups
+from ncbatch.store.nodes import find_node, open_array, open_arrays, subgroups
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Split:
         blocks = max([claimed, *(index + 1 for index in stored_chunks(label))])
         return open_array(self.group, "label", min(int(label.shape[0]), blocks * label.chunks[0]))
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        """Open an array; room that is reserved beyond the committed rows is left out."""
-        return open_array(self.group, name, None if self.finalized else self.n_rows)
+    def _arrays(self, names: Sequence[str]) -> list[zarr.Array[Any] | None]:
+        """Open arrays; room that is reserved beyond the committed rows is left out."""
+        return open_arrays(self.group, names, None if self.finalized else self.n_rows)
 
     @property
     def n_rows(self) -> int:
@@ -108,20 +109,19 @@ class Split:
     @cached_property
     def features(self) -> dict[str, zarr.Array[Any]]:
         """The stored feature arrays of the complete layers, by name, in the order written."""
-        if "layers" not in self.group:
-            return {}
-        found = []
-        for name, layer in self._layer_groups():
-            hidden = name.startswith(STAGED) or not layer.attrs.get("complete")
-            if not hidden and "feature" in layer:
-                array = self._array(f"layers/{name}/feature")
-                found.append((layer.attrs.get("order", 0), name, array))
-        return {name: array for _, name, array in sorted(found, key=lambda item: item[:2])}
+        orders = {
+            name: layer.attrs.get("order", 0)
+            for name, layer in self._layer_groups()
+            if not name.startswith(STAGED) and layer.attrs.get("complete")
+        }
+        names = sorted(orders, key=lambda name: (orders[name], name))
+        paths = [f"layers/{name}/feature" for name in names]
+        arrays = self._arrays(paths)
+        return {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
 
     def _layer_groups(self) -> Iterator[tuple[str, zarr.Group]]:
-        layers = self.group["layers"]
-        assert isinstance(layers, zarr.Group)
-        return subgroups(layers)
+        layers = find_node(self.group, "layers")
+        return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
 
     @property
     def arrays(self) -> dict[str, zarr.Array[Any]]:
@@ -139,8 +139,6 @@ class Split:
     @property
     def incomplete_layers(self) -> list[str]:
         """Layers whose writing has not ended, invisible until it has."""
-        if "layers" not in self.group:
-            return []
         names = (name for name, _ in self._layer_groups() if name not in self.features)
         return sorted(name.removeprefix(STAGED) for name in names)
 
@@ -165,7 +163,7 @@ class Split:
 
     @cached_property
     def _prediction(self) -> zarr.Array[Any] | None:
-        return self._array("prediction") if "prediction" in self.group else None
+        return self._arrays(["prediction"])[0]
 
     @property
     def head(self) -> str | None:
@@ -200,8 +198,12 @@ class Split:
             When a label chunk is missing whose rows were committed once.
         """
         self._check_labels_present()
-        for start in range(0, self.n_rows, self.base_block):
-            yield start, self.labels(start, min(start + self.base_block, self.n_rows))
+        starts = range(0, self.n_rows, self.base_block)
+
+        def block(start: int) -> tuple[int, npt.NDArray[np.int32]]:
+            return start, self.labels(start, min(start + self.base_block, self.n_rows))
+
+        yield from map_ahead(block, starts, self.chunks_at_once)
 
     def _check_labels_present(self) -> None:
         missing = np.flatnonzero(self.label_chunks_expected & ~present_chunks(self._label))
@@ -213,6 +215,44 @@ class Split:
         rows = read_rows(self.feature(layer), start, stop)
         narrow = widened and self.spec(layer).dtype == "bfloat16"
         return rows.astype(np.float32) if narrow else rows
+
+    @property
+    def chunks_at_once(self) -> int:
+        """How many chunks `read_each` reads or holds at once."""
+        return chunks_at_once(self.group.store)
+
+    def read_each(
+        self,
+        layer: str,
+        parts: Iterable[tuple[int, npt.NDArray[Any]]],
+        *,
+        widened: bool = True,
+    ) -> Iterator[tuple[tuple[int, npt.NDArray[Any]], npt.NDArray[Any]]]:
+        """Read features of ranges of rows one after the other, ahead of the caller in an object store.
+
+        Parameters
+        ----------
+        layer : str
+            Which layer.
+        parts : iterable of (int, array (n, ...))
+            First row, and something for each row from there on.
+        widened : bool, optional
+            As for `read`.
+
+        Yields
+        ------
+        tuple of (int, array) and array (n, D)
+            The part, and its features.
+        """
+
+        def read(
+            part: tuple[int, npt.NDArray[Any]],
+        ) -> tuple[tuple[int, npt.NDArray[Any]], npt.NDArray[Any]]:
+            first, values = part
+            return part, self.read(layer, first, first + len(values), widened=widened)
+
+        self.feature(layer)  # found once, before threads look for it
+        return map_ahead(read, parts, self.chunks_at_once)
 
     def check_chunks(self, layer: str) -> None:
         """Refuse a layer of which a chunk of rows, their labels or predictions is missing.

@@ -20,6 +20,7 @@ from ncbatch.store.layout import Layout, join_split
 from ncbatch.store.nodes import create_label, create_prediction, found_group, open_array
 from ncbatch.store.row_buffer import RowBuffer, checked_labels, reserve
 from ncbatch.store.split import Split
+from ncbatch.store.states import STATES
 
 
 class Writer:
@@ -314,6 +315,11 @@ def _check_continues(split: Split, share: Share, resume: bool) -> None:
             "a single one, as this is",
             "give rank= and world_size= as it was begun, or overwrite the split",
         )
+    if STATES in group and not begun and not split.records:
+        raise StoreError(
+            f"{found} holds states of samples that are not in the store", "a new split",
+            "write features to another split, or overwrite this one and lose its states",
+        )  # fmt: skip
     if not resume and not begun:
         raise StoreError(f"{found} exists, begun but without rows", "", "resume it or overwrite it")
     if not resume:
