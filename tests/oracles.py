@@ -36,8 +36,9 @@ class Geometry:
 
     counts: Array  # (K,)
     means: Array  # (K, D) uncentred m_c
-    variances: Array  # (K,)
-    within: Array  # (D, D)
+    traces: Array  # (K,) sum of |x - m_c|^2
+    variances: Array  # (K,) traces / (n_c - ddof), NaN where that is 0 / 0
+    within: Array  # (D, D) pooled scatter / (N - ddof K)
     global_mean: Array  # (D,) m_G
     centred: Array  # (K, D) Mc = M - m_G
     directed: Array  # (K,) bool: Mc_c has a direction
@@ -93,12 +94,15 @@ def select(
     return np.array(chosen, dtype=np.int64)
 
 
-def geometry(X: Array, y: Array, chosen: Array, weighted: bool = False) -> Geometry:
+def geometry(X: Array, y: Array, chosen: Array, weighted: bool = False, ddof: int = 0) -> Geometry:
     """Return what the metrics need of the chosen classes; other rows do not count at all."""
     y, used = np.asarray(y), np.isin(y, chosen)
     relabelled = np.searchsorted(chosen, y[used])
-    moments = _long_moments(np.asarray(X)[used], relabelled, len(chosen))
-    counts, means = moments[:2]
+    counts, means, variances, within = _long_moments(np.asarray(X)[used], relabelled, len(chosen))
+    traces = variances * counts
+    with np.errstate(invalid="ignore"):
+        variances = traces / (counts - ddof)
+        within = within * counts.sum() / (counts.sum() - ddof * len(chosen))
     weights = counts if weighted else np.ones_like(counts)
     m_G = (weights[:, None] * means).sum(axis=0) / weights.sum()
     centred = means - m_G
@@ -106,7 +110,7 @@ def geometry(X: Array, y: Array, chosen: Array, weighted: bool = False) -> Geome
     directed = (centred**2).sum(axis=1) > nothing
     if not directed.any():  # all means are one: S_B is 0, not the rounding errors of m_G
         centred = np.zeros_like(centred)
-    return Geometry(*moments, m_G, centred, directed)
+    return Geometry(counts, means, traces, variances, within, m_G, centred, directed)
 
 
 # ------------------------------------------------------------------------------------- algebra
@@ -160,7 +164,7 @@ def coincident(means: Array) -> Array:
 # ------------------------------------------------------------------------------ groups of metrics
 
 
-def collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
+def collapse(train: Geometry, dist_exp: float = 1.0, divide_by_k: bool = True) -> dict[str, float]:
     """Return NC1: pseudo-inverse, top singular triplets, quotient, CDNV."""
     K, D = train.centred.shape
     values = {"nc1_pinv": np.nan, "nc1_svd": np.nan, "nc1_quot": np.nan}
@@ -169,26 +173,27 @@ def collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
         _, s, V = np.linalg.svd(train.centred.astype(np.float64), full_matrices=False)
         rank = int((s**2 > D * np.finfo(np.float64).eps * s[0] ** 2).sum())
         terms = np.array([(V[k] @ train.within @ V[k]) * K / s[k] ** 2 for k in range(rank)])
-        values["nc1_pinv"] = terms.sum() / K
-        values["nc1_svd"] = terms[: min(K - 1, D)].sum() / K
+        divisor = K if divide_by_k else 1
+        values["nc1_pinv"] = terms.sum() / divisor
+        values["nc1_svd"] = terms[: min(K - 1, D)].sum() / divisor
         values["nc1_quot"] = np.trace(train.within) / ((train.centred**2).sum() / K)
     i, j = pairs(K)
     apart = ~coincident(train.means)
     d2 = squared_distances(train.means)[apart]
     ratios = (train.variances[i] + train.variances[j])[apart] / (2 * d2**dist_exp)
-    values["nc1_cdnv"] = mean_and_variance(ratios, ddof=0)[0]
+    values["nc1_cdnv"] = mean_and_variance(ratios[~np.isnan(ratios)], ddof=0)[0]
     values["n_coincident_pairs"] = int((~apart).sum())
     return values
 
 
-def structure(train: Geometry) -> dict[str, float]:
+def structure(train: Geometry, class_ddof: int = 1) -> dict[str, float]:
     """Return NC2 and GNC2: etf error, norms, interference, kernels on the sphere."""
     Mc, values = train.centred, {"nc2_etf_err": structure_error(train.centred, train.centred)}
     norms = np.sqrt((Mc**2).sum(axis=1))
     i, j = pairs(len(Mc))
     summaries = {
-        "nc2_norm": mean_and_variance(norms, ddof=1),
-        "nc2_lognorm": mean_and_variance(np.log(norms[train.directed]), ddof=1),
+        "nc2_norm": mean_and_variance(norms, class_ddof),
+        "nc2_lognorm": mean_and_variance(np.log(norms[train.directed]), class_ddof),
         "nc2_interference": mean_and_variance((Mc[i] * Mc[j]).sum(axis=1), ddof=0),
     }
     for name, (mean, variance) in summaries.items():
@@ -208,16 +213,16 @@ def sphere_kernels(units: Array) -> dict[str, Array]:
     return {"nc2g_dist": distances, "nc2g_log": np.log(1 / apart), "nc2g_riesz": riesz}
 
 
-def duality(train: Geometry, W: Array) -> dict[str, float]:
+def duality(train: Geometry, W: Array, class_ddof: int = 1) -> dict[str, float]:
     """Return NC3 for the classifier rows of the chosen classes, W (K, D)."""
     W, Mc = wide(W), train.centred
     dots = (W * Mc).sum(axis=1)
     directed = train.directed & (W != 0).any(axis=1)
     w, u = unit_rows(W[directed]), unit_rows(Mc[directed])
     summaries = {
-        "nc3_dot": mean_and_variance(dots, ddof=1),
-        "nc3_cos": mean_and_variance((w * u).sum(axis=1), ddof=1),
-        "nc3_distance": mean_and_variance(np.sqrt(((w - u) ** 2).sum(axis=1)), ddof=1),
+        "nc3_dot": mean_and_variance(dots, class_ddof),
+        "nc3_cos": mean_and_variance((w * u).sum(axis=1), class_ddof),
+        "nc3_distance": mean_and_variance(np.sqrt(((w - u) ** 2).sum(axis=1)), class_ddof),
     }
     values = {"nc3_dual_err": structure_error(W, Mc)}
     for name, (mean, variance) in summaries.items():
@@ -272,6 +277,9 @@ def base_metrics(
     max_count: int | None = None,
     classes: Iterable[int] | None = None,
     dist_exp: float = 1.0,
+    ddof: int = 0,
+    class_ddof: int = 1,
+    divide_by_k: bool = True,
 ) -> dict[str, float]:
     """Return every metric of the base set that the inputs allow, by name.
 
@@ -287,10 +295,10 @@ def base_metrics(
             f"found {len(chosen)} chosen classes; expected 2 or more; widen the filter"
         )
     filtered = min_count > 1 or max_count is not None or classes is not None
-    train = geometry(X, y, chosen, weighted)
-    values = {**collapse(train, dist_exp), **structure(train)}
+    train = geometry(X, y, chosen, weighted, ddof)
+    values = {**collapse(train, dist_exp, divide_by_k), **structure(train, class_ddof)}
     if W is not None:
-        values |= duality(train, np.asarray(W)[chosen])
+        values |= duality(train, np.asarray(W)[chosen], class_ddof)
     if W is not None or predictions is not None:
         samples = (X, y) if X_test is None else (X_test, y_test)
         values["nc4_agree"] = _agreement(train, chosen, *samples, W, b, predictions, filtered)
@@ -412,7 +420,7 @@ def _corrected_cdnv(train: Geometry, dist_exp: float) -> float:
     """Return the mean CDNV without the bias of small classes, over pairs where it exists."""
     i, j = pairs(len(train.means))
     n, several = train.counts, train.counts >= 2
-    V = np.where(several, train.variances * n / np.maximum(n - 1, 1), 0)
+    V = np.where(several, train.traces / np.maximum(n - 1, 1), 0)
     sizes = (train.means**2).sum(axis=1)
     whole, errors = squared_distances(train.means), V[i] / n[i] + V[j] / n[j]
     d2 = whole - errors
@@ -430,7 +438,8 @@ def _nearest_cdnv(train: Geometry, dist_exp: float) -> float:
         k = int(d2.argmin())
         if d2[k] > SAME * ((m**2).sum() + (train.means[k] ** 2).sum()):
             values.append((train.variances[c] + train.variances[k]) / 2 / d2[k] ** dist_exp)
-    return mean_and_variance(np.array(values), ddof=0)[0]
+    known = np.array(values)
+    return mean_and_variance(known[~np.isnan(known)], ddof=0)[0]
 
 
 def more_collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
@@ -438,22 +447,27 @@ def more_collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
     K, D = train.centred.shape
     S_W, S_B = train.within, train.centred.T @ train.centred / K
     ratios = train.variances[train.directed] / (train.centred[train.directed] ** 2).sum(axis=1)
+    ratios = ratios[~np.isnan(ratios)]
+    quantiles = [np.nan] * 3
+    if len(ratios):
+        quantiles = [np.quantile(ratios.astype(np.float64), q) for q in (0.1, 0.5, 0.9)]
     i, j = pairs(K)
     apart = ~coincident(train.means)
     lines = (train.means[j] - train.means[i])[apart]
     along = ((lines @ S_W) * lines).sum(axis=1) / (lines**2).sum(axis=1) ** 2
     within, between = (np.asarray(S, np.float64) for S in (S_W, S_B))
     ridge = 1e-6 * np.trace(within) / D
+    whole = np.trace(S_W) + np.trace(S_B)
     values = {
-        "nc1_trace_share": np.trace(S_W) / (np.trace(S_W) + np.trace(S_B)),
+        "nc1_trace_share": np.trace(S_W) / whole if whole else np.nan,
         "nc1_vci": _collapse_index(S_W, train.centred),
         "nc1_lda": np.trace(np.linalg.solve(within + ridge * np.eye(D), between))
-        if ridge
+        if ridge > 0
         else np.nan,
-        "nc1_v_ratio_mean": ratios.mean(),
-        "nc1_v_ratio_median": np.median(ratios),
-        "nc1_v_ratio_q10": np.quantile(ratios.astype(np.float64), 0.1),
-        "nc1_v_ratio_q90": np.quantile(ratios.astype(np.float64), 0.9),
+        "nc1_v_ratio_mean": mean_and_variance(ratios, ddof=0)[0],
+        "nc1_v_ratio_q10": quantiles[0],
+        "nc1_v_ratio_median": quantiles[1],
+        "nc1_v_ratio_q90": quantiles[2],
         "nc1_cdnv_nearest": _nearest_cdnv(train, dist_exp),
         "nc1_cdnv_corrected": _corrected_cdnv(train, dist_exp),
         "nc1_cdnv_directional": mean_and_variance(along, ddof=0)[0],
@@ -461,7 +475,7 @@ def more_collapse(train: Geometry, dist_exp: float = 1.0) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def more_structure(train: Geometry) -> dict[str, float]:
+def more_structure(train: Geometry, class_ddof: int = 1) -> dict[str, float]:
     """Return NC2 beside the base set."""
     K = len(train.means)
     norms = np.sqrt((train.centred**2).sum(axis=1))
@@ -471,32 +485,52 @@ def more_structure(train: Geometry) -> dict[str, float]:
     r = np.sqrt(squared_distances(units))
     grid = np.full((len(units), len(units)), np.inf)
     grid[i, j] = grid[j, i] = r
+    s = np.longdouble(units.shape[1] - 2)
+    apart = r[r**2 > 2 * SAME]
+    with np.errstate(divide="ignore"):
+        riesz = [np.log(np.abs(v)) for v in _moments_of(np.sign(s) * apart ** (-s))]
+    dev = np.abs(cos + 1 / (K - 1))
     values = {
-        "nc2_norm_cv": norms.std(ddof=1) / norms.mean(),
-        "nc2_cos_mean": cos.mean(),
-        "nc2_cos_std": cos.std(),
-        "nc2_cos_dev_mean": np.abs(cos + 1 / (K - 1)).mean(),
-        "nc2_cos_dev_max": np.abs(cos + 1 / (K - 1)).max(),
-        "nc2_coherence": np.abs(cos).max(),
-        "nc2_uniformity": np.log(np.exp(-2 * r**2).mean()),
-        "nc2_tammes": r.min(),
-        "nc2_tammes_mean": grid.min(axis=1).mean(),
+        "nc2g_riesz_log_mean": riesz[0],
+        "nc2g_riesz_log": riesz[1],
+        "nc2_norm_cv": norms.std(ddof=class_ddof) / norms.mean() if norms.any() else np.nan,
+        "nc2_cos_mean": mean_and_variance(cos, ddof=0)[0],
+        "nc2_cos_std": np.sqrt(mean_and_variance(cos, ddof=0)[1]),
+        "nc2_cos_dev_mean": mean_and_variance(dev, ddof=0)[0],
+        "nc2_cos_dev_max": dev.max(initial=-np.inf),
+        "nc2_coherence": np.abs(cos).max(initial=-np.inf),
+        "nc2_uniformity": np.log(mean_and_variance(np.exp(-2 * r**2), ddof=0)[0]),
+        "nc2_tammes": r.min(initial=np.inf),
+        "nc2_tammes_mean": mean_and_variance(grid.min(axis=1, initial=np.inf), ddof=0)[0],
     }
     return {name: float(value) for name, value in values.items()}
 
 
-def more_duality(train: Geometry, W: Array, b: Array | None = None) -> dict[str, float]:
+def _moments_of(values: Array) -> tuple[Any, Any]:
+    """Return mean and variance in the dtype given, beyond the range of float64; NaN of nothing."""
+    if not len(values):
+        return np.nan, np.nan
+    mean = values.sum() / len(values)
+    return mean, ((values - mean) ** 2).sum() / len(values)
+
+
+def more_duality(
+    train: Geometry, W: Array, b: Array | None = None, class_ddof: int = 1
+) -> dict[str, float]:
     """Return NC3 beside the base set, for the classifier rows of the classes used."""
     W = wide(W)
     norms = np.sqrt((W**2).sum(axis=1))
     size = np.sqrt((train.centred**2).sum())
-    apart = W / np.sqrt((W**2).sum()) - train.centred / size
     logits = W @ train.global_mean + (0 if b is None else wide(b))
     values = {
-        "nc3_papyan": (apart**2).sum(),
+        "nc3_papyan": np.nan,
         "nc3_bias": np.sqrt((logits**2).sum()),
-        "nc2_weight_norm_cv": norms.std(ddof=1) / norms.mean(),
+        "nc2_weight_norm_cv": norms.std(ddof=class_ddof) / norms.mean(),
+        "nc2_weight_etf_err": structure_error(W, W),
     }
+    if size:
+        apart = W / np.sqrt((W**2).sum()) - train.centred / size
+        values["nc3_papyan"] = (apart**2).sum()
     return {name: float(value) for name, value in values.items()}
 
 
@@ -517,9 +551,79 @@ def spectra(X: Array, train: Geometry) -> dict[str, float]:
         ("total", residuals.T @ residuals / len(X)),
     ):
         values = np.maximum(np.linalg.eigvalsh(matrix), 0)
+        found |= {f"spec_{name}_{of}": np.nan for of in ("erank", "participation", "stable_rank")}
         if not values.any():
             continue
         found[f"spec_{name}_erank"] = _entropy_rank(values)
         found[f"spec_{name}_participation"] = float(values.sum() ** 2 / (values**2).sum())
         found[f"spec_{name}_stable_rank"] = float(values.sum() / values.max())
     return found
+
+
+# ------------------------------------------------------------------------------ the whole catalogue
+
+
+def _test_to_train(train: Geometry, chosen: Array, X: Array, y: Array) -> float:
+    """Return the mean over classes of the mean squared distance of test samples to train's mean."""
+    apart = [
+        ((wide(X[y == c]) - train.means[k]) ** 2).sum(axis=1).mean()
+        for k, c in enumerate(chosen)
+        if (y == c).any()
+    ]
+    return float(np.mean(apart)) if apart else np.nan
+
+
+def _exact_directional(train: Geometry, chosen: Array, X: Array, y: Array) -> float:
+    """Return the mean over ordered pairs i, j of u^T S_i u / d_ij^2."""
+    values = []
+    for i, c in enumerate(chosen):
+        own = wide(X[y == c]) - train.means[i]
+        for j in range(len(chosen)):
+            line = train.means[j] - train.means[i]
+            sizes = (train.means[i] ** 2).sum() + (train.means[j] ** 2).sum()
+            if i != j and (line**2).sum() > SAME * sizes:
+                values.append(((own @ line) ** 2).mean() / (line**2).sum() ** 2)
+    return float(np.mean(values)) if values else np.nan
+
+
+def every_metric(
+    X: Array,
+    y: Array,
+    n_classes: int,
+    *,
+    W: Array,
+    b: Array,
+    X_test: Array,
+    y_test: Array,
+    X_ood: Array,
+    y_ood: Array | None = None,
+    weighted: bool = False,
+    dist_exp: float = 1.0,
+    ddof: int = 0,
+    class_ddof: int = 1,
+    divide_by_k: bool = True,
+    **filters: Any,
+) -> dict[str, float]:
+    """Return every metric there is, by name; NaN where the samples leave it undefined.
+
+    As `base_metrics`, with test and outside samples and a classifier.
+    """
+    conventions = {"weighted": weighted, "dist_exp": dist_exp, "ddof": ddof}
+    conventions |= {"class_ddof": class_ddof, "divide_by_k": divide_by_k}
+    chosen = select(y, n_classes, **filters)
+    train = geometry(X, y, chosen, weighted, ddof)
+    values = base_metrics(
+        X, y, n_classes, W=W, b=b, X_test=X_test, y_test=y_test, X_ood=X_ood, y_ood=y_ood,
+        **conventions, **filters,
+    )  # fmt: skip
+    values |= more_collapse(train, dist_exp) | more_structure(train, class_ddof)
+    values |= more_duality(train, np.asarray(W)[chosen], np.asarray(b)[chosen], class_ddof)
+    values |= spectra(np.asarray(X)[np.isin(y, chosen)], train)
+    rows = np.isin(y_test, chosen) if filters else np.asarray(y_test) >= 0
+    said = classifier_decisions(X_test[rows], W, b)
+    near = nearest_means(X_test[rows], train.means, chosen)
+    values["nc4_ncc_accuracy"] = float((near == y_test[rows]).mean())
+    values["nc4_clf_accuracy"] = float((said == y_test[rows]).mean())
+    values["nc1_test_to_train"] = _test_to_train(train, chosen, X_test, y_test)
+    values["nc1_cdnv_directional_exact"] = _exact_directional(train, chosen, np.asarray(X), y)
+    return {name: value if np.isfinite(value) else np.nan for name, value in values.items()}

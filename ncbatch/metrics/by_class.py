@@ -43,7 +43,7 @@ class ClassView:
         found: dict[str, Any] = {
             "n_samples": s.moments.counts,
             "norm": s.norms,
-            "variance": s.moments.variances,
+            "variance": s.variances,
         }
         if s.pairs is not None and s.pairs.nearest is not None:
             near = s.pairs.nearest

@@ -98,13 +98,13 @@ def mean(values: Array, what: str) -> float:
     return scalar(namespace(values).mean(values))
 
 
-def variance(values: Array, what: str) -> float:
-    """Variance over classes with ddof 1."""
+def variance(values: Array, what: str, ddof: int) -> float:
+    """Variance over classes."""
     n: int = values.shape[0]
     if n < 2:
         raise Undefined(f"fewer than two classes have {what}")
     xp = namespace(values)
-    return scalar(xp.sum((values - xp.mean(values)) ** 2)) / (n - 1)
+    return scalar(xp.sum((values - xp.mean(values)) ** 2)) / (n - ddof)
 
 
 def tally(statistics: Statistics, quantity: str) -> Tally:

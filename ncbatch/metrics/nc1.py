@@ -28,20 +28,24 @@ _CORRECTED = "Galanti 2021, without the bias of finite samples"
 
 
 def _inverse_trace(s: Statistics, limit: int | None = None) -> float:
-    return s.spectrum.inverse_trace(s.moments.within_covariance, limit) / s.n_classes
+    found = s.spectrum.inverse_trace(s.within_covariance, limit)
+    return found / s.n_classes if s.divide_by_k else found
 
 
 def _vci(s: Statistics) -> float:
     """Sum 1 / (1 + mu) over eigenvalues mu of inv(S_W) S_B, where 1 - mu / (1 + mu) has no digits."""
+    if not s.n_directed:
+        return 1.0
     most = min(s.n_features, s.n_classes - 1)
     rank = min(s.spectrum.rank, most)
-    separations = separation_eigenvalues(s.spectrum, s.moments.within_covariance)[:rank]
+    separations = separation_eigenvalues(s.spectrum, s.within_covariance)[:rank]
     xp = namespace(separations)
-    return (scalar(xp.sum(1.0 / (1.0 + separations))) + most - rank) / most
+    # Integers first: a sum of 1e-12 added to them would lose its digits.
+    return (scalar(xp.sum(1.0 / (1.0 + separations))) + (most - rank)) / most
 
 
 def _lda(s: Statistics) -> float:
-    within = s.moments.within_covariance
+    within = s.within_covariance
     xp = namespace(within)
     ridge = 1e-6 * scalar(xp.linalg.trace(within)) / s.n_features
     if ridge <= 0.0:
@@ -49,16 +53,24 @@ def _lda(s: Statistics) -> float:
     return ridge_trace(within, s.between_covariance, ridge)
 
 
+def _trace_share(s: Statistics) -> float:
+    within = s.within_trace
+    between = s.between_trace if s.n_directed else 0.0
+    if not within + between:
+        raise Undefined("S_W and S_B are zero")
+    return within / (within + between)
+
+
 def _ratios(s: Statistics) -> Array:
-    """V_c / |Mc_c|^2 of the classes with a direction."""
-    return s.moments.variances[s.directed] / s.square_norms[s.directed]
+    """V_c / |Mc_c|^2 of the classes with a direction and a V_c."""
+    known = s.directed & (s.moments.counts > s.ddof)
+    if not bool(namespace(known).any(known)):
+        raise Undefined("no class with a V_c has a mean that differs from m_G")
+    return s.variances[known] / s.square_norms[known]
 
 
 def _quantile(s: Statistics, q: float) -> float:
-    ratios = to_numpy(_ratios(s))
-    if not ratios.size:
-        raise Undefined("no class mean differs from m_G")
-    return float(np.quantile(ratios, q))
+    return float(np.quantile(to_numpy(_ratios(s)), q))
 
 
 def nearest_cdnv(s: Statistics) -> tuple[Array, Array]:
@@ -66,17 +78,18 @@ def nearest_cdnv(s: Statistics) -> tuple[Array, Array]:
     if s.pairs is None or s.pairs.nearest is None:
         raise Undefined("no pairs")
     near = s.pairs.nearest
-    variances, size = to_numpy(s.moments.variances), to_numpy(s.sizes)
+    variances, size = to_numpy(s.variances), to_numpy(s.sizes)
     # The sweep's distance may come from float32 products: it chose, this measures.
     square = to_numpy(s.nearest_squares)
     exists = (near.index >= 0) & (square > 1e-24 * (size + size[near.index]))
     spread = 0.5 * (variances + variances[near.index])
+    exists = exists & np.isfinite(spread)
     return spread / np.where(exists, square, 1.0) ** s.dist_exp, exists
 
 
 def _nearest_mean(s: Statistics) -> float:
     values, exists = nearest_cdnv(s)
-    return mean(values[exists], "a nearest class mean that is not its own")
+    return mean(values[exists], "a nearest class mean that is not its own, and a V_c")
 
 
 def _at_quantile(q: float) -> Compute:
@@ -101,7 +114,10 @@ def _directional_exact(s: Statistics) -> float:
         raise Undefined("no second read")
     xp = namespace(s.directional.sums)
     per_class = s.directional.sums / as_float64(s.moments.counts)
-    return scalar(xp.sum(per_class)) / (2 * tally(s, "cdnv").n)
+    apart = 0 if s.pairs is None else s.pairs.n_pairs - s.pairs.coincident_means
+    if not apart:
+        raise Undefined("all class means coincide")
+    return scalar(xp.sum(per_class)) / (2 * apart)
 
 
 NC1 = (
@@ -138,7 +154,8 @@ NC1 = (
     Metric(
         "nc1_cdnv_directional", "normalised variance along the line between two means",
         "mean over pairs of u^T S_W u / d_ij^2, u = (m_j - m_i) / d_ij", _LUTHRA,
-        reads("scatter", "pairs.cdnv_directional"), lambda s: tally(s, "cdnv_directional").mean,
+        reads("scatter", "pairs.cdnv_directional"),
+        lambda s: tally(s, "cdnv_directional").mean * s.within_scale, random=yardsticks.directional_cdnv,
     ),
     Metric(
         "nc1_cdnv_directional_exact", "the same with the covariance of each class itself",
@@ -147,7 +164,7 @@ NC1 = (
     ),
     Metric(
         "nc1_trace_share", "share of the variance that is within classes", "tr S_W / (tr S_W + tr S_B)",
-        TIRER, reads("traces"), lambda s: s.within_trace / (s.within_trace + s.between_trace),
+        TIRER, reads("traces"), _trace_share,
     ),
     Metric(
         "nc1_vci", "variability collapse index", "1 - tr(pinv(S_T) S_B) / min(D, K-1), S_T = S_W + S_B",
@@ -161,6 +178,7 @@ NC1 = (
         "nc1_v_ratio_mean", "mean variance over squared norm of a class",
         "mean over classes of V_c / |Mc_c|^2", TIRER,
         reads("traces"), lambda s: mean(_ratios(s), "a mean that differs from m_G"),
+        random=yardsticks.variance_ratio,
     ),
     *(
         Metric(

@@ -42,7 +42,7 @@ def _norm_cv(s: Statistics) -> float:
     average = mean(s.norms, "samples")
     if average == 0.0:
         raise Undefined("S_B is zero: all class means coincide")
-    return math.sqrt(variance(s.norms, "samples")) / average
+    return math.sqrt(variance(s.norms, "samples", s.class_ddof)) / average
 
 
 def _coherence(s: Statistics) -> float:
@@ -118,19 +118,22 @@ NC2 = (
         "nc2g_riesz_log_mean", "logarithm of the mean Riesz energy",
         "log |nc2g_riesz_mean|, free of overflow", LIU,
         reads("pairs.riesz"), lambda s: _riesz_log(s, variance=False),
+        random=yardsticks.riesz_log_mean,
     ),
     Metric(
         "nc2_norm_mean", "mean norm of centred class means", "mean over classes of |Mc_c|", WU,
-        reads(), lambda s: mean(s.norms, "samples"), "feature",
+        reads(), lambda s: mean(s.norms, "samples"), "feature", random=yardsticks.norm_mean,
     ),
     Metric(
         "nc2_norm_var", "variance of norms of centred class means",
-        "var over classes of |Mc_c|, ddof 1", WU,
-        reads(), lambda s: variance(s.norms, "samples"), "feature^2",
+        "var over classes of |Mc_c|", WU,
+        reads(), lambda s: variance(s.norms, "samples", s.class_ddof), "feature^2",
+        random=yardsticks.norm_variance,
     ),
     Metric(
         "nc2_norm_cv", "relative spread of norms of centred class means",
-        "std over classes of |Mc_c| (ddof 1) over their mean", PAPYAN, reads(), _norm_cv,
+        "std over classes of |Mc_c| over their mean", PAPYAN, reads(), _norm_cv,
+        random=yardsticks.norm_cv,
     ),
     Metric(
         "nc2_lognorm_mean", "mean log-norm of centred class means",
@@ -139,8 +142,9 @@ NC2 = (
     ),
     Metric(
         "nc2_lognorm_var", "variance of log-norms of centred class means",
-        "var over classes of log |Mc_c|, ddof 1", WU,
-        reads(), lambda s: variance(_log_norms(s), "a mean that differs from m_G"),
+        "var over classes of log |Mc_c|", WU,
+        reads(), lambda s: variance(_log_norms(s), "a mean that differs from m_G", s.class_ddof),
+        random=yardsticks.lognorm_variance,
     ),
     Metric(
         "nc2_interference_mean", "mean interference of centred class means",

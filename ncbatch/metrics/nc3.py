@@ -49,12 +49,17 @@ def _bias(s: Statistics) -> float:
     return math.sqrt(scalar(namespace(logits).sum(logits * logits)))
 
 
+def _weight_etf_error(s: Statistics) -> float:
+    rows = s.classifier_rows
+    return finite(structure_error(rows, rows), "W is zero")
+
+
 def _weight_norm_cv(s: Statistics) -> float:
     norms = namespace(s.duality.squares).sqrt(s.duality.squares)
     average = mean(norms, "a classifier row")
     if average == 0.0:
         raise Undefined("W is zero")
-    return math.sqrt(variance(norms, "a classifier row")) / average
+    return math.sqrt(variance(norms, "a classifier row", s.class_ddof)) / average
 
 
 def _ood_deviation(s: Statistics) -> float:
@@ -79,21 +84,24 @@ NC3 = (
     Metric(
         "nc3_dual_err", "distance of classifier and means from a simplex ETF",
         "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W Mc^T", KOTHAPALLI,
-        reads("classifier"), _dual_error, floor=yardsticks.structure_floor, random=yardsticks.root_two,
+        reads("classifier"), _dual_error, floor=yardsticks.structure_floor, random=yardsticks.dual_error,
     ),
     Metric(
         "nc3u_uni_dual", "uniform duality: variance of classifier-mean products",
-        "var over classes of w_c . Mc_c, ddof 1", WU,
-        reads("classifier"), lambda s: variance(s.dots, "samples"), "weight^2 feature^2",
+        "var over classes of w_c . Mc_c", WU,
+        reads("classifier"), lambda s: variance(s.dots, "samples", s.class_ddof), "weight^2 feature^2",
+        random=yardsticks.dot_variance,
     ),
     Metric(
         "nc3_dot_mean", "mean classifier-mean product", "mean over classes of w_c . Mc_c", WU,
         reads("classifier"), lambda s: mean(s.dots, "samples"), "weight feature",
+        random=yardsticks.zero,
     ),
     Metric(
         "nc3_dot_var", "variance of classifier-mean products",
-        "var over classes of w_c . Mc_c, ddof 1", WU,
-        reads("classifier"), lambda s: variance(s.dots, "samples"), "weight^2 feature^2",
+        "var over classes of w_c . Mc_c", WU,
+        reads("classifier"), lambda s: variance(s.dots, "samples", s.class_ddof), "weight^2 feature^2",
+        random=yardsticks.dot_variance,
     ),
     Metric(
         "nc3_cos_mean", "mean cosine of classifier row and class mean",
@@ -102,18 +110,21 @@ NC3 = (
     ),
     Metric(
         "nc3_cos_var", "variance of cosines of classifier rows and class means",
-        "var over classes of cos(w_c, Mc_c), ddof 1", WU,
-        reads("classifier"), lambda s: variance(s.cosines, _ALIGNED), random=yardsticks.cosine_variance,
+        "var over classes of cos(w_c, Mc_c)", WU,
+        reads("classifier"), lambda s: variance(s.cosines, _ALIGNED, s.class_ddof),
+        random=yardsticks.row_cosine_variance,
     ),
     Metric(
         "nc3_distance_mean", "mean distance of classifier and mean directions",
         "mean over classes of |w_c/|w_c| - u_c|", WU,
-        reads("classifier"), lambda s: mean(s.direction_distances, _ALIGNED), random=yardsticks.distance_mean,
+        reads("classifier"), lambda s: mean(s.direction_distances, _ALIGNED),
+        random=yardsticks.row_distance_mean,
     ),
     Metric(
         "nc3_distance_var", "variance of distances of classifier and mean directions",
-        "var over classes of |w_c/|w_c| - u_c|, ddof 1", WU,
-        reads("classifier"), lambda s: variance(s.direction_distances, _ALIGNED), random=yardsticks.distance_variance,
+        "var over classes of |w_c/|w_c| - u_c|", WU,
+        reads("classifier"), lambda s: variance(s.direction_distances, _ALIGNED, s.class_ddof),
+        random=yardsticks.row_distance_variance,
     ),
     Metric(
         "nc3_papyan", "self-duality: distance of classifier and means",
@@ -124,8 +135,13 @@ NC3 = (
         reads("classifier"), _bias, "logit",
     ),
     Metric(
+        "nc2_weight_etf_err", "distance of classifier rows from a simplex ETF",
+        "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W W^T", KOTHAPALLI,
+        reads("classifier"), _weight_etf_error, floor=yardsticks.structure_floor,
+    ),
+    Metric(
         "nc2_weight_norm_cv", "relative spread of norms of classifier rows",
-        "std over classes of |w_c| (ddof 1) over their mean", PAPYAN,
+        "std over classes of |w_c| over their mean", PAPYAN,
         reads("classifier"), _weight_norm_cv,
     ),
     Metric(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ncbatch.arrays import Array, namespace, scalar
+from ncbatch.metrics import yardsticks
 from ncbatch.metrics.metric import Metric, reads
 from ncbatch.metrics.statistics import Statistics, Undefined
 
@@ -65,6 +66,7 @@ SPECTRA = (
         Metric(
             f"spec_{which}_{name}", f"{what} of {matrix}", f"{formula}, l eigenvalues of {matrix}",
             source, reads("scatter"), _of(which, measure),
+            random=yardsticks.participation if (which, name) == ("between", "participation") else None,
         )
         for which, matrix in _MATRICES
         for name, what, formula, source, measure in _MEASURES

@@ -61,6 +61,12 @@ class Statistics:
         Of the test split, over the same classes.
     directional : DirectionalVariance, optional
         Of the train samples.
+    ddof : {0, 1}
+        V_c is divided by n_c - ddof, S_W by N - ddof K.
+    class_ddof : {0, 1}
+        Variances over classes are divided by K - class_ddof.
+    divide_by_k : bool
+        Whether NC1 by pseudo-inverse is divided by K.
     """
 
     moments: Moments
@@ -74,6 +80,9 @@ class Statistics:
     ood_mean: Array | None = None
     test: Moments | None = None
     directional: DirectionalVariance | None = None
+    ddof: int = 0
+    class_ddof: int = 1
+    divide_by_k: bool = True
 
     @property
     def n_classes(self) -> int:
@@ -141,10 +150,44 @@ class Statistics:
         return namespace(self.square_norms).sqrt(self.square_norms)
 
     @property
+    def variances(self) -> Array:
+        """V_c (K,); NaN with ddof 1 for a class of one sample."""
+        n = as_float64(self.moments.counts) - self.ddof
+        xp, known = namespace(n), n > 0.0
+        spread = self.moments.traces / xp.where(known, n, xp.ones_like(n))
+        return xp.where(known, spread, xp.full_like(n, xp.nan))
+
+    @property
+    def n_without_variance(self) -> int:
+        """How many classes have no V_c."""
+        return int(namespace(self.moments.counts).count_nonzero(self.moments.counts <= self.ddof))
+
+    @property
+    def within_scale(self) -> float:
+        """N / (N - ddof K): what turns a pooled average over samples into S_W.
+
+        Raises
+        ------
+        Undefined
+            With ddof 1 when no class has two samples.
+        """
+        n = self.moments.n_samples
+        if n <= self.ddof * self.n_classes:
+            raise Undefined("no class has two samples, and ddof is 1")
+        return n / (n - self.ddof * self.n_classes)
+
+    @property
+    def within_covariance(self) -> Array:
+        """S_W (D, D)."""
+        within, scale = self.moments.within_covariance, self.within_scale
+        return within if scale == 1.0 else within * scale
+
+    @property
     def within_trace(self) -> float:
         """Tr S_W."""
         traces = self.moments.traces
-        return scalar(namespace(traces).sum(traces)) / self.moments.n_samples
+        total = scalar(namespace(traces).sum(traces))
+        return total / self.moments.n_samples * self.within_scale
 
     @property
     def between_trace(self) -> float:
@@ -180,7 +223,7 @@ class Statistics:
     @cached_property
     def within_eigenvalues(self) -> Array:
         """Eigenvalues of S_W."""
-        return _eigenvalues(self.moments.within_covariance)
+        return _eigenvalues(self.within_covariance)
 
     @cached_property
     def between_eigenvalues(self) -> Array:

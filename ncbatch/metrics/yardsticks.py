@@ -1,17 +1,29 @@
 """Yardsticks in closed form: what geometry allows, and what chance gives.
 
-Chance: K class means drawn from N(0, tau^2 I) and within-class covariance sigma^2 I, where sigma and
-tau give the measured traces of S_W and S_B. Directions are then uniform on the sphere, and a squared
-distance r^2 between two of them has r^2/4 ~ Beta(a, a) with a = (D-1)/2.
+Chance: K class means drawn from N(m, tau^2 I), within-class covariance sigma^2 I, m_G the unweighted
+mean of class means, and V_c and the traces of S_W and S_B as measured. Values hold for any K and D: that
+subtracting m_G correlates the means, and that tr S_B is a measured number, is part of them. A
+classifier by chance has rows whose directions know nothing of the means.
+
+Where a metric is a variance, a standard deviation or a logarithm of a mean over pairs, the value is
+that of the distribution of one pair; K >= 10 classes give the same on average, fewer in few dimensions
+somewhat less.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
-from scipy.special import betaln, digamma, gammaln, hyp0f1, polygamma
+import numpy as np
+from scipy.special import betaincinv, betaln, gammaln, polygamma
 
-from ncbatch.metrics.statistics import Statistics
+from ncbatch.arrays import namespace, scalar
+from ncbatch.metrics.angles import RandomAngles
+from ncbatch.metrics.statistics import Statistics, Undefined
+
+# Degrees of freedom above which the shape of S_B hardly varies, and quantiles taken below.
+_MANY_DEGREES, _QUANTILES = 500, 512
 
 
 def structure_floor(s: Statistics) -> float:
@@ -26,89 +38,244 @@ def coherence_floor(s: Statistics) -> float:
     return math.sqrt((k - d) / (d * (k - 1))) if k > d else 0.0
 
 
+# ---------------------------------------------------------------------------------------- NC1
+
+
 def covariance_ratio(s: Statistics) -> float:
-    """Give the expectation of nc1_pinv."""
+    """Give the expectation of nc1_pinv: that of an inverse Wishart matrix."""
     k, d = s.n_classes, s.n_features
-    noise = _noise(s)
+    # tr A / tau^2 is chi-square and independent of the shape of A = Mc^T Mc: Basu's theorem.
+    noise = s.within_trace / d * ((k - 1) * d - 2) / _total(s)
     if k > d + 2:
-        return noise * d / (k - d - 2)
-    return noise * (k - 1) / (d - k) if d > k else math.nan
+        ratio = noise * d / (k - d - 2)
+    elif d > k:
+        ratio = noise * (k - 1) / (d - k)
+    else:
+        return math.nan
+    return ratio if s.divide_by_k else ratio * k
 
 
 def cdnv(s: Statistics) -> float:
-    """Give the expectation of (V_i + V_j) / (2 d_ij^(2p)), d_ij^2 = 2 tau^2 chi^2_D."""
-    d, p = s.n_features, s.dist_exp
+    """Give the expectation of (V_i + V_j) / (2 d_ij^(2p))."""
+    return _mean_variance(s) * _inverse_distance(s, s.dist_exp)
+
+
+def directional_cdnv(s: Statistics) -> float:
+    """Give the expectation of u^T S_W u / d_ij^2, u uniform on the sphere, for any S_W."""
+    return s.within_trace / s.n_features * _inverse_distance(s, 1.0)
+
+
+def variance_ratio(s: Statistics) -> float:
+    """Give the expectation of V_c / |Mc_c|^2, |Mc_c|^2 = (1 - 1/K) tau^2 chi^2_D."""
+    k = s.n_classes
+    return _mean_variance(s) * _inverse_moment(s, 1.0) / ((1.0 - 1.0 / k) * _total(s))
+
+
+def _mean_variance(s: Statistics) -> float:
+    """Average V_c over the classes that have one: metrics weigh classes alike, S_W does not."""
+    known = s.variances[s.moments.counts > s.ddof]
+    if not known.shape[0]:
+        raise Undefined("no class has a V_c")
+    return scalar(namespace(known).mean(known))
+
+
+def _inverse_distance(s: Statistics, p: float) -> float:
+    """E d_ij^(-2p), d_ij^2 = 2 tau^2 chi^2_D."""
+    return _inverse_moment(s, p) * math.exp(-p * math.log(2.0 * _total(s)))
+
+
+def _inverse_moment(s: Statistics, p: float) -> float:
+    """E B^(-p), B ~ Beta(D/2, (K-2)D/2) the share of tr Mc^T Mc along one contrast of classes."""
+    k, d = s.n_classes, s.n_features
+    if k == 2:
+        return 1.0
     if d <= 2.0 * p:
         return math.nan
-    within = s.within_trace
-    tau2 = _tau2(s)
-    log = gammaln(d / 2.0 - p) - gammaln(d / 2.0) - p * math.log(4.0 * tau2)
-    return float(within * math.exp(log))
+    half, whole = d / 2.0, (k - 1) * d / 2.0
+    return math.exp(gammaln(half - p) - gammaln(half) + gammaln(whole) - gammaln(whole - p))
+
+
+# ------------------------------------------------------------------------------- NC2: structure
 
 
 def etf_error(s: Statistics) -> float:
-    """Give the value of nc2_etf_err that Gaussian means concentrate on."""
-    k, d = s.n_classes, s.n_features
-    return math.sqrt(2.0 - 2.0 * math.sqrt(d / (d + k)))
+    """Give the expectation of nc2_etf_err."""
+    return _etf_error(s.n_classes, s.n_features)
+
+
+@lru_cache(maxsize=16)
+def _etf_error(n_classes: int, n_features: int) -> float:
+    """Average sqrt(2 - 2t), t = tr A / (|A|_F sqrt(K-1)), A a Wishart matrix of rank q.
+
+    q |A|^2 / (tr A)^2 - 1 lies between 0 and q - 1. Its expectation is exact; the share of q - 1 is
+    taken to be Beta with half the degrees of freedom of a spherical A, which is exact for q = 2.
+    """
+    p, d = n_classes - 1, n_features
+    q = min(p, d)
+    excess = np.zeros(1)
+    if q > 1:
+        mean = q * (p + d + 1) / (p * d + 2) - 1.0
+        degrees = (q - 1) * (q + 2) / 2
+        excess = np.array([mean])
+        if degrees <= _MANY_DEGREES:
+            share, a = mean / (q - 1), degrees / 2
+            middles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+            excess = (q - 1) * betaincinv(a, a * (1.0 - share) / share, middles)
+    match = math.sqrt(q / p) / np.sqrt(1.0 + excess)
+    return float(np.mean(np.sqrt(np.maximum(2.0 - 2.0 * match, 0.0))))
+
+
+def participation(s: Statistics) -> float:
+    """Give 1 / E(|A|^2 / (tr A)^2), A = Mc^T Mc."""
+    p, d = s.n_classes - 1, s.n_features
+    return (p * d + 2) / (p + d + 1)
+
+
+def norm_mean(s: Statistics) -> float:
+    """E |Mc_c|."""
+    return _norm_share(s) * math.sqrt(s.between_trace)
+
+
+def norm_variance(s: Statistics) -> float:
+    """Give the variance of |Mc_c| over classes, of which the mean square is measured."""
+    k = s.n_classes
+    return _over_classes(s, (1.0 - _norm_share(s) ** 2) * k / (k - 1)) * s.between_trace
+
+
+def norm_cv(s: Statistics) -> float:
+    """Give the standard deviation of |Mc_c| over the mean, less what few classes lose of it."""
+    k = s.n_classes
+    square = _over_classes(s, (_norm_share(s) ** -2 - 1.0) * k / (k - 1))
+    few = math.exp(gammaln(k / 2.0) - gammaln((k - 1) / 2.0)) * math.sqrt(2.0 / (k - 1))
+    return few * math.sqrt(max(square, 0.0))
+
+
+def lognorm_variance(s: Statistics) -> float:
+    """Var log |Mc_c|, where two classes are correlated by 1/(K-1)^2."""
+    share = 1.0 - 1.0 / (s.n_classes - 1) ** 2
+    return _over_classes(s, float(polygamma(1, s.n_features / 2.0)) / 4.0 * share)
+
+
+def _over_classes(s: Statistics, variance: float) -> float:
+    """Bring a variance over classes of ddof 1 to the ddof in use."""
+    return variance if s.class_ddof == 1 else variance * (s.n_classes - 1) / s.n_classes
+
+
+def _norm_share(s: Statistics) -> float:
+    """E |Mc_c| over the root of E |Mc_c|^2."""
+    if s.n_classes == 2:
+        return 1.0
+    half, whole = s.n_features / 2.0, (s.n_classes - 1) * s.n_features / 2.0
+    logs = gammaln(half + 0.5) - gammaln(half) + gammaln(whole) - gammaln(whole + 0.5)
+    return math.exp(logs + 0.5 * math.log(whole / half))
+
+
+# ---------------------------------------------------------------------------------- NC2: angles
 
 
 def distance_mean(s: Statistics) -> float:
-    """E r."""
-    return _moment(s, 1.0)
+    """E |u_i - u_j|."""
+    angles = _angles(s)
+    return angles.mean(np.sqrt(angles.squares))
 
 
 def distance_variance(s: Statistics) -> float:
-    """Var r = 2 - (E r)^2."""
-    return 2.0 - _moment(s, 1.0) ** 2
+    """Var |u_i - u_j|."""
+    angles = _angles(s)
+    return angles.variance(np.sqrt(angles.squares))
 
 
 def log_mean(s: Statistics) -> float:
-    """E log(1/r)."""
-    a = _a(s)
-    return float(-(math.log(4.0) + digamma(a) - digamma(2.0 * a)) / 2.0) if a > 0 else math.nan
+    """E log(1/|u_i - u_j|)."""
+    angles = _angles(s).apart()
+    return angles.mean(-0.5 * np.log(angles.squares))
 
 
 def log_variance(s: Statistics) -> float:
-    """Var log(1/r)."""
-    a = _a(s)
-    return float((polygamma(1, a) - polygamma(1, 2.0 * a)) / 4.0) if a > 0 else math.nan
+    """Var log(1/|u_i - u_j|)."""
+    angles = _angles(s).apart()
+    return angles.variance(-0.5 * np.log(angles.squares))
+
+
+def riesz_log_mean(s: Statistics) -> float:
+    """Log E |u_i - u_j|^(-s), s = D - 2; its variance is infinite for more than two classes."""
+    exponent = s.n_features - 2
+    if not exponent:
+        raise Undefined("the energy is zero")
+    angles = _angles(s).apart()
+    return angles.log_mean_exp(-0.5 * exponent * np.log(angles.squares))
 
 
 def riesz_mean(s: Statistics) -> float:
-    """E sign(s) r^(-s), s = D - 2; its variance is infinite."""
+    """E sign(s) |u_i - u_j|^(-s)."""
     exponent = s.n_features - 2
-    return math.copysign(1.0, exponent) * _moment(s, -float(exponent)) if exponent else 0.0
+    if not exponent:
+        return 0.0
+    logarithm = riesz_log_mean(s)
+    return math.copysign(math.exp(logarithm), exponent) if logarithm < 700.0 else math.inf
 
 
 def cosine_mean(s: Statistics) -> float:
-    """E cos(u_i, u_j) of centred means."""
-    return -1.0 / (s.n_classes - 1)
+    """E cos(u_i, u_j)."""
+    angles = _angles(s)
+    return angles.mean(angles.cosines)
 
 
 def cosine_std(s: Statistics) -> float:
     """Give the standard deviation of cos(u_i, u_j)."""
-    return 1.0 / math.sqrt(s.n_features)
-
-
-def cosine_variance(s: Statistics) -> float:
-    """Var cos(w_c, u_c)."""
-    return 1.0 / s.n_features
+    angles = _angles(s)
+    return math.sqrt(angles.variance(angles.cosines))
 
 
 def deviation_mean(s: Statistics) -> float:
-    """E |cos + 1/(K-1)|, for large D."""
-    return math.sqrt(2.0 / (math.pi * s.n_features))
+    """E |cos(u_i, u_j) + 1/(K-1)|."""
+    angles = _angles(s)
+    return angles.mean(np.abs(angles.cosines + 1.0 / (s.n_classes - 1)))
+
+
+def uniformity(s: Statistics) -> float:
+    """Log E exp(-2 |u_i - u_j|^2)."""
+    angles = _angles(s)
+    return angles.log_mean_exp(-2.0 * angles.squares)
+
+
+def _angles(s: Statistics) -> RandomAngles:
+    return RandomAngles.of(s.n_classes, s.n_features)
+
+
+# ------------------------------------------------------------------------------------ NC3, NC5
+
+
+def dual_error(s: Statistics) -> float:
+    """Give the expectation of nc3_dual_err: t is nearly a coordinate on a sphere in K (K-1) dimensions."""
+    return _sphere_distance(s.n_classes * (s.n_classes - 1))
+
+
+def dot_variance(s: Statistics) -> float:
+    """Give the mean of |w_c|^2 |Mc_c|^2 over D."""
+    squares = s.duality.squares * s.square_norms
+    return _over_classes(s, scalar(namespace(squares).mean(squares)) / s.n_features)
+
+
+def row_distance_mean(s: Statistics) -> float:
+    """Give the mean distance of two directions."""
+    return _sphere_distance(s.n_features)
+
+
+def row_distance_variance(s: Statistics) -> float:
+    """Var r = 2 - (E r)^2."""
+    return _over_classes(s, 2.0 - _sphere_distance(s.n_features) ** 2)
+
+
+def row_cosine_variance(s: Statistics) -> float:
+    """Var cos(w_c, u_c)."""
+    return _over_classes(s, 1.0 / s.n_features)
 
 
 def cosine_size(s: Statistics) -> float:
     """E |cos| between directions."""
     d = s.n_features
     return float(math.exp(gammaln(d / 2.0) - gammaln((d + 1) / 2.0)) / math.sqrt(math.pi))
-
-
-def uniformity(s: Statistics) -> float:
-    """Log E exp(-2 r^2) = -4 + log E exp(4 cos)."""
-    return -4.0 + math.log(float(hyp0f1(s.n_features / 2.0, 4.0)))
 
 
 def zero(_: Statistics) -> float:
@@ -121,27 +288,14 @@ def two(_: Statistics) -> float:
     return 2.0
 
 
-def root_two(_: Statistics) -> float:
-    """Give the distance of two orthogonal unit vectors."""
-    return math.sqrt(2.0)
+def _sphere_distance(n_features: int) -> float:
+    """E r of independent uniform directions: r^2/4 ~ Beta(a, a), a = (D-1)/2."""
+    if n_features == 1:
+        return 1.0
+    a = (n_features - 1) / 2.0
+    return 2.0 * math.exp(float(betaln(a + 0.5, a) - betaln(a, a)))
 
 
-def _a(s: Statistics) -> float:
-    return (s.n_features - 1) / 2.0
-
-
-def _moment(s: Statistics, k: float) -> float:
-    """E r^k."""
-    a = _a(s)
-    if a <= 0 or a + k / 2.0 <= 0:
-        return math.nan
-    return math.exp(k * math.log(2.0) + float(betaln(a + k / 2.0, a) - betaln(a, a)))
-
-
-def _tau2(s: Statistics) -> float:
-    return s.between_trace * s.n_classes / ((s.n_classes - 1) * s.n_features)
-
-
-def _noise(s: Statistics) -> float:
-    """sigma^2 / tau^2."""
-    return s.within_trace / s.n_features / _tau2(s)
+def _total(s: Statistics) -> float:
+    """Tr Mc^T Mc."""
+    return s.between_trace * s.n_classes

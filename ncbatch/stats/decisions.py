@@ -13,10 +13,11 @@ from ncbatch.arrays import Array, Segments, namespace, segment_sum, to_numpy
 from ncbatch.errors import DataError, UsageError
 from ncbatch.stats.blocks import check_block
 from ncbatch.stats.rule import Rule
+from ncbatch.stats.saving import NamedArrays
 
 
 @dataclass(frozen=True)
-class Decisions:
+class Decisions(NamedArrays):
     """Per class of the sample: how many samples, and how many of each kind of decision.
 
     Attributes
@@ -33,6 +34,7 @@ class Decisions:
     agreements: Array
     ncc_hits: Array
     clf_hits: Array
+    called = "decisions"
 
     @classmethod
     def zero(cls, n_classes: int, *, xp: Any = np, device: Any = None) -> Decisions:
@@ -62,11 +64,22 @@ class Decisions:
             From `nearest_mean_rule`.
         classifier : Rule or array (N,)
             From `linear_rule`, or the class ids the model itself predicted.
+
+        Raises
+        ------
+        DataError
+            When shapes, libraries or devices do not fit, or a label is not below `n_classes`.
         """
-        xp = namespace(features, labels)
-        if not isinstance(classifier, Rule):
-            classifier = xp.astype(classifier, xp.int64)[labels >= 0]
+        given = labels
         features, labels = check_block(features, labels, n_classes)
+        xp = namespace(features)
+        if not isinstance(classifier, Rule):
+            if classifier.shape != given.shape:
+                raise DataError(
+                    f"predictions {tuple(classifier.shape)} for labels {tuple(given.shape)}",
+                    "one per label",
+                )
+            classifier = xp.astype(classifier, xp.int64)[given >= 0]
         if features.shape[0] == 0:
             return cls.zero(n_classes, xp=xp, device=device(features))
         near = nearest_mean.decide(features)

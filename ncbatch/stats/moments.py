@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import ml_dtypes
@@ -18,11 +15,11 @@ from ncbatch.arrays import (
     namespace,
     row_blocks,
     symmetric_product,
-    to_numpy,
 )
 from ncbatch.errors import DataError
-from ncbatch.stats.blocks import check_block
+from ncbatch.stats.blocks import check_block, detached
 from ncbatch.stats.folding import Folding, merge_rows
+from ncbatch.stats.saving import NamedArrays
 
 Precision: TypeAlias = Literal["exact", "fp32", "tf32"]
 
@@ -37,7 +34,7 @@ _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(NamedArrays):
     """Sufficient statistics of labelled samples for class-mean geometry.
 
     Attributes
@@ -61,6 +58,7 @@ class Moments:
     means: Array
     traces: Array
     scatter: Array | None = None
+    called = "moments"
 
     @classmethod
     def zero(
@@ -209,43 +207,6 @@ class Moments:
             self.scatter,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to one ``.npz`` file, complete or not at all."""
-        target = Path(path)
-        arrays = {
-            name: to_numpy(value)
-            for name in ("counts", "means", "traces", "scatter")
-            if (value := getattr(self, name)) is not None
-        }
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, ncbatch_moments=np.int64(1), **arrays)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Moments:
-        """Read a state that `save` wrote, as NumPy arrays.
-
-        Raises
-        ------
-        DataError
-            When the file holds no moments.
-        """
-        try:
-            opened = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile):
-            opened = None
-        if not isinstance(opened, np.lib.npyio.NpzFile) or "ncbatch_moments" not in opened.files:
-            raise DataError(
-                f"'{os.fspath(path)}' holds no moments", "a file written by Moments.save"
-            )
-        with opened as file:
-            scatter = file["scatter"] if "scatter" in file.files else None
-            return cls(file["counts"], file["means"], file["traces"], scatter)
-
     def _rows(self, part: slice) -> tuple[Array, Array, Array]:
         return self.counts[part], self.means[part, :], self.traces[part]
 
@@ -320,6 +281,18 @@ class MomentsAccumulator:
         )
 
     @staticmethod
+    def state_bytes(
+        n_classes: int, n_features: int, *, scatter: bool = True, itemsize: int = 8
+    ) -> int:
+        """Price what the accumulator holds between blocks; arguments as for `peak_bytes`.
+
+        Of NumPy arrays, rows of classes without samples take no memory: `n_classes` may be those
+        with samples.
+        """
+        pilot = 8 if itemsize == 8 else 4
+        return n_classes * (n_features * (8 + pilot) + 16) + (n_features**2 * 8 if scatter else 0)
+
+    @staticmethod
     def peak_bytes(
         n_classes: int,
         n_features: int,
@@ -343,8 +316,9 @@ class MomentsAccumulator:
         itemsize : int, optional
             Bytes of a feature as it is given; 8 needs wider pilots than less.
         """
-        pilot = 8 if itemsize == 8 else 4
-        state = n_classes * (n_features * (8 + pilot) + 16) + (n_features**2 * 8 if scatter else 0)
+        state = MomentsAccumulator.state_bytes(
+            n_classes, n_features, scatter=scatter, itemsize=itemsize
+        )
         products = n_features**2 * 8 * 2 if scatter else 0
         rows, piece = block_rows, _piece_rows(n_features)
         compiled = 0
@@ -396,7 +370,7 @@ class MomentsAccumulator:
 
     def add(self, features: Array, labels: Array) -> None:
         """Fold a block: `features` (B, D) floats and `labels` (B,) ids in 0..K-1."""
-        n_rows = features.shape[0]
+        features, n_rows = detached(features), features.shape[0]
         step = _piece_rows(features.shape[1]) if self._compilable else max(n_rows, 1)
         for part in row_blocks(n_rows, step):
             self._n_seen += part.stop - part.start

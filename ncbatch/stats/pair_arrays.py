@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from ncbatch.arrays import Array, as_float64, scalar, take_rows, to_numpy
+from ncbatch.arrays import Array, as_float64, namespace, scalar, take_rows, to_numpy
 from ncbatch.errors import DataError, UsageError
 from ncbatch.stats.pair_means import COINCIDENT, LOST_IN_FLOAT64, PairMeans, square_differences
 from ncbatch.stats.pairs import (
@@ -33,7 +33,7 @@ class ArrayTiles(PairMeans):
 
     Parameters
     ----------
-    means, center, variances, counts, within, quantities, dist_exp, scratch
+    means, center, variances, counts, within, quantities, dist_exp, ddof, scratch
         As for `PairTiles`, with the same errors.
     """
 
@@ -47,6 +47,7 @@ class ArrayTiles(PairMeans):
         within: Array | None = None,
         quantities: Iterable[str] | None = None,
         dist_exp: float = 1.0,
+        ddof: int = 0,
         scratch: str | Path | None = None,
     ) -> None:
         needed = {
@@ -65,9 +66,9 @@ class ArrayTiles(PairMeans):
         super().__init__(
             means, center, within if "cdnv_directional" in self.quantities else None, scratch
         )
-        self._variances = None if variances is None else as_float64(variances)
+        self._variances = None if variances is None else _or_minus_one(as_float64(variances))
         self._counts = None if counts is None else as_float64(counts)
-        self._dist_exp = float(dist_exp)
+        self._dist_exp, self._ddof = float(dist_exp), ddof
         self._riesz_exponent = float(self.n_features - 2)
 
     def fold_arrays(self, rows: slice, columns: slice) -> PairStats:
@@ -79,12 +80,10 @@ class ArrayTiles(PairMeans):
         pairs = i[:, None] < j[None, :]
         a = self.block(rows)
         b = a if rows == columns else self.block(columns)
-        found: dict[str, Any] = {}
+        squares = self.square_distances(a, b)
+        found = self._fold_distances(rows, columns, pairs, squares)
         if "interference" in self.quantities:
             found["interference"] = Tally.of(self.interference(a, b)[pairs])
-        if self.quantities & {"cdnv", "cdnv_corrected", "cdnv_directional", "nearest"}:
-            squares = self.square_distances(a, b)
-            found |= self._fold_distances(rows, columns, pairs, squares)
         if self.quantities & {"distance", "log", "riesz", "cosine", "nearest"}:
             angles = self.square_distances(a, b, directions=True)
             found |= self._fold_directions(rows, columns, pairs, angles)
@@ -97,25 +96,28 @@ class ArrayTiles(PairMeans):
     ) -> dict[str, Any]:
         xp = self._xp
         apart = pairs & self.apart(rows, columns, squares)
-        lengths = squares[apart]
-        found: dict[str, Any] = {}
+        n_pairs = int(xp.count_nonzero(pairs))
+        found: dict[str, Any] = {
+            "n_pairs": n_pairs,
+            "coincident_means": n_pairs - int(xp.count_nonzero(apart)),
+        }
         if "cdnv" in self.quantities:
-            values = self._mean_of_pair(self._variances, rows, columns)[apart]
-            values = values / lengths**self._dist_exp
+            varied = apart & self._both_known(self._variances, rows, columns)
+            values = self._mean_of_pair(self._variances, rows, columns)[varied]
+            values = values / squares[varied] ** self._dist_exp
             found["cdnv"] = Tally.of(values)
-            found["coincident_means"] = int(xp.count_nonzero(pairs)) - values.shape[0]
-            found["top_cdnv"] = self._top(values, apart, rows, columns)
+            found["top_cdnv"] = self._top(values, varied, rows, columns)
         if "cdnv_corrected" in self.quantities:
             corrected, error = self._corrected
             errors = 2.0 * self._mean_of_pair(error, rows, columns)
             left = squares - errors
-            both = (corrected[rows] >= 0.0)[:, None] & (corrected[columns] >= 0.0)[None, :]
+            both = self._both_known(corrected, rows, columns)
             good = pairs & both & self.apart(rows, columns, left)
             good = good & (left > _NO_DIGITS * (squares + errors))
             values = self._mean_of_pair(corrected, rows, columns)[good]
             found["cdnv_corrected"] = Tally.of(values / left[good] ** self._dist_exp)
         if "cdnv_directional" in self.quantities:
-            along = self._square_along(rows, columns)
+            along, lengths = self._square_along(rows, columns), squares[apart]
             found["cdnv_directional"] = Tally.of(along[apart] / lengths / lengths)
         return found
 
@@ -156,6 +158,10 @@ class ArrayTiles(PairMeans):
             found["histogram"] = np.bincount(bins.astype(np.int64), minlength=COSINE_BINS)
         return found
 
+    def _both_known(self, values: Array, rows: slice, columns: slice) -> Array:
+        """Mark the pairs of a tile of which both classes have a value; -1 stands for none."""
+        return (values[rows] >= 0.0)[:, None] & (values[columns] >= 0.0)[None, :]
+
     def _mean_of_pair(self, values: Array, rows: slice, columns: slice) -> Array:
         return 0.5 * (values[rows][:, None] + values[columns][None, :])
 
@@ -193,11 +199,18 @@ class ArrayTiles(PairMeans):
 
     @cached_property
     def _corrected(self) -> tuple[Array, Array]:
-        """V n/(n-1), or -1 for fewer than two samples, and V/(n-1), the error of a mean."""
+        """V of ddof 1, or -1 for fewer than two samples, and V/n of it, the error of a mean."""
         xp = self._xp
         assert self._variances is not None
         assert self._counts is not None
         several = self._counts > 1.5
         n = xp.where(several, self._counts, xp.full_like(self._counts, 2.0))
-        corrected = xp.where(several, self._variances * n / (n - 1.0), xp.full_like(n, -1.0))
-        return corrected, xp.where(several, self._variances / (n - 1.0), xp.zeros_like(n))
+        unbiased = self._variances * ((n - self._ddof) / (n - 1.0))
+        corrected = xp.where(several, unbiased, xp.full_like(n, -1.0))
+        return corrected, xp.where(several, unbiased / n, xp.zeros_like(n))
+
+
+def _or_minus_one(values: Array) -> Array:
+    """Write -1 for NaN: compiled code does not know it."""
+    xp = namespace(values)
+    return xp.where(values >= 0.0, values, xp.full_like(values, -1.0))

@@ -22,13 +22,14 @@ COS, COS2, DEV, DEV2, UNIFORM, UNIFORM2 = range(10, 16)
 CORRECTED, CORRECTED2, DIRECTED, DIRECTED2 = range(16, 20)
 N_SUMS = 20
 # Counts per tile.
-PAIRS, APART, DIRECTIONS, DIRECTIONS_APART, CORRECTABLE, ALONG = range(6)
-N_COUNTS = 6
+PAIRS, VARIED, DIRECTIONS, DIRECTIONS_APART, CORRECTABLE, ALONG, COINCIDENT = range(7)
+N_COUNTS = 7
 # Extremes: columns of (minimum, maximum).
-CDNV_RANGE, SQUARE_RANGE, COSINE_RANGE, INNER_RANGE = 0, 2, 4, 6
+CDNV_RANGE, SQUARE_RANGE, COSINE_RANGE, INNER_RANGE, LOG_RANGE = 0, 2, 4, 6, 8
+N_EXTREMES = 10
 # Sums that are taken of differences from a reference, and the count each goes with.
 REFERENCED = {
-    CDNV: APART,
+    CDNV: VARIED,
     DIST: DIRECTIONS,
     LOG: DIRECTIONS_APART,
     INNER: PAIRS,
@@ -156,30 +157,40 @@ def _sum_inner(g: Any, reference: float, sums: Any, extremes: Any) -> None:
 
 
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
+def _count_coincident(d2: Any, size: Any, zi: float, counts: Any) -> None:
+    found = 0.0
+    for t in range(d2.shape[0]):
+        found += 0.0 if d2[t] > (zi + size[t]) else 1.0
+    counts[COINCIDENT] = found
+
+
+@njit(cache=True, fastmath=_FAST, error_model="numpy")
 def _sum_cdnv(
     d2: Any, size: Any, variance: Any, zi: float, vi: float, p: float, reference: float,
     value: Any, sums: Any, counts: Any, extremes: Any,
 ) -> None:  # fmt: skip
     t1 = t2 = found = 0.0
     lo, hi = np.inf, -np.inf
+    if vi < 0.0:
+        return
     for t in range(d2.shape[0]):
-        apart = d2[t] > (zi + size[t])
-        q = 1.0 / d2[t] if apart else 0.0
+        varied = (d2[t] > (zi + size[t])) and (variance[t] >= 0.0)
+        q = 1.0 / d2[t] if varied else 0.0
         value[t] = q * q if p == 2.0 else q
     if p != 1.0 and p != 2.0:
         for t in range(d2.shape[0]):
             value[t] = value[t] ** p
     for t in range(d2.shape[0]):
-        apart = value[t] > 0.0
+        varied = value[t] > 0.0
         e = 0.5 * (vi + variance[t]) * value[t]
-        v = e - reference if apart else 0.0
-        value[t] = e if apart else -1.0
+        v = e - reference if varied else 0.0
+        value[t] = e if varied else -1.0
         t1 += v
         t2 += v * v
-        found += 1.0 if apart else 0.0
-        lo = min(lo, e if apart else np.inf)
+        found += 1.0 if varied else 0.0
+        lo = min(lo, e if varied else np.inf)
         hi = max(hi, value[t])
-    sums[CDNV], sums[CDNV2], counts[APART] = t1, t2, found
+    sums[CDNV], sums[CDNV2], counts[VARIED] = t1, t2, found
     if found > 0.0:
         extremes[CDNV_RANGE], extremes[CDNV_RANGE + 1] = lo, hi
 
@@ -276,25 +287,29 @@ def _sum_distance(
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
 def _sum_log(
     r2: Any, zero: float, s: float, reference: float, x: Any, x_bits: Any, y: Any, sums: Any,
-    counts: Any,
+    counts: Any, extremes: Any,
 ) -> float:  # fmt: skip
     """Tally log(1/|u_i - u_j|); leaves s times it in x, and gives the greatest."""
     for t in range(r2.shape[0]):
         x[t] = r2[t] if r2[t] > 2.0 * zero else 1.0
     _log(x, x_bits, y)
     t1 = t2 = found = 0.0
-    hi = -np.inf
+    lo, hi = np.inf, -np.inf
     for t in range(r2.shape[0]):
         yes = r2[t] > 2.0 * zero
         v = -0.5 * y[t]
         x[t] = s * v if yes else -np.inf
-        hi = max(hi, x[t])
+        lo = min(lo, v if yes else np.inf)
+        hi = max(hi, v if yes else -np.inf)
         v = v - reference if yes else 0.0
         t1 += v
         t2 += v * v
         found += 1.0 if yes else 0.0
     sums[LOG], sums[LOG2], counts[DIRECTIONS_APART] = t1, t2, found
-    return hi
+    if found == 0.0:
+        return -np.inf
+    extremes[LOG_RANGE], extremes[LOG_RANGE + 1] = lo, hi
+    return max(s * lo, s * hi)
 
 
 @njit(cache=True, fastmath=_FAST, error_model="numpy")
@@ -368,8 +383,8 @@ def sweep_tile(
     center : array (D,)
         m_G.
     square, size, inverse, variance, corrected, error, square_w : array (K,)
-        |Mc|^2, |m|^2 times the share that counts as zero, 1/|Mc| or 0, V, V n/(n-1) or -1, the
-        error of the mean V/(n-1), and |m|^2 along S_W.
+        |Mc|^2, |m|^2 times the share that counts as zero, 1/|Mc| or 0, V or -1, V n/(n-1) or -1,
+        the error of the mean V/(n-1), and |m|^2 along S_W.
     numbers : tuple of float
         CDNV exponent, Riesz exponent, 1/(K-1), the share below which digits are lost, and that
         below which a square is zero.
@@ -406,6 +421,7 @@ def sweep_tile(
                 means_a[a], means_b, b, center, square[i], square[here], inverse[i], inverse[here],
                 lost, d2, r2,
             )  # fmt: skip
+        _count_coincident(d2, size[here], size[i], counts[a])
         _sum_inner(g, refs[INNER], sums[a], extremes[a])
         if want_cdnv:
             _sum_cdnv(
@@ -434,7 +450,10 @@ def sweep_tile(
             r2, inverse[here], refs[DIST], near[a], cnear[1, b:], sums[a], counts[a], extremes[a]
         )
         if want_sphere or want_riesz:
-            hi = _sum_log(r2, zero, riesz_s, refs[LOG], x, x.view(np.int64), y, sums[a], counts[a])
+            hi = _sum_log(
+                r2, zero, riesz_s, refs[LOG], x, x.view(np.int64), y, sums[a], counts[a],
+                extremes[a],
+            )  # fmt: skip
             if want_riesz and counts[a, DIRECTIONS_APART] > 0:
                 scales[a] = hi
                 x -= hi
@@ -458,11 +477,11 @@ def outputs(n_rows: int, n_columns: int, bins: int, n_top: int) -> tuple[Any, ..
     Returns
     -------
     tuple of array
-        Per row: sums (R, N_SUMS), counts (R, N_COUNTS), extremes (R, 8), scales of the Riesz sums
+        Per row: sums (R, N_SUMS), counts (R, N_COUNTS), extremes (R, N_EXTREMES), scales of the Riesz sums
         (R,), nearest squares (R, 2) and class (R,). Per column: nearest squares (2, C) and class
         (C,). Then the histogram (bins,), and the top values (2, T) and their classes (2, T, 2).
     """
-    extremes = np.empty((n_rows, 8))
+    extremes = np.empty((n_rows, N_EXTREMES))
     extremes[:, ::2], extremes[:, 1::2] = np.inf, -np.inf
     return (
         np.zeros((n_rows, N_SUMS)),
@@ -502,12 +521,11 @@ def summarise(
     def limits(column: int) -> tuple[float, float]:
         return float(low[column // 2]), float(high[column // 2])
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"n_pairs": int(n[PAIRS]), "coincident_means": int(n[COINCIDENT])}
     squares = limits(SQUARE_RANGE)
     some_directed = bool(n[DIRECTIONS])
     if "cdnv" in wanted:
         found["cdnv"] = tally(CDNV, limits(CDNV_RANGE))
-        found["coincident_means"] = int(n[PAIRS] - n[APART])
         found["top_cdnv"] = _top_pairs(top[0], top_at[0])
     if "cdnv_corrected" in wanted:
         found["cdnv_corrected"] = tally(CORRECTED)
@@ -518,14 +536,16 @@ def summarise(
     if "distance" in wanted and some_directed:
         found["distance"] = tally(DIST, (math.sqrt(squares[0]), math.sqrt(squares[1])))
     if "log" in wanted and n[DIRECTIONS_APART]:
-        found["log"] = tally(LOG)
+        found["log"] = tally(LOG, limits(LOG_RANGE))
     if wanted & {"log", "riesz"}:
         found["coincident_directions"] = int(n[DIRECTIONS] - n[DIRECTIONS_APART])
     if "riesz" in wanted:
-        found["riesz"] = _riesz(sums, scales, int(n[DIRECTIONS_APART]), riesz_exponent)
+        found["riesz"] = _riesz(
+            sums, scales, int(n[DIRECTIONS_APART]), riesz_exponent, limits(LOG_RANGE)
+        )
     if "cosine" in wanted:
         found |= _cosines(
-            tally, total, int(n[DIRECTIONS]), limits(COSINE_RANGE), 1.0 / (n_classes - 1)
+            tally, total, int(n[DIRECTIONS]), limits(COSINE_RANGE), squares, 1.0 / (n_classes - 1)
         )
         found["histogram"] = histogram
         found["top_cosine"] = _top_pairs(top[1], top_at[1])
@@ -535,25 +555,38 @@ def summarise(
 
 
 def _cosines(
-    tally: Any, total: Any, n: int, limits: tuple[float, float], coherence: float
+    tally: Any,
+    total: Any,
+    n: int,
+    limits: tuple[float, float],
+    squares: tuple[float, float],
+    coherence: float,
 ) -> dict[str, Tally]:
+    if not n:
+        return {}
     ends = [abs(end + coherence) for end in limits]
+    energies = (math.exp(-2.0 * squares[1]), math.exp(-2.0 * squares[0]))
     return {
         "cosine": tally(COS, limits),
-        "deviation": tally(DEV, (-math.inf, max(ends))) if n else Tally(),
-        "uniformity": Tally.of_sums(n, float(total[UNIFORM]), float(total[UNIFORM2])),
+        "deviation": tally(DEV, (-math.inf, max(ends))),
+        "uniformity": Tally.of_sums(
+            n, float(total[UNIFORM]), float(total[UNIFORM2]), extremes=energies
+        ),
     }
 
 
-def _riesz(sums: Any, scales: Any, n: int, exponent: float) -> Tally:
-    """Bring the rows' sums to one scale."""
+def _riesz(sums: Any, scales: Any, n: int, exponent: float, logs: tuple[float, float]) -> Tally:
+    """Bring the rows' sums to one scale; energies grow with the logarithms, whatever their sign."""
     if not n:
         return Tally()
     scale = float(scales.max())
     factors = np.exp(np.maximum(scales - scale, -1000.0))
     sign = math.copysign(1.0, exponent) if exponent else 0.0
     total, squares = float(sums[:, RIESZ] @ factors), float(sums[:, RIESZ2] @ factors**2)
-    return Tally.of_sums(n, sign * total, sign * sign * squares, log_scale=scale)
+    least, most = (sign * math.exp(exponent * end - scale) for end in logs)
+    return Tally.of_sums(
+        n, sign * total, sign * sign * squares, extremes=(least, most), log_scale=scale
+    )
 
 
 def _top_pairs(values: Any, classes: Any) -> TopPairs:

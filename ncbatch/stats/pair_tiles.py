@@ -59,7 +59,8 @@ class PairTiles(ArrayTiles):
     center : array (D,) or 0, optional
         m_G, subtracted before directions are taken.
     variances : array (K,), optional
-        V_c; needed by the quantities ``cdnv`` and ``cdnv_corrected``.
+        V_c; needed by the quantities ``cdnv`` and ``cdnv_corrected``. NaN for a class without:
+        its pairs are left out of the CDNV.
     counts : array (K,), optional
         n_c; needed by ``cdnv_corrected``.
     within : array (D, D), optional
@@ -68,6 +69,8 @@ class PairTiles(ArrayTiles):
         Which of `PAIR_QUANTITIES`; by default all that the arguments allow.
     dist_exp : float, optional
         p of the CDNV.
+    ddof : int, optional
+        What `variances` are divided by is n_c - ddof; ``cdnv_corrected`` takes ddof 1 from either.
     compiled : bool, optional
         Whether tiles are worked on by compiled code, which takes NumPy arrays; by default where
         there are enough classes for it to pay.
@@ -96,13 +99,14 @@ class PairTiles(ArrayTiles):
         within: Array | None = None,
         quantities: Iterable[str] | None = None,
         dist_exp: float = 1.0,
+        ddof: int = 0,
         compiled: bool | None = None,
         products: Any = None,
         scratch: str | Path | None = None,
     ) -> None:
         super().__init__(
             means, center, variances, counts=counts, within=within, quantities=quantities,
-            dist_exp=dist_exp, scratch=scratch,
+            dist_exp=dist_exp, ddof=ddof, scratch=scratch,
         )  # fmt: skip
         if compiled is None:
             on_host = is_numpy_array(means) or self.stored

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ncbatch.stats.saving import NamedArrays
 from ncbatch.stats.tally import Tally
 
 PAIR_QUANTITIES = (
@@ -94,13 +95,13 @@ class TopPairs:
 
 
 @dataclass(frozen=True)
-class PairStats:
+class PairStats(NamedArrays):
     """Statistics over unordered pairs of classes i < j; u is the direction of a centred mean.
 
     Attributes
     ----------
     cdnv : Tally
-        (V_i + V_j) / (2 d_ij^(2p)), coincident means left out.
+        (V_i + V_j) / (2 d_ij^(2p)), without coincident means and classes that have no V.
     cdnv_corrected : Tally
         The same without the bias of small classes; pairs of classes with at least two samples
         whose corrected squared distance is positive.
@@ -113,8 +114,10 @@ class PairStats:
         Inner products of the centred means.
     cosine, deviation, uniformity : Tally
         cos(u_i, u_j), |cos + 1/(K-1)| and exp(-2 |u_i - u_j|^2).
+    n_pairs : int
+        Pairs compared, whatever was left out.
     coincident_means, coincident_directions : int
-        Pairs left out because d_ij, or |u_i - u_j|, is zero.
+        Pairs whose d_ij, or |u_i - u_j|, is zero; directions are counted for the energies.
     histogram : array (COSINE_BINS,) of int64
         Pairs per bin of the cosine, from -1 to 1.
     nearest : Nearest or None
@@ -133,6 +136,7 @@ class PairStats:
     cosine: Tally = field(default_factory=Tally)
     deviation: Tally = field(default_factory=Tally)
     uniformity: Tally = field(default_factory=Tally)
+    n_pairs: int = 0
     coincident_means: int = 0
     coincident_directions: int = 0
     histogram: npt.NDArray[np.int64] = field(
@@ -141,6 +145,7 @@ class PairStats:
     nearest: Nearest | None = None
     top_cdnv: TopPairs = field(default_factory=TopPairs.none)
     top_cosine: TopPairs = field(default_factory=TopPairs.none)
+    called = "pair statistics"
 
     @classmethod
     def zero(cls) -> PairStats:

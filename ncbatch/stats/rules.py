@@ -19,6 +19,7 @@ from ncbatch.arrays import (
     scalar,
     to_numpy,
 )
+from ncbatch.stats.blocks import detached
 from ncbatch.stats.near_ties import score_vectors
 from ncbatch.stats.rule import FLOAT64_ROUNDOFF, Rule, in_memory, longest_row
 
@@ -66,6 +67,7 @@ def nearest_mean_rule(
         ``compiled``, ``tile_rows``, ``tile_classes``, ``sweep_rows``, ``operand_roundoff``: as
         for `Rule`.
     """
+    means = detached(means)
     xp = namespace(means)
     dtype = dtype or xp.float32
     origin = mean_of_rows(means)
@@ -114,6 +116,7 @@ def linear_rule(
     **how
         As for `nearest_mean_rule`.
     """
+    weight, bias = detached(weight), detached(bias)
     xp = namespace(weight)
     n_classes, n_features = weight.shape
     dtype, place = dtype or xp.float32, {"device": device(weight)}

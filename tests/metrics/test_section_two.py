@@ -23,11 +23,13 @@ def expected(data: Features, W, b, *, weighted=False, dist_exp=1.0, **filters) -
     )
 
 
-def assert_equal(ds, values: dict[str, float]):
-    assert sum(np.isfinite(value) for value in values.values()) >= 25
+def assert_equal(ds, values: dict[str, float], floor: float = 0.0):
+    """Compare, undefined values too; `floor` is for data that have exact zeros for values."""
+    assert len(values) >= 35
     for name, value in values.items():
-        got = float(ds[name][0, 0]) if name in ds else np.nan
-        assert got == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
+        expected = value if np.isfinite(value) else np.nan
+        got = float(ds[name][0, 0])
+        assert got == pytest.approx(expected, rel=1e-6, abs=floor, nan_ok=True), name
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -57,7 +59,7 @@ def test_any_features_equal_the_oracle(tmp_path_factory, data: Features, seed: i
     values = expected(data, W, b)
     if a_corrected_distance_is_rounding(data):
         del values["nc1_cdnv_corrected"]
-    assert_equal(nc.measure(store), values)
+    assert_equal(nc.measure(store), values, floor=1e-9)
 
 
 def a_corrected_distance_is_rounding(data: Features) -> bool:
@@ -85,6 +87,8 @@ def degenerate() -> dict[str, Features]:
         "mean_without_direction": Features(corners[y] + crosses, y, 5),
         "two_classes": Features(X, y // 3 % 2, 5),
         "one_feature": Features(X[:, :1], y, 5),
+        "all_means_equal": Features(crosses + 2.0, y, 5),
+        "all_samples_equal": Features(np.ones((20, 3)), y, 5),
     }
 
 
@@ -93,7 +97,22 @@ def test_degenerate_classes_equal_the_oracle(tmp_path, case: str):
     data = degenerate()[case]
     W, b, *_ = outside(data)
     ds = nc.measure(make_store(tmp_path / "s.zarr", data, W=W, b=b))
-    assert_equal(ds, expected(data, W, b))
+    assert_equal(ds, expected(data, W, b), floor=1e-12)
+
+
+def test_equal_means_have_all_of_their_variance_within(tmp_path):
+    data = degenerate()["all_means_equal"]
+    ds = nc.measure(make_store(tmp_path / "s.zarr", data)).isel(store=0, layer=0)
+    assert float(ds.nc1_trace_share) == 1.0
+    assert float(ds.nc1_vci) == 1.0
+    assert int(ds.n_coincident_pairs) == 10
+
+
+@pytest.mark.parametrize("metric", ["nc2g_log", "nc2_interference_var", "nc1_cdnv_corrected"])
+def test_coincident_pairs_are_counted_by_any_sweep(tmp_path, metric: str):
+    data = degenerate()["two_coincide"]
+    ds = nc.measure(make_store(tmp_path / "s.zarr", data), metrics=[metric])
+    assert int(ds.n_coincident_pairs[0, 0]) == 1
 
 
 @pytest.mark.parametrize("by_predictions", [False, True], ids=["weights", "predictions"])

@@ -157,8 +157,9 @@ def tall(K: int, D: int, place=lambda name, values: values) -> Statistics:
     rng = np.random.default_rng(0)
     some = Tally.of(rng.uniform(1, 2, 100))
     pairs = PairStats(
-        *[some] * 11, nearest=Nearest(rng.integers(0, K, K), np.ones(K), np.full(K, 0.5))
-    )
+        *[some] * 10, n_pairs=K * (K - 1) // 2,
+        nearest=Nearest(rng.integers(0, K, K), np.ones(K), np.full(K, 0.5)),
+    )  # fmt: skip
     counts = np.full(K, 3)
     traces, scatter = np.ones(K), np.eye(D)
 

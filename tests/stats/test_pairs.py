@@ -229,6 +229,61 @@ def test_everything_else_equals_loops_over_pairs(library: Library, how: dict, ti
     np.testing.assert_allclose(stats.nearest.direction_square, angle.min(axis=1), rtol=1e-9)
 
 
+@each_cpu_way
+@pytest.mark.parametrize("D", [1, 2, 5])
+def test_extremes_of_energies_are_those_of_the_grids(how: dict, D: int):
+    rng = np.random.default_rng(4)
+    means = rng.normal(size=(21, D))
+    means[9] = means[4]  # a pair without an energy
+    stats = sweep_pairs(means, means.mean(axis=0), np.ones(21), tile_classes=8, **how)
+    u = (means - means.mean(axis=0)) / np.linalg.norm(means - means.mean(axis=0), axis=1)[:, None]
+    i, j = np.triu_indices(21, 1)
+    r = np.linalg.norm(u[i] - u[j], axis=1)
+    logs = -np.log(r[r > 1e-9])
+    energies = np.sign(D - 2) * np.exp((D - 2) * logs)
+    for tally, values in (
+        (stats.log, logs),
+        (stats.riesz, energies),
+        (stats.uniformity, np.exp(-2 * r**2)),
+    ):
+        found = np.array([tally.minimum, tally.maximum]) * math.exp(tally.log_scale)
+        np.testing.assert_allclose(found, [values.min(), values.max()], rtol=1e-5, atol=1e-7)
+        assert tally.n == len(values)
+
+
+@each_cpu_way
+def test_classes_without_a_variance_are_left_out_of_the_cdnv_alone(how: dict):
+    rng = np.random.default_rng(5)
+    means, n = rng.normal(size=(14, 4)), rng.integers(1, 3, 14)
+    n[:3] = 1
+    means[6] = means[1]
+    V = np.where(n > 1, rng.uniform(size=14) * n, np.nan)
+    stats = sweep_pairs(means, 0.0, V, counts=n, ddof=1, tile_classes=6, **how)
+    i, j = np.triu_indices(14, 1)
+    d2 = np.sum((means[i] - means[j]) ** 2, axis=1)
+    ratios = (V[i] + V[j]) / 2 / d2
+    known = ~np.isnan(ratios) & (d2 > 0)
+    assert (stats.n_pairs, stats.coincident_means, stats.cdnv.n) == (91, 1, int(known.sum()))
+    assert stats.cdnv.mean == pytest.approx(ratios[known].mean(), rel=1e-6)
+    assert (stats.cdnv.minimum, stats.cdnv.maximum) == pytest.approx(
+        (ratios[known].min(), ratios[known].max()), rel=1e-6
+    )
+    assert set(n[stats.top_cdnv.classes.ravel()]) == {2}
+    plain = sweep_pairs(means, 0.0, np.where(n > 1, V * (n - 1) / n, 0.0), counts=n, **how)
+    assert stats.cdnv_corrected.n == plain.cdnv_corrected.n
+    assert stats.cdnv_corrected.mean == pytest.approx(plain.cdnv_corrected.mean, rel=1e-9)
+
+
+@each_cpu_way
+def test_coincident_means_are_counted_whatever_is_swept_for(how: dict):
+    means = np.random.default_rng(0).normal(size=(40, 3)) + 50.0
+    means[33] = means[2]
+    for quantity in PAIR_QUANTITIES:
+        given = dict(counts=np.full(40, 3), within=np.eye(3), quantities=[quantity])
+        stats = sweep_pairs(means, means.mean(axis=0), np.ones(40), tile_classes=16, **given, **how)
+        assert (stats.n_pairs, stats.coincident_means) == (780, 1), quantity
+
+
 @pytest.mark.parametrize("spread", [1e-4, 1.0])
 def test_float32_products_keep_six_digits_of_real_looking_means(spread: float):
     rng = np.random.default_rng(0)
