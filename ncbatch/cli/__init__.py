@@ -9,7 +9,7 @@ from contextlib import suppress
 import click
 
 from ncbatch import __version__
-from ncbatch.cli import measuring, storing
+from ncbatch.cli import dumping, measuring, storing
 from ncbatch.errors import NcbatchError
 
 
@@ -25,14 +25,16 @@ class _Commands(click.Group):
 def cli() -> None:
     """Measure neural collapse on stored features: out of core, exact, from one read.
 
-    Import features into a store, add the classifier, then measure.
+    Dump a language model into a store, or import features and the classifier, then measure.
     """
 
 
 for _command in (
     storing.import_,
     storing.classifier,
+    dumping.dump,
     storing.finalize,
+    storing.describe,
     storing.info,
     storing.validate,
     measuring.plan,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ncbatch.cli.showing import open_console, show
 from ncbatch.errors import UsageError
@@ -17,13 +19,24 @@ def _apply_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> N
         ctx.default_map = {**(ctx.default_map or {}), **PRESETS[name]}
 
 
+def _follow_train(ctx: click.Context, parameter: click.Parameter, split: str | None) -> str | None:
+    """Let a preset that decides on the samples of train follow --train, which comes before."""
+    source = ctx.get_parameter_source(str(parameter.name))
+    if source is ParameterSource.DEFAULT_MAP and split == "train":
+        return str(ctx.params["train"])
+    return split
+
+
 _MEASURING = (
     click.argument("stores", nargs=-1, required=True, type=click.Path(), metavar="STORE..."),
     click.option(
         "--layer", "layers", multiple=True, help="Layer to measure; repeatable  [default: all]"
     ),
     click.option("--train", default="train", show_default=True, help="Split of the class means."),
-    click.option("--test", help="Split that NC4 is measured on  [default: test, if there is one]"),
+    click.option(
+        "--test", callback=_follow_train,
+        help="Split that NC4 is measured on  [default: test, if there is one]",
+    ),
     click.option("--ood", help="Split of outside data for NC5  [default: ood, if there is one]"),
     click.option("--metrics", help="Names, separated by commas  [default: all that apply]"),
     click.option(
@@ -43,6 +56,18 @@ _MEASURING = (
     ),
     click.option(
         "--dist-exp", type=float, default=1.0, show_default=True, help="Exponent p of the CDNV."
+    ),
+    click.option(
+        "--ddof", type=click.IntRange(0, 1), default=0, show_default=True,
+        help="V_c is divided by n_c - ddof, S_W by N - ddof K; with 1 a class of one sample has no V_c.",
+    ),
+    click.option(
+        "--class-ddof", type=click.IntRange(0, 1), default=1, show_default=True,
+        help="Variances over classes are divided by K - ddof.",
+    ),
+    click.option(
+        "--divide-by-k/--no-divide-by-k", default=True, show_default=True,
+        help="Divide nc1_pinv and nc1_svd by K.",
     ),
     click.option("--skip-nonfinite", is_flag=True, help="Leave out rows with NaN or infinities."),
     click.option(
@@ -123,16 +148,25 @@ def plan(
     "--out", "outs", multiple=True, type=click.Path(),
     help="Save as .zarr, .nc, .csv or .json, by ending; repeatable.",
 )  # fmt: skip
+@click.option(
+    "--update", is_flag=True,
+    help="Keep what --out (.zarr, .nc) holds and still fits the data; measure the rest.",
+)  # fmt: skip
+@click.option(
+    "--collapse-below", type=float, metavar="X",
+    help="Collapse sets in at the first layer with nc1_cdnv under this  [default: 0.1 if --dist-exp is 1]",
+)  # fmt: skip
 def measure(
     stores: tuple[str, ...],
     layers: tuple[str, ...],
     metrics: str | None,
     classes: str | None,
     outs: tuple[str, ...],
+    update: bool,
     **options: Any,
 ) -> None:
     """Measure neural collapse on the features in STORE..."""
-    from ncbatch import report
+    from ncbatch import comparing, report
     from ncbatch.measurement import measure
     from ncbatch.results import check_output, save_results
 
@@ -141,6 +175,7 @@ def measure(
     dataset = measure(
         stores,
         **_arguments(metrics, classes, layers),
+        update=_earlier(outs) if update else None,
         progress=report.ProgressBar(),
         **options,
     )
@@ -148,6 +183,8 @@ def measure(
         save_results(dataset, path)
     console = open_console()
     show(console, report.result_tables(dataset, console.width))
+    for line in comparing.collapse_lines(dataset):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"device: {dataset.attrs['device']}", markup=False, highlight=False)
     for line in report.notes(dataset):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
@@ -164,16 +201,29 @@ def measure(
 @click.option("--split", default="train", show_default=True, help="Split of the class means.")
 @click.option("--weighted", is_flag=True, help="Take m_G as the mean of samples.")
 @click.option("--dist-exp", type=float, default=1.0, show_default=True, help="Exponent of cdnv.")
+@click.option(
+    "--ddof", type=click.IntRange(0, 1), default=0, show_default=True,
+    help="V_c of cdnv is divided by n_c - ddof.",
+)  # fmt: skip
 @click.option("--out", required=True, type=click.Path(), help="A .zarr that does not exist yet.")
-def grid(store: str, **options: Any) -> None:
+@click.option("--memory", help="Ceiling of resident memory, such as 8GiB  [default: what is free]")
+@click.option("--dry-run", is_flag=True, help="Show what it needs, and write nothing.")
+def grid(store: str, memory: str | None, dry_run: bool, **options: Any) -> None:
     """Write a K x K array over pairs of classes, tile by tile, to a Zarr store.
 
-    Only classes with samples take part; the array 'class' holds their ids.
+    Only classes with samples take part; the array 'class' holds their ids. What it needs is said
+    first, and refused where memory or disk do not suffice.
     """
-    from ncbatch.grid import write_grid
+    from ncbatch.grid import GridRequest, write_grid
     from ncbatch.report import ProgressBar
 
-    n = write_grid(store, **options, progress=ProgressBar())
+    request = GridRequest(store, **options)
+    plan = request.plan(memory)
+    click.echo(str(plan))
+    request.check(plan)
+    if dry_run:
+        return
+    n = write_grid(request, memory=memory, progress=ProgressBar())
     click.echo(f"{options['kind']} of {n:,} x {n:,} classes written to {options['out']}")
 
 
@@ -183,6 +233,17 @@ def metrics() -> None:
     from ncbatch.report import metric_table
 
     show(open_console(), [metric_table()])
+
+
+def _earlier(outs: tuple[str, ...]) -> str | None:
+    """Find the results that are to be updated; None where none were saved yet."""
+    kept = [path for path in outs if path.endswith((".zarr", ".nc"))]
+    if not kept:
+        raise UsageError(
+            "--update without a .zarr or .nc to update", "an --out of such a name",
+            "other kinds of files do not hold what an update needs",
+        )  # fmt: skip
+    return next((path for path in kept if Path(path).exists()), None)
 
 
 def _names(text: str) -> list[str]:

@@ -8,37 +8,77 @@ from typing import Any
 import click
 
 from ncbatch.cli.showing import open_console, show
+from ncbatch.errors import UsageError
+
+_SHARDS_SHOWN = 50
 
 
 @click.command("import")
 @click.argument("store", type=click.Path())
 @click.option("--split", required=True, help="Split that the rows go to, such as train.")
-@click.option("--layer", required=True, help="Layer that they are features of.")
+@click.option(
+    "--layer", required=True, multiple=True,
+    help="Layer that they are features of; of several a pattern such as 'h.{}', or one each.",
+)  # fmt: skip
 @click.option(
     "--features", required=True,
-    help="(N, D): .npy, .npz:key or Zarr path, or a quoted glob of shards of them.",
+    help="(N, D): .npy, .npz:key, .safetensors:key, .pt:key, .parquet:column, .arrow:column, "
+    "datasets folder:column, .h5:dataset, Zarr path, .bin:dtype:width, .fbin, .fvecs, or a quoted "
+    "glob of shards of them; '{}' in a key is the number of a layer.",
 )  # fmt: skip
-@click.option("--labels", help="(N,) integers, likewise; negative: no sample.")
+@click.option(
+    "--labels",
+    help="(N,) integers, likewise; negative: no sample; ':key': in the features' files. "
+    "'next': the next of --tokens.",
+)
 @click.option("--predictions", help="(N,) integers: the model's own decisions at this layer.")
+@click.option(
+    "--axes", metavar="B,T,D",
+    help="What the features' axes count: N samples, B sequences, T positions in order, L layers, D "
+    "features  [default: N,D, or the one reading that fits the labels]",
+)  # fmt: skip
+@click.option(
+    "--layer-index", type=click.IntRange(min=0), help="Take one layer of the axis L  [default: all]"
+)
+@click.option("--tokens", help="(N,) or (B, T) token ids, for --labels next.")
+@click.option("--documents", help="Document ids: --labels next never crosses from one to another.")
+@click.option("--mask", help="0 where a row is padding: no sample, and no next token.")
+@click.option("--loss-mask", help="0 where a token (a label) does not count.")
 @click.option(
     "--classes", "n_classes", type=click.IntRange(min=1),
     help="Number of classes K of a new store  [default: largest label + 1]",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the layer if it is there.")
 def import_(**arguments: Any) -> None:
-    """Import features from files into STORE, made when it is not there."""
+    """Import features from files into STORE, made when it is not there.
+
+    \b
+    ncbatch import s.zarr --split train --layer fc --features x.npy --labels y.npy
+    ncbatch import s.zarr --split train --layer 'h.{}' --axes T,L,D --classes 50257 \\
+        --features 'req*.safetensors:hidden_states' --labels next --tokens :token_ids
+
+    docs/import.md shows every format and shape.
+    """  # noqa: D301  (click's own mark for lines that stay as they are)
     from ncbatch.ingest import import_features
     from ncbatch.report import ProgressBar
 
     arguments["path"] = arguments.pop("store")
+    if len(arguments["layer"]) == 1:
+        arguments["layer"] = arguments["layer"][0]
     done = import_features(**arguments, progress=ProgressBar())
-    if len(done.features.shards) > 1:
-        for shard in done.features.shards:
+    shards = done.features.shards
+    if len(shards) > 1:
+        for shard in shards[:_SHARDS_SHOWN]:
             click.echo(f"{shard.shape[0]:>12,} rows  {shard.path}")
+        if len(shards) > _SHARDS_SHOWN:
+            click.echo(f"{'...':>12}       {len(shards):,} in all, up to {shards[-1].path}")
+    if done.axes != ("N", "D"):
+        click.echo(f"axes of the features: {','.join(done.axes)}")
     made = "created with" if done.created else "has"
+    several = f" of {len(done.layers)} layers" if len(done.layers) > 1 else ""
     click.echo(
-        f"{done.features.n_rows:,} rows of {done.features.row_shape[0]:,} features imported into "
-        f"{arguments['path']}/{arguments['split']}/{arguments['layer']}; "
+        f"{done.features.n_rows:,} rows of {done.features.row_shape[-1]:,} features{several} "
+        f"imported into {arguments['path']}/{arguments['split']}/{', '.join(done.layers)}; "
         f"the store {made} K = {done.n_classes:,} classes"
     )
 
@@ -46,7 +86,11 @@ def import_(**arguments: Any) -> None:
 @click.command()
 @click.argument("store", type=click.Path())
 @click.option("--layer", required=True, help="Layer whose features the classifier reads.")
-@click.option("--weight", required=True, help="(K, D) floats: .npy, .npz:key or Zarr path.")
+@click.option(
+    "--weight", required=True,
+    help="(K, D) floats in any form of 'import --features', such as "
+    "model.safetensors:lm_head.weight.",
+)  # fmt: skip
 @click.option("--bias", help="(K,) floats, likewise.")
 @click.option(
     "--rows", type=click.IntRange(min=1), help="Keep the first K rows of a padded vocabulary."
@@ -63,18 +107,43 @@ def classifier(store: str, layer: str, weight: str, bias: str | None, rows: int 
 @click.argument("store", type=click.Path())
 @click.option("--split", required=True, help="Split whose writers have all ended.")
 def finalize(store: str, split: str) -> None:
-    """Complete a split of STORE that several writers wrote, once all have ended."""
+    """Complete a split of STORE that several writers wrote, once all have ended.
+
+    Their rows are completed, and the moments that they folded are merged.
+    """
+    from ncbatch.ingest import finalize as complete
+
+    done = complete(store, split)
+    if split in done.splits:
+        n = done.split(split).n_samples
+    else:
+        layer, kind = done.state_kinds(split)[0]
+        n = int(done.state_attributes(split, layer, kind).get("n_samples", 0))
+    click.echo(f"split {split} of {store} is complete: {n:,} samples")
+
+
+@click.command()
+@click.argument("store", type=click.Path())
+@click.option("--model", help="Name of the model that made the features.")
+@click.option("--step", type=click.IntRange(min=0), help="Its training step.")
+def describe(store: str, model: str | None, step: int | None) -> None:
+    """Record in STORE which model and step its features are of; what is given replaces the old."""
     from ncbatch.store import FeatureStore
 
-    done = FeatureStore.open(store).finalize(split)
-    click.echo(f"split {split} of {store} is complete: {done.n_samples:,} samples")
+    if model is None and step is None:
+        raise UsageError("nothing to record", "--model NAME, --step N or both")
+    opened = FeatureStore.open(store)
+    opened.describe(model=model, step=step)
+    said = [f"model {opened.model}"] if opened.model is not None else []
+    said += [f"step {opened.step:,}"] if opened.step is not None else []
+    click.echo(f"{store} is recorded as of {', '.join(said)}")
 
 
 @click.command()
 @click.argument("store", type=click.Path())
 def info(store: str) -> None:
     """Show what is in STORE: splits, layers, sizes, classifiers."""
-    from ncbatch.report import info_tables
+    from ncbatch.listings import info_tables
     from ncbatch.store import FeatureStore
 
     show(open_console(), info_tables(FeatureStore.open(store)))
@@ -93,4 +162,5 @@ def validate(store: str) -> None:
     if faults:
         click.echo(f"{len(faults)} bad chunk{'s' if len(faults) > 1 else ''} in {store}")
         sys.exit(1)
-    click.echo(f"{store} is valid: splits {', '.join(opened.splits) or 'none'}")
+    states = f", states of {', '.join(opened.state_splits)}" if opened.state_splits else ""
+    click.echo(f"{store} is valid: splits {', '.join(opened.splits) or 'none'}{states}")

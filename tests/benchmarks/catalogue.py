@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tests.benchmarks import cases, gpu, pairs, peers
+from tests.benchmarks import cases, gpu, language, pairs, peers
 from tests.benchmarks.case import Case
 
 CASES: dict[str, Case] = {
-    case.name: case for case in [*cases.CASES, *peers.CASES, *pairs.CASES, *gpu.CASES]
+    case.name: case
+    for case in [*cases.CASES, *peers.CASES, *pairs.CASES, *language.CASES, *gpu.CASES]
 }

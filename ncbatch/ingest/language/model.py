@@ -87,6 +87,16 @@ class LanguageModel:
                 "give the tokenizer that the model was trained with (--tokenizer, tokenizer=)",
             )
 
+    @property
+    def _longest(self) -> int | None:
+        """Tokens that the model takes at most, where it says so."""
+        longest = getattr(self.config, "max_position_embeddings", None)
+        for path, module in self.module.named_modules():
+            padding = getattr(module, "padding_idx", None)
+            if path.endswith("position_embeddings") and longest is not None and padding is not None:
+                return int(longest) - int(padding) - 1  # RoBERTa counts from behind the padding
+        return longest
+
     def context(self, asked: int | None) -> int:
         """Choose the tokens of a window: as asked, else what the model takes, 2048 at most.
 
@@ -95,7 +105,7 @@ class LanguageModel:
         UsageError
             When the model takes fewer.
         """
-        longest = getattr(self.config, "max_position_embeddings", None)
+        longest = self._longest
         if asked is not None:
             if longest is not None and asked > longest:
                 raise UsageError(f"context of {asked} tokens", f"{longest} at most, for this model")

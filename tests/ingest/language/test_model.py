@@ -16,7 +16,7 @@ from transformers import T5Config
 from ncbatch.errors import DataError, UsageError
 from ncbatch.ingest.language.loading import open_language_model
 from ncbatch.ingest.language.model import LanguageModel, name_of, step_of
-from tests.ingest.language.models import HEADS, LONGEST, K, make_model, save_model
+from tests.ingest.language.models import HEADS, LONGEST, SHAPE, K, make_model, save_model
 from tests.ingest.language.tokenizers import transformers_tokenizer
 
 
@@ -155,6 +155,16 @@ def test_windows_are_as_long_as_the_model_takes() -> None:
     assert open_language_model(long, transformers_tokenizer()).context(None) == 2048
     short = transformers_tokenizer(model_max_length=20)
     assert open_language_model(long, short).context(None) == 20
+
+
+def test_roberta_counts_positions_from_behind_its_padding(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(**SHAPE, pad_token_id=1)
+    model = open_language_model(transformers.RobertaForMaskedLM(config), transformers_tokenizer())
+    assert model.context(None) == LONGEST - 2
+    ids = torch.full((1, model.context(None)), 5)
+    assert model.module.eval()(input_ids=ids).logits.shape == (1, LONGEST - 2, K)
+    with pytest.raises(UsageError, match=f"expected {LONGEST - 2} at most"):
+        model.context(LONGEST - 1)
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
