@@ -18,6 +18,8 @@ _HOMES = {
     "NcbatchError": "ncbatch.errors",
     "PairStats": "ncbatch.stats",
     "dump": "ncbatch.ingest",
+    "dump_language_model": "ncbatch.ingest",
+    "finalize": "ncbatch.ingest",
     "load_results": "ncbatch.results",
     "measure": "ncbatch.measurement",
     "metrics": "ncbatch",
@@ -32,6 +34,8 @@ __all__ = [
     "NcbatchError",
     "PairStats",
     "dump",
+    "dump_language_model",
+    "finalize",
     "load_results",
     "measure",
     "metrics",
@@ -42,7 +46,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ncbatch import metrics
     from ncbatch.errors import NcbatchError
-    from ncbatch.ingest import dump
+    from ncbatch.ingest import dump, dump_language_model, finalize
     from ncbatch.measurement import measure, plan
     from ncbatch.results import load_results, save_results
     from ncbatch.stats import Decisions, Moments, PairStats

@@ -73,7 +73,7 @@ class Capture:
             self._batch = None
         for name, place in self._places.items():
             _check_once(f"module '{place.path}'", self._calls[name])
-        if self._head.named or self._head.layer:
+        if self._head.named or (self._head.needed and self._head.path is not None):
             _check_once(f"head '{self._head.path}'", self._head.calls)
         rows, self._rows = self._rows, {}
         return {name: rows[name] for name in self._places}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from ncbatch.errors import DataError
+from ncbatch.errors import DataError, UsageError
 from ncbatch.ingest.places import Batch, Place, find_module
 
 if TYPE_CHECKING:
@@ -26,13 +26,20 @@ class Head:
         Whether the user named it: then it must run.
     n_classes : int or None
         K: decisions are among the first K outputs.
+    decides : bool, optional
+        Whether its decisions are needed even if no captured layer is its input.
     """
 
     def __init__(
-        self, candidates: Mapping[str, torch.nn.Module], named: bool, n_classes: int | None
+        self,
+        candidates: Mapping[str, torch.nn.Module],
+        named: bool,
+        n_classes: int | None,
+        decides: bool = False,
     ) -> None:
         self.candidates = candidates
         self.named = named
+        self.decides = decides
         self.layer: str | None = None  # the captured layer that the head reads
         self.decisions: torch.Tensor | None = None  # arg-max of the batch's rows
         self.calls = 0
@@ -43,7 +50,12 @@ class Head:
 
     @classmethod
     def find(
-        cls, model: torch.nn.Module, head: str | Literal[False] | None, n_classes: int | None
+        cls,
+        model: torch.nn.Module,
+        head: str | Literal[False] | None,
+        n_classes: int | None,
+        *,
+        decides: bool = False,
     ) -> Head:
         """Look up the head, or everything that may be it.
 
@@ -51,18 +63,22 @@ class Head:
         ------
         DataError
             When the module named is not linear or has fewer outputs than classes.
+        UsageError
+            When decisions are needed and there shall be no head.
         """
         import torch
 
+        if head is False and decides:
+            raise UsageError("argmax_labels with head=False", "the module that decides")
         if head is False:
             return cls({}, False, n_classes)
         if head is None:
             linear = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            return cls(linear, False, n_classes)
+            return cls(linear, False, n_classes, decides)
         module = find_module(model, head)
         if not isinstance(module, torch.nn.Linear):
             raise DataError(f"head '{head}' is a {type(module).__name__}", "a torch.nn.Linear")
-        found = cls({head: module}, True, n_classes)
+        found = cls({head: module}, True, n_classes, decides)
         found._order = 0
         found.check_outputs(n_classes)
         return found
@@ -76,6 +92,11 @@ class Head:
     def module(self) -> torch.nn.Module | None:
         """The module; None as long as none has run."""
         return None if self.path is None else self.candidates[self.path]
+
+    @property
+    def needed(self) -> bool:
+        """Whether what it decides is kept, so that it must run once in every pass."""
+        return self.decides or self.layer is not None
 
     def check_outputs(self, n_classes: int | None) -> None:
         """Refuse a head that has fewer outputs than there are classes."""
@@ -95,7 +116,7 @@ class Head:
         if order > self._order:
             self._order, self.calls = order, 0
         self.calls += 1
-        if self._settled and self.layer is None:
+        if self._settled and not self.needed:
             return
         self.decisions = self._inputs = None
         if inputs is None or logits is None or tuple(logits.shape[:-1]) != batch.shape:
@@ -114,6 +135,13 @@ class Head:
             best = [name for name in equal if places[name] == own] or equal[-1:]
             self.layer = best[0] if best else None
         self._settled, self._inputs = True, None
+        if self.decides and self.decisions is None:
+            found = "no torch.nn.Linear ran" if self.path is None else f"head '{self.path}'"
+            raise DataError(
+                f"{found}: no decisions at the positions of the labels",
+                "a linear module with one output row per label, for argmax_labels",
+                "name it with head=",
+            )
 
 
 def _equal(rows: torch.Tensor, others: torch.Tensor) -> bool:

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ncbatch.arrays import to_numpy
 from ncbatch.errors import DataError, UsageError
 from ncbatch.ingest.capture import capturing, device_of
 from ncbatch.ingest.head import Head
 from ncbatch.ingest.places import Batch, Pool, find_places
+from ncbatch.ingest.row_target import RowTarget
+from ncbatch.ingest.state_target import StateTarget
 from ncbatch.ingest.target import Target
 from ncbatch.store import FeatureStore
+from ncbatch.store.commit_records import Share
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +42,12 @@ def dump(
     n_classes: int | None = None,
     dtype: str = "float16",
     device: torch.device | str | None = None,
+    argmax_labels: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    n_samples: int | None = None,
+    moments: bool = False,
+    means: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -82,18 +92,41 @@ def dump(
         How layers that the store does not declare are stored.
     device : torch.device or str, optional
         Where inputs are moved to; by default where the model's parameters are.
+    argmax_labels : bool, optional
+        Take the head's decisions for labels. Those of the batches only say by their sign which
+        positions are samples.
+    rank, world_size : int, optional
+        Which of several processes this is, 0..world_size-1, and how many there are. Each is given
+        batches of its own; they need not talk or run at once, and whichever comes first makes the
+        store. Once all have ended, one process calls ``nc.finalize(store, split)``.
+    n_samples : int, optional
+        Samples of all processes together, at most; several that store rows must give it, all the
+        same. Too large a number costs nothing.
+    moments : bool, optional
+        Store no rows but what sums them up, the moments of every layer, which `measure` takes in
+        the place of rows. They are folded in the model's own dtype, in float64; `dtype` only
+        declares layers. In memory are, per layer, 12 bytes per feature of every class seen and
+        8 D^2; they may be on the model's GPU.
+    means : str, optional
+        With `moments`: a split of the same store whose moments are stored. By their class means
+        and by the head the samples are decided, for NC4. It may be `split` itself, in a second
+        run: then only the decisions are added. Layers that no classifier reads have none.
     resume : bool, optional
         Go on after an interruption. `batches` must be the same again, in the same order; what is
         committed is skipped, without a forward pass. A split that is complete is left as it is.
+        With `moments` what is folded is stored each time features of 16 times its size, and of
+        256 MiB at least, were folded; what came after is folded again, to the same bits.
+        One of several processes goes on with its own rank.
     overwrite : bool, optional
-        Replace the split if it exists, with all its layers, and a classifier that differs.
+        Replace the split if it exists, with all its layers, and a classifier that differs; not
+        with several processes. With `moments` the states of `layers` are replaced.
     progress : object with ``advance(n_rows)``, optional
         Told of rows as they are written or skipped.
 
     Returns
     -------
     FeatureStore
-        The store, with the split complete.
+        The store, with the split complete; of several processes, with this one's part.
 
     Raises
     ------
@@ -106,23 +139,34 @@ def dump(
         When the split exists, and nothing says what to do with it.
     UsageError
         For options that make no sense.
+    BudgetError
+        When the moments of all layers do not fit into memory; says how many do.
     """
     places = find_places(model, layers)
     if pool not in ("flatten", "mean"):
         raise UsageError(f"pool '{pool}'", "'flatten' or 'mean'")
-    target = Target(store, split, places, dtype, n_classes, resume=resume, overwrite=overwrite)
-    watch = Head.find(model, head, target.n_classes)
+    share = Share(rank, world_size)
+    if means is not None and not moments:
+        raise UsageError(f"means='{means}' without moments", "moments=True, to fold decisions")
+    # Where the rows go is all that the two ways of keeping them differ in.
+    given = (store, split, places, dtype, n_classes, share)
+    how: dict[str, Any] = {
+        "n_samples": n_samples, "resume": resume, "overwrite": overwrite,
+        "labels_given": not argmax_labels,
+    }  # fmt: skip
+    target: Target = (
+        StateTarget(*given, means=means, **how) if moments else RowTarget(*given, **how)
+    )
+    watch = Head.find(model, head, target.n_classes, decides=argmax_labels)
     if target.n_classes is None and not watch.candidates:
         raise UsageError(
             "no number of classes", remedy="give n_classes=, or the head that classifies"
         )
-    if target.mode == "done":
+    if target.done:
         return target.opened
     where = device_of(model) if device is None else device
-    to_skip = 0
     with capturing(model, places, pool, watch) as capture, ExitStack() as writing:
-        if target.mode == "resume":
-            to_skip = writing.enter_context(target.resume_writer()).position
+        to_skip = target.resume(writing)
         for inputs, labels in _pairs(batches):
             batch = Batch.of(labels, to_skip)
             target.check_skipped(batch)
@@ -131,13 +175,14 @@ def dump(
                 features = capture.run(inputs, batch, where)
                 if not target.settled:
                     target.settle(watch, features, predictions)
-                if target.writer is None:
-                    writing.enter_context(target.open_writer(features))
-                target.append(features, batch.labels, watch.decisions)
+                if not target.begun:
+                    target.start(features, writing)
+                decided = to_numpy(watch.decisions) if argmax_labels else batch.labels
+                target.append(features, decided, watch.decisions)
                 del features  # before the next forward pass makes as many
             if progress is not None:
                 progress.advance(len(batch.skipped) + len(batch.labels))
-        target.check_complete(to_skip)
+        target.end(to_skip, writing)
     return target.opened
 
 

@@ -1,12 +1,15 @@
-"""Where the rows of a dump go: a new split, one that is resumed, or layers that are added."""
+"""Where a dump goes: the store, found or made, its classifier, and what either way of keeping shares."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +18,43 @@ from ncbatch.arrays import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.head import Head
 from ncbatch.ingest.places import Batch, Place
-from ncbatch.store import FeatureStore, LayerWriter, Split, Writer
+from ncbatch.store import FeatureStore
+from ncbatch.store.commit_records import Share
 from ncbatch.store.format import DTYPES, check_name
+from ncbatch.store.opening import is_remote, is_there
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("ncbatch")
+Found = TypeVar("Found")
+
+# How long a rank without samples waits for another one to begin.
+PATIENCE_S = 600.0
 
 
 class Target:
-    """Where rows go: a new split, one that is resumed, or new layers of a complete one."""
+    """The store that a dump fills; `RowTarget` keeps rows in it, `StateTarget` what sums them up.
+
+    Parameters
+    ----------
+    store : FeatureStore or path
+        Made after the first forward pass where nothing is.
+    split : str
+        The split.
+    places : mapping of str to Place
+        Where each layer is captured.
+    dtype : str
+        How layers that the store does not declare are stored.
+    n_classes : int or None
+        K of a store to be made; None for the head's number of outputs.
+    share : Share
+        Which of several processes this is.
+    resume, overwrite : bool
+        What to do with what is there.
+    labels_given : bool
+        Whether the labels of the batches are those of the samples, and not the head's decisions.
+    """
 
     def __init__(
         self,
@@ -34,31 +63,34 @@ class Target:
         places: Mapping[str, Place],
         dtype: str,
         n_classes: int | None,
+        share: Share,
         *,
         resume: bool,
         overwrite: bool,
+        labels_given: bool = True,
     ) -> None:
         check_name("split", split)
         if dtype not in DTYPES:
             raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
         if resume and overwrite:
             raise UsageError("both resume and overwrite", "one of them")
-        self.store = _open_if_there(store)
-        self._path = store
-        self._split, self._places, self._dtype = split, places, dtype
-        self._resume, self._overwrite = resume, overwrite
-        if self.store is not None and n_classes not in (None, self.store.n_classes):
+        if overwrite and share.several:
             raise UsageError(
-                f"n_classes={n_classes}", f"{self.store.n_classes}, as in {self.store.path}"
+                "overwrite with several ranks, where the last one would delete the others' work",
+                "one process that deletes before they begin",
+                f"call store.delete_split('{split}') first",
             )
+        self.store = open_if_there(store)
+        self._path = store
+        self._split, self._places, self._dtype, self._share = split, places, dtype, share
+        self._resume, self._overwrite, self._labels_given = resume, overwrite, labels_given
+        if self.store is not None:
+            _check_classes(self.store, n_classes)
         self.n_classes = n_classes if self.store is None else self.store.n_classes
-        self.writer: Writer | LayerWriter | None = None
         self.settled = False
-        self._dtypes: dict[str, str] = {}
-        self._head: str | None = None  # the layer whose predictions are stored
+        self.done = False
+        self._head: str | None = None  # the layer whose predictions are kept
         self._skipped = 0
-        self._stored = self._stored_split()
-        self.mode = "new" if self._stored is None else self._mode(self._stored)
 
     @property
     def opened(self) -> FeatureStore:
@@ -66,65 +98,61 @@ class Target:
         assert self.store is not None
         return self.store
 
-    def _stored_split(self) -> Split | None:
-        if self.store is None or self._split not in self.store.splits:
-            return None
-        return self.store.split(self._split)
+    @property
+    def begun(self) -> bool:
+        """Whether `start` was called, or is not needed any more."""
+        raise NotImplementedError
 
-    def _mode(self, stored: Split) -> Literal["new", "resume", "add", "done"]:
-        """Say what to do with a split that exists."""
-        found = f"split '{self._split}' of {stored.where}"
-        known = [name for name in self._places if name in stored.layers]
-        if stored.finalized and not known:
-            if stored.n_rows != stored.n_samples:
-                raise StoreError(
-                    f"{found} has rows that are no samples: rows of a dump cannot be matched with them",
-                    remedy="dump these layers into another split",
-                )
-            return "add"
-        if self._overwrite:
-            return "new"
-        if stored.finalized and self._resume and len(known) == len(self._places):
-            logger.info("%s is complete: nothing to resume", found)
-            return "done"
-        if stored.finalized:
-            raise StoreError(
-                f"{found} has layers {', '.join(known)}",
-                "new layers, or a new split",
-                "leave them out, or replace the whole split with overwrite=True",
+    def resume(self, writing: ExitStack) -> int:
+        """Go on where an earlier process stopped; gives the samples that were kept already."""
+        raise NotImplementedError
+
+    def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
+        """Begin to keep, once the first batch has told the widths; `writing` ends it."""
+        raise NotImplementedError
+
+    def append(
+        self,
+        features: Mapping[str, torch.Tensor],
+        labels: npt.NDArray[Any],
+        decisions: torch.Tensor | None,
+    ) -> None:
+        """Keep the rows of a batch."""
+        raise NotImplementedError
+
+    def check_skipped(self, batch: Batch) -> None:
+        """Refuse to skip rows that are not the ones kept: other batches would be mixed in."""
+        raise NotImplementedError
+
+    def end(self, missing: int, writing: ExitStack) -> None:
+        """All batches were given; refuse if `missing` samples of those kept were not among them."""
+        if missing:
+            raise DataError(
+                f"batches of {self._skipped} samples",
+                f"the {self._skipped + missing} already stored, and those to come",
+                "resume with the same batches in the same order",
             )
-        if not self._resume:
-            raise StoreError(
-                f"{found} is not complete",
-                remedy="go on with resume=True, or start again with overwrite=True",
-            )
-        if sorted(known) != sorted(self._places) or len(known) != len(stored.layers):
-            raise StoreError(
-                f"{found} was begun with layers {', '.join(stored.layers)}",
-                "the same layers: " + ", ".join(self._places),
-            )
-        return "resume"
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
-        """After the first forward pass: create the store, find the head's layer, store it."""
+        """After the first forward pass: find or make the store, find the head's layer, store it."""
         self.settled = True
         head.settle(features, self._places)
         if self.store is None:
-            self.store = self._create(head, features)
+            self.store = self._find_store(head, features)
         if head.layer is not None:
             self._set_classifier(head, head.layer)
         elif head.candidates and not self.store.classifiers:
             _warn_unmatched(head)
-        if self.mode != "add" and predictions:
+        if head.decides:
+            head.check_outputs(self.store.n_classes)
+        if predictions:
             self._head = head.layer
-        if self.mode == "resume" and self._stored is not None and self._head != self._stored.head:
-            raise DataError(
-                f"predictions of layer {self._head or 'none'}",
-                f"{self._stored.head or 'none'}, as split '{self._split}' was begun",
-                "resume with the same model and options",
-            )
 
-    def _create(self, head: Head, features: Mapping[str, torch.Tensor]) -> FeatureStore:
+    def _open_again(self) -> FeatureStore | None:
+        """Give the store once some process has made it."""
+        return self.store or open_if_there(self._path)
+
+    def _find_store(self, head: Head, features: Mapping[str, torch.Tensor]) -> FeatureStore:
         if self.n_classes is None:
             if head.module is None:
                 raise DataError(
@@ -133,7 +161,9 @@ class Target:
             self.n_classes = int(head.module.out_features)
         widths = {name: int(rows.shape[1]) for name, rows in features.items()}
         assert not isinstance(self._path, FeatureStore)
-        return FeatureStore.create(self._path, self.n_classes, layers=widths, dtype=self._dtype)
+        found = found_store(self._path, self.n_classes, widths, self._dtype)
+        _check_classes(found, self.n_classes)
+        return found
 
     def _set_classifier(self, head: Head, layer: str) -> None:
         """Store weight and bias, unless they are stored; never mix two models unasked."""
@@ -141,7 +171,7 @@ class Target:
         head.check_outputs(k)
         module = head.module
         assert module is not None
-        if module.out_features > k:
+        if module.out_features > k and not self._share.rank:
             logger.warning(
                 "the first %d of %d rows of '%s' are its classifier",
                 k,
@@ -160,130 +190,74 @@ class Target:
                     "one model per store",
                     "use a store per checkpoint, or overwrite=True, or head=False to keep the stored one",
                 )
-        self.opened.set_classifier(layer, weight, bias)
-
-    def resume_writer(self) -> Writer:
-        """Go on with the layers as they were begun."""
-        assert self._stored is not None
-        widths = {name: self._stored.spec(name).n_features for name in self._places}
-        self._dtypes = {name: self._stored.spec(name).dtype for name in self._places}
-        return self._writer(widths)
-
-    def open_writer(self, features: Mapping[str, torch.Tensor]) -> Writer | LayerWriter:
-        """Open the split, or the layers that are added to it."""
-        widths = {name: int(rows.shape[1]) for name, rows in features.items()}
-        declared = self.opened.declared_layers
-        self._dtypes = {
-            name: declared[name].dtype if name in declared else self._dtype for name in widths
-        }
-        if self.mode != "add":
-            return self._writer(widths)
-        self.writer = self.opened.add_layers(self._split, widths, self._one_dtype())
-        return self.writer
-
-    def _writer(self, widths: Mapping[str, int]) -> Writer:
-        declared = self.opened.declared_layers
-        all_declared = all(
-            name in declared and declared[name].dtype == dtype
-            for name, dtype in self._dtypes.items()
-        )
-        self.writer = writer = self.opened.writer(
-            self._split,
-            layers=list(widths) if all_declared else widths,
-            dtype=None if all_declared else self._one_dtype(),
-            head=self._head,
-            resume=self._resume,
-            overwrite=self._overwrite,
-        )
-        return writer
-
-    def _one_dtype(self) -> str:
-        if len(set(self._dtypes.values())) > 1:
-            raise UsageError(
-                "layers of several dtypes: "
-                + ", ".join(f"{name} {dtype}" for name, dtype in self._dtypes.items()),
-                "one dtype for layers that are written together",
-                "set dtype= to the one declared, or dump the others afterwards",
-            )
-        return next(iter(self._dtypes.values()))
-
-    def append(
-        self,
-        features: Mapping[str, torch.Tensor],
-        labels: npt.NDArray[Any],
-        decisions: torch.Tensor | None,
-    ) -> None:
-        """Write the rows of a batch."""
-        writer = self.writer
-        assert writer is not None
-        rows = {
-            name: to_numpy(_cast(values, self._dtypes[name], name, writer.position))
-            for name, values in features.items()
-        }
-        if isinstance(writer, LayerWriter):
-            writer.append(rows, labels)
-        else:
-            writer.append(rows, labels, decisions if self._head is not None else None)
-
-    def check_skipped(self, batch: Batch) -> None:
-        """Refuse to skip rows that are not the ones stored: other batches would be mixed in."""
-        start, n = self._skipped, len(batch.skipped)
-        if not n:
-            return
-        assert self._stored is not None
-        stored = self._stored.labels(start, start + n)
-        differ = np.flatnonzero(stored != batch.skipped)
-        if differ.size:
-            at = int(differ[0])
-            raise DataError(
-                f"label {int(batch.skipped[at])} for row {start + at}",
-                f"{int(stored[at])}, as stored in split '{self._split}'",
-                "resume with the same batches in the same order",
-            )
-        self._skipped += n
-
-    def check_complete(self, missing: int) -> None:
-        """Refuse to end a split that got less than it should."""
-        if self.writer is None:
-            raise DataError("no sample in any batch", "at least one label that is not negative")
-        if missing:
-            raise DataError(
-                f"batches of {self._skipped} samples",
-                f"the {self._skipped + missing} already stored, and those to come",
-                "resume with the same batches in the same order",
-            )
+        # Of several ranks one writes it: two would delete each other's arrays.
+        if self._share.rank == 0:
+            self.opened.set_classifier(layer, weight, bias)
 
 
-def _open_if_there(store: FeatureStore | str | os.PathLike[str]) -> FeatureStore | None:
+def found_store(
+    path: str | os.PathLike[str], n_classes: int, widths: Mapping[str, int], dtype: str
+) -> FeatureStore:
+    """Make a store, or open the one that another process has made meanwhile.
+
+    A local store is made under a name of its own and takes the final one in one step, so that of
+    several processes one succeeds and the others find its store.
+    """
+    where = os.fspath(path)
+    if is_remote(where):
+        try:
+            return FeatureStore.create(where, n_classes, widths, dtype)
+        except StoreError:
+            return FeatureStore.open(where)
+    home = Path(where)
+    partial = home.with_name(f".{home.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        FeatureStore.create(partial, n_classes, widths, dtype)
+    except StoreError as error:
+        found = error.found.replace(str(partial), where)
+        raise StoreError(found, error.expected, error.remedy) from error
+    try:
+        partial.rename(home)
+    except OSError:  # it is there: FeatureStore.open says whether it is a store
+        (partial / "zarr.json").unlink()
+        partial.rmdir()
+    return FeatureStore.open(where)
+
+
+def open_if_there(store: FeatureStore | str | os.PathLike[str]) -> FeatureStore | None:
+    """Open a store, unless it is one or nothing is there."""
     if isinstance(store, FeatureStore):
         return store
-    where = os.fspath(store)
-    return FeatureStore.open(where) if "://" in where or Path(where).exists() else None
+    return FeatureStore.open(store) if is_there(store) else None
 
 
-def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor:
-    """Convert rows to the stored dtype on their device where that makes the transfer no larger.
+def wait_for(look: Callable[[], Found | None], rank: int) -> Found:
+    """Wait for what another rank makes, as a rank without samples must.
 
-    The writer refuses what overflows only when it converts itself, so this does it too. float64 is
-    left to the writer: torch rounds it twice on the way to 16 bits.
+    Raises
+    ------
+    DataError
+        When it does not come.
     """
-    import torch
-
-    source = str(rows.dtype).removeprefix("torch.")
-    target = getattr(torch, dtype)
-    if source in (dtype, "float64") or rows.dtype.itemsize < target.itemsize:
-        return rows
-    cast = rows.to(target)
-    infinite = torch.isinf(cast)
-    if infinite.any():
-        overflow = (infinite & torch.isfinite(rows)).any(1)
-        if overflow.any():
-            row = int(torch.nonzero(overflow)[0])
+    deadline = time.monotonic() + PATIENCE_S
+    found = look()
+    if found is None:
+        logger.info("rank %d has no samples: it waits for another to begin", rank)
+    while found is None:
+        if time.monotonic() > deadline:
             raise DataError(
-                f"layer '{name}' row {first + row} overflows {dtype}",
-                remedy="store the layer as bfloat16 or float32",
+                f"no sample in any batch of rank {rank}, and no other rank has begun",
+                "samples on one of the ranks, at least",
+                "run this rank again with resume=True when another has begun",
             )
-    return cast
+        time.sleep(min(0.2, PATIENCE_S))
+        found = look()
+    return found
+
+
+def _check_classes(store: FeatureStore, n_classes: int | None) -> None:
+    if n_classes not in (None, store.n_classes):
+        raise UsageError(f"n_classes={n_classes}", f"{store.n_classes}, as in {store.path}")
 
 
 def _same(stored: npt.NDArray[Any] | None, values: npt.NDArray[Any] | None) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,13 @@ class Transformer(nn.Module):
         return self.lm_head(self.ln(hidden))
 
 
+SEEDING = threading.Lock()
+
+
 def seeded(make, *args):
-    torch.manual_seed(7)
-    return make(*args)
+    with SEEDING:  # threads share torch's generator
+        torch.manual_seed(7)
+        return make(*args)
 
 
 def mlp_batches(n: int = 100, size: int = 32):

@@ -1,0 +1,327 @@
+"""StateTarget: of a dump no rows are kept but what sums them up, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncbatch.arrays import Array, first_nonfinite_row, to_numpy
+from ncbatch.errors import DataError, StoreError
+from ncbatch.ingest.deciding import Deciding, beside
+from ncbatch.ingest.fold_memory import FoldPrice, choose_place
+from ncbatch.ingest.folding import LayerFold
+from ncbatch.ingest.head import Head
+from ncbatch.ingest.places import Batch
+from ncbatch.ingest.state_plan import StatePlan
+from ncbatch.ingest.target import Target, wait_for
+from ncbatch.stats import Decisions, MomentsAccumulator
+from ncbatch.store.row_buffer import checked_labels
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("ncbatch")
+
+# Running states are stored when so many bytes of features were folded since the last time, and
+# so many times their own size: storing them then costs little beside the forward passes.
+_SAVE_BYTES, _SAVE_RATIO = 256 * 2**20, 16
+
+
+class StateTarget(Target):
+    """Folds rows into moments, and decisions where class means are given; stores states only.
+
+    Running states are stored from time to time with the number of samples in them, one layer after
+    another. After a kill each layer goes on from its own number, to the same bits.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for `Target`.
+    n_samples : int or None
+        Samples at most, of all ranks together, where known.
+    means : str or None
+        The split whose stored moments decide; None for no decisions.
+    """
+
+    def __init__(self, *args: Any, n_samples: int | None, means: str | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._n_samples, self._means = n_samples, means
+        self._plan = StatePlan(
+            self.store, self._split, self._places, self._share, means,
+            resume=self._resume, overwrite=self._overwrite,
+        )  # fmt: skip
+        self._folds: dict[str, LayerFold] = {}
+        self._begun, self._on_host = False, True
+        self._watch: Head | None = None
+        self._position, self._crc, self._unsaved = 0, 0, 0
+        self.done = self._plan.done
+        if self.done:
+            logger.info("%s is complete: nothing to resume", self._found)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to fold into."""
+        return self._begun
+
+    @property
+    def _found(self) -> str:
+        return f"split '{self._split}' of {self.opened.path}"
+
+    def resume(self, writing: ExitStack) -> int:
+        """Go on where the layer that is least far stopped."""
+        return self._plan.position if self._resume else 0
+
+    def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
+        """After the first forward pass: find or make the store, find the head's layer, store it."""
+        super().settle(head, features, predictions)
+        self._watch = head
+
+    # ---------------------------------------------------------------------------------- beginning
+
+    def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
+        """Make what the rows are folded into, or take it up again, if memory suffices.
+
+        Raises
+        ------
+        BudgetError
+            When the states of all layers do not fit into memory.
+        StoreError
+            When there is nothing to fold, or what was begun was begun otherwise.
+        """
+        deciding = self._deciding()
+        layers = {}
+        for name, rows in features.items():
+            decided = deciding is not None and name in deciding.classifiers
+            kinds = self._plan.kinds(name, decided=decided)
+            if kinds:
+                layers[name] = (kinds, rows)
+        if not layers:
+            raise StoreError(
+                f"{self._found} has moments of layers {', '.join(features)}, and no classifier reads one",
+                "a layer that the head reads, for decisions",
+                "add the head's input to the layers, or name the head with head=",
+            )
+        self._on_host = self._choose_place(layers, deciding)
+        self._plan.delete_replaced()
+        for name, (kinds, rows) in layers.items():
+            self._folds[name] = self._fold(name, rows, kinds, deciding)
+        self._begun = True
+
+    def _deciding(self) -> Deciding | None:
+        if self._means is None:
+            return None
+        assert self._watch is not None
+        found = Deciding.find(self.opened, self._means, self._places, self._watch, self._head)
+        if not found.classifiers:
+            logger.warning("no decisions of split '%s': no classifier reads a layer", self._split)
+        return found
+
+    def _choose_place(
+        self, layers: Mapping[str, tuple[set[str], torch.Tensor]], deciding: Deciding | None
+    ) -> bool:
+        prices = {}
+        for name, (kinds, rows) in layers.items():
+            n_means = n_weights = 0
+            if "decisions" in kinds and deciding is not None:
+                n_means, n_weights = deciding.n_rows(name)
+            prices[name] = FoldPrice.of(
+                self._most_classes, int(rows.shape[1]), len(rows), n_samples=self._n_samples,
+                wide=rows.dtype.itemsize == 8, moments="moments" in kinds,
+                n_means=n_means, n_weights=n_weights,
+            )  # fmt: skip
+        return choose_place(prices, {name: rows.device for name, (_, rows) in layers.items()})
+
+    @property
+    def _most_classes(self) -> int:
+        """Classes with samples, at most."""
+        k = self.opened.n_classes
+        return k if self._n_samples is None else min(k, max(self._n_samples, 1))
+
+    def _fold(
+        self, name: str, rows: torch.Tensor, kinds: set[str], deciding: Deciding | None
+    ) -> LayerFold:
+        like = self._values(rows[:0])
+        fold = LayerFold(self.opened.n_classes, None)
+        if "moments" in kinds:
+            fold.moments = MomentsAccumulator(fold.n_classes, int(like.shape[1]), like=like)
+        if "decisions" in kinds:
+            assert deciding is not None
+            roundoff = 0.0 if self._on_host else _float32_roundoff()
+            fold.decisions = Decisions.zero(fold.n_classes)
+            fold.decider = deciding.decider(name, like, roundoff)
+            fold.about = fold.decider.about
+        if name in self._plan.saved:
+            self._check_continues(name, fold)
+            arrays, about = self.opened.state(self._split, name, self._plan.running) or ({}, {})
+            fold.restore(arrays, int(about["position"]))
+        return fold
+
+    def _check_continues(self, name: str, fold: LayerFold) -> None:
+        about = self._plan.saved[name]
+        if about["holds"] != fold.holds:
+            raise StoreError(
+                f"{' and '.join(about['holds'])} of layer '{name}' in {self._found} were begun",
+                " and ".join(fold.holds) + ", as this process was asked for",
+                "resume with the same arguments, or start again with overwrite=True",
+            )
+        for key in ("means_split", "means_fingerprint"):
+            if about["about"].get(key) != fold.about.get(key):
+                raise StoreError(
+                    f"decisions of layer '{name}' in {self._found} were begun with other class means",
+                    f"those of split '{self._means}' as they are now",
+                    "start again with overwrite=True",
+                )
+
+    # ------------------------------------------------------------------------------------ folding
+
+    def append(
+        self,
+        features: Mapping[str, torch.Tensor],
+        labels: npt.NDArray[Any],
+        decisions: torch.Tensor | None,
+    ) -> None:
+        """Fold the rows of a batch into every layer that does not hold them yet."""
+        first, n = self._position, len(labels)
+        y = checked_labels(labels, "label", self.opened.n_classes, first).astype(np.int64)
+        for name, fold in self._folds.items():
+            if fold.position >= first + n:
+                continue
+            if fold.position != first:
+                raise self._other_batches()
+            rows = self._values(features[name])
+            bad = first_nonfinite_row(rows)
+            if bad is not None:
+                raise DataError(
+                    f"layer '{name}' row {first + bad} holds NaN or an infinity",
+                    "finite features",
+                    "leave the layer out, or mark such positions by negative labels",
+                )
+            decided: Any = decisions
+            if decisions is not None:
+                decided = to_numpy(decisions) if self._on_host else decisions.to(rows.device)
+            fold.add(rows, beside(rows, y), decided)
+            self._unsaved += n * int(rows.shape[1]) * 4
+        self._count(labels)
+        self._save_if_due()
+
+    def check_skipped(self, batch: Batch) -> None:
+        """Refuse to skip rows that are not the ones folded: other batches would be mixed in."""
+        self._skipped += len(batch.skipped)
+        if len(batch.skipped):
+            self._count(batch.skipped)
+
+    def _count(self, labels: npt.NDArray[Any]) -> None:
+        """Go past samples; where a running state was stored the labels before must be those then."""
+        self._position += len(labels)
+        if not self._labels_given:
+            return
+        self._crc = zlib.crc32(np.asarray(labels, np.int64).tobytes(), self._crc)
+        for about in self._plan.saved.values():
+            if int(about["position"]) == self._position and about["labels"] != self._crc:
+                raise self._other_batches()
+
+    def _other_batches(self) -> DataError:
+        return DataError(
+            f"other labels among the first {self._position} samples",
+            f"those folded into split '{self._split}' before the interruption",
+            "resume with the same batches in the same order",
+        )
+
+    def _values(self, rows: torch.Tensor) -> Array:
+        """Give rows as they are folded: float32 or float64, on the host or where they are."""
+        wide = rows.float() if rows.dtype.itemsize < 4 else rows
+        wide = wide.contiguous()
+        return to_numpy(wide) if self._on_host else wide
+
+    def _save_if_due(self) -> None:
+        size = sum(fold.running_bytes for fold in self._folds.values())
+        if self._unsaved < max(_SAVE_BYTES, _SAVE_RATIO * size):
+            return
+        self._unsaved = 0
+        for name, fold in self._folds.items():
+            if fold.position == self._position:
+                self._save(name, fold)
+
+    def _save(self, name: str, fold: LayerFold) -> None:
+        about = {
+            "position": fold.position,
+            "labels": self._crc if self._labels_given else None,
+            "world_size": self._share.world_size,
+            "holds": fold.holds,
+            "about": fold.about,
+        }
+        self.opened.set_state(self._split, name, self._plan.running, fold.running(), about)
+
+    # ----------------------------------------------------------------------------------- the end
+
+    def end(self, missing: int, writing: ExitStack) -> None:
+        """Store the states, one layer after another."""
+        super().end(missing, writing)
+        if not self._begun and self._plan.saved:
+            self._take_up()
+        if not self._begun and not self._share.several:
+            raise DataError("no sample in any batch", "at least one label that is not negative")
+        if not self._begun:
+            self._end_without_rows()
+            return
+        ahead = max(fold.position for fold in self._folds.values())
+        if ahead != self._position:
+            raise DataError(
+                f"batches of {self._position} samples",
+                f"the {ahead} already folded, and those to come",
+                "resume with the same batches in the same order",
+            )
+        layers = {name: fold.holds for name, fold in self._folds.items()}
+        for name in layers:
+            self._finish(name, self._folds.pop(name), layers)
+
+    def _take_up(self) -> None:
+        """All samples were folded before the interruption: only the end is left to do."""
+        self._on_host = True
+        for name, about in self._plan.saved.items():
+            arrays, _ = self.opened.state(self._split, name, self._plan.running) or ({}, {})
+            fold = LayerFold(self.opened.n_classes, None, about=about["about"])
+            if "moments" in about["holds"]:
+                like = arrays["pilots"][:0]
+                fold.moments = MomentsAccumulator(fold.n_classes, like.shape[1], like=like)
+            if "decisions" in about["holds"]:
+                fold.decisions = Decisions.zero(fold.n_classes)
+            fold.restore(arrays, int(about["position"]))
+            self._folds[name] = fold
+        self._begun = True
+
+    def _finish(self, name: str, fold: LayerFold, layers: dict[str, list[str]]) -> None:
+        store, split, n, holds = self.opened, self._split, fold.position, fold.holds
+        states, about = fold.finish(), dict[str, Any](n_samples=n)
+        if self._share.several:
+            arrays = {key: array for state in states.values() for key, array in state.items()}
+            part = {"holds": holds, "layers": layers, "about": fold.about}
+            about |= {"world_size": self._share.world_size, **part}
+            store.set_state(split, name, self._plan.part, arrays, about)
+        else:
+            for kind, arrays in states.items():
+                own = fold.about if kind == "decisions" else {}
+                store.set_state(split, name, kind, arrays, about | own)
+        store.delete_state(split, name, self._plan.running)
+
+    def _end_without_rows(self) -> None:
+        """Say for every layer that this rank had no samples."""
+        self.store = wait_for(self._open_again, self._share.rank)
+        about = dict[str, Any](n_samples=0, world_size=self._share.world_size)
+        about |= {"holds": [], "layers": {}, "about": {}}
+        for name in self._places:
+            empty = {"class": np.empty(0, np.int64)}
+            self.opened.set_state(self._split, name, self._plan.part, empty, about)
+
+
+def _float32_roundoff() -> float:
+    """Give the unit of rounding of the operands of torch's float32 products on a GPU."""
+    import torch
+
+    return {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)
