@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
-from ncbatch.errors import DataError, UsageError
-from ncbatch.layer import Options, check_classes
+from ncbatch.allowing import Classes, Contents, check_width
+from ncbatch.errors import DataError, UsageError, unknown_name
+from ncbatch.layer import AnySplit, Options
 from ncbatch.metrics import Metric, find_metrics
-from ncbatch.rows import Selection, count_labels, select_classes
 from ncbatch.store import FeatureStore, Split
+from ncbatch.summed import DECISIONS, MOMENTS, SummedSplit
 from ncbatch.task import LayerTask
 
 StoreLike: TypeAlias = FeatureStore | str | os.PathLike[str]
@@ -95,9 +97,43 @@ def choose_tasks(
         for name, store in opened.items()
         for task in _tasks(name, store, names, options, wanted, scanned)
     ]
+    _refuse_absent(options, tasks)
     if named:
         _refuse_impossible(wanted, tasks)
     return tasks
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A split of a store: what is there with samples, and what as finished states."""
+
+    rows: Split | None
+    summed: SummedSplit
+
+    @classmethod
+    def find(cls, store: FeatureStore, name: str) -> _Place | None:
+        """Find a split; None when the store has neither samples nor states of that name."""
+        there = name in store.splits
+        if not there and name not in store.state_splits:
+            return None
+        return cls(store.split(name) if there else None, SummedSplit(store, name))
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.summed.name
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers with features in the order written, then those with moments."""
+        features = [] if self.rows is None else self.rows.layers
+        return [*features, *(x for x in self.summed.layers if x not in features)]
+
+    def of(self, layer: str, *kinds: str) -> AnySplit | None:
+        """Give what is there of a layer: features, or else a state of one of `kinds`."""
+        if self.rows is not None and layer in self.rows.features:
+            return self.rows
+        return self.summed if any(self.summed.has(layer, kind) for kind in kinds) else None
 
 
 def _tasks(
@@ -108,90 +144,71 @@ def _tasks(
     wanted: list[Metric],
     scanned: bool,
 ) -> list[LayerTask]:
-    train = store.split(options.train)
-    test = _optional_split(store, options.test, "test")
-    ood = _optional_split(store, options.ood, "ood")
+    train = _place(store, options.train, required=True)
+    assert train is not None
+    test = _place(store, options.test or "test", required=options.test is not None)
+    ood = _place(store, options.ood or "ood", required=options.ood is not None)
     names = train.layers if layers is None else layers
     if not names:
-        raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
-    for layer in names:
-        train.feature(layer)
-    selection = _selection(train, options) if scanned else None
-    tasks = []
-    for layer in names:
-        decided = test if test is not None and layer in test.features else train
-        outside = ood if ood is not None and layer in ood.features and ood.n_rows else None
-        if scanned and outside is not None and not outside.n_samples:
-            outside = None
-        applied, missing = _applicable(store, layer, train, decided, outside, wanted)
-        tasks.append(
-            LayerTask(
-                name,
-                store,
-                layer,
-                options,
-                train,
-                decided,
-                outside,
-                tuple(metric.name for metric in applied),
-                {why: tuple(metric.name for metric in lost) for why, lost in missing.items()},
-                selection,
-            )
-        )
-    return tasks
-
-
-def _selection(train: Split, options: Options) -> Selection:
-    """Choose the classes used, from the labels."""
-    selection = select_classes(
-        count_labels(train),
-        min_count=options.min_count,
-        max_count=options.max_count,
-        classes=options.classes,
-    )
-    if not selection.counts.any():
+        parts = any(kind.startswith(f"{MOMENTS}.") for _, kind in store.state_kinds(train.name))
         raise DataError(
-            f"split '{train.name}' of {train.where} has no rows",
-            "labelled rows",
-            "dump or import some",
-        )
-    check_classes(len(selection.classes), train, "with these filters" if selection.filtered else "")
-    return selection
+            f"split '{train.name}' of {store.path} has no complete layer",
+            remedy=f"'ncbatch finalize' merges what several processes stored of '{train.name}'"
+            if parts else "",
+        )  # fmt: skip
+    classes = Classes(options) if scanned else None
+    return [
+        _task(name, store, layer, options, (train, test, ood), wanted, classes) for layer in names
+    ]
 
 
-def _optional_split(store: FeatureStore, asked: str | None, default: str) -> Split | None:
-    if asked is not None:
-        return store.split(asked)
-    return store.split(default) if default in store.splits else None
-
-
-def _applicable(
+def _task(
+    name: str,
     store: FeatureStore,
     layer: str,
-    train: Split,
-    decided: Split,
-    ood: Split | None,
+    options: Options,
+    places: tuple[_Place, _Place | None, _Place | None],
     wanted: list[Metric],
-) -> tuple[list[Metric], dict[str, list[Metric]]]:
-    """Split metrics into those that the store's contents allow, and the rest by reason."""
-    has_classifier = layer in store.classifiers
-    lacking = {
-        "classifier": None if has_classifier else "no classifier",
-        "decisions": None
-        if has_classifier or decided.head == layer
-        else "no classifier and no predictions",
-        "ood": None if ood is not None else "no out-of-distribution split",
-        "test": None if decided.name != train.name else "no test split",
-    }
-    applied: list[Metric] = []
-    missing: dict[str, list[Metric]] = {}
-    for metric in wanted:
-        why = next((lacking[r] for r in sorted(metric.reads) if lacking.get(r)), None)
-        if why is None:
-            applied.append(metric)
-        else:
-            missing.setdefault(why, []).append(metric)
-    return applied, missing
+    classes: Classes | None,
+) -> LayerTask:
+    train_place, test, ood = places
+    train = train_place.of(layer, MOMENTS)
+    if train is None:
+        raise unknown_name(
+            "layer", layer, train_place.layers, f"split '{train_place.name}' of {store.path}"
+        )
+    check_width(store, layer, train)
+    decided = None if test is None else test.of(layer, MOMENTS, DECISIONS)
+    outside = None if ood is None else ood.of(layer, MOMENTS)
+    if isinstance(outside, Split) and not (
+        outside.n_rows and (classes is None or outside.n_samples)
+    ):
+        outside = None
+    selection = None if classes is None else classes.used(train, layer)
+    named = {"test": None if test is None else test.name, "ood": None if ood is None else ood.name}
+    contents = Contents(store, layer, train, decided, outside, named, selection)
+    applied, missing = contents.part(wanted)
+    return LayerTask(
+        name,
+        store,
+        layer,
+        options,
+        train,
+        train if decided is None else decided,
+        outside,
+        tuple(metric.name for metric in applied),
+        {why: tuple(metric.name for metric in lost) for why, lost in missing.items()},
+        selection,
+        None if test is None or decided is not None else test.name,
+    )
+
+
+def _place(store: FeatureStore, name: str, *, required: bool) -> _Place | None:
+    found = _Place.find(store, name)
+    if found is None and required:
+        known = list(dict.fromkeys([*store.splits, *store.state_splits]))
+        raise unknown_name("split", name, known, store.path)
+    return found
 
 
 def _refuse_impossible(wanted: list[Metric], tasks: list[LayerTask]) -> None:
@@ -203,4 +220,19 @@ def _refuse_impossible(wanted: list[Metric], tasks: list[LayerTask]) -> None:
                 f"metric '{metric.name}' cannot be measured: {why}",
                 "a store that has what it reads",
                 "see 'ncbatch metrics' for what each metric reads, 'ncbatch info' for what is there",
+            )
+
+
+def _refuse_absent(options: Options, tasks: list[LayerTask]) -> None:
+    """Refuse a split of test or outside data that was named and has none of the layers."""
+    for name, has in (
+        (options.test, [task.lacking_test is None for task in tasks]),
+        (options.ood, [task.ood is not None for task in tasks]),
+    ):
+        if name is not None and not any(has):
+            layers = ", ".join(dict.fromkeys(task.layer for task in tasks))
+            raise DataError(
+                f"nothing in split '{name}' of layer{'s' if ', ' in layers else ''} {layers}",
+                "features or states of one of them at least",
+                "see 'ncbatch info'; name another split, or layers that it has",
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ncbatch.arrays import find_device
+from ncbatch.cells import Cell
 from ncbatch.engine import (
     About,
     Kept,
@@ -23,7 +24,6 @@ from ncbatch.engine import (
 )
 from ncbatch.errors import BudgetError, UsageError
 from ncbatch.pricing import Mode, choose_mode, prices
-from ncbatch.results import Cell
 from ncbatch.task import LayerTask
 
 # Of a GPU's free memory, what arrays may take; the rest is for libraries' own work space.

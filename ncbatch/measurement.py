@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncbatch import __version__
+from ncbatch.cells import Cell
 from ncbatch.choosing import StoreLike, choose_tasks, open_stores, wanted_metrics
 from ncbatch.engine import Plan, Progress, check_budget, memory_budget
 from ncbatch.errors import UsageError
 from ncbatch.execution import Workers
 from ncbatch.layer import Options
-from ncbatch.metrics import CATALOGUE
-from ncbatch.results import to_dataset
+from ncbatch.metrics import Metric
+from ncbatch.provenance import arranged, conventions
 from ncbatch.stats.moments import Precision
+from ncbatch.sweeps import with_collapse
 from ncbatch.task import LayerTask
+from ncbatch.updating import Saved
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,11 +28,18 @@ if TYPE_CHECKING:
 
 # Conventions of papers, as arguments of `measure`.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Papyan, Han & Donoho define the global mean as that of the samples; their classes are balanced.
-    "papyan2020": {"weighted": True, "dist_exp": 1.0, "min_count": 1},
+    # The notebook that Papyan, Han & Donoho published: the unweighted mean of class means, covariances
+    # over N, NC1 not divided by K, torch.std over classes, and everything on the training samples.
+    "papyan2020": {
+        "weighted": False, "dist_exp": 1.0, "min_count": 1, "ddof": 0, "class_ddof": 1,
+        "divide_by_k": False, "test": "train",
+    },
     # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
-    "wu2024": {"weighted": False, "dist_exp": 2.0, "min_count": 1},
-}
+    "wu2024": {
+        "weighted": False, "dist_exp": 2.0, "min_count": 1, "ddof": 0, "class_ddof": 1,
+        "divide_by_k": True,
+    },
+}  # fmt: skip
 
 
 def measure(
@@ -48,6 +55,9 @@ def measure(
     classes: Iterable[int] | None = None,
     weighted: bool = False,
     dist_exp: float = 1.0,
+    ddof: int = 0,
+    class_ddof: int = 1,
+    divide_by_k: bool = True,
     skip_nonfinite: bool = False,
     precision: Precision = "exact",
     null: bool = False,
@@ -59,6 +69,8 @@ def measure(
     cluster: str | os.PathLike[str] | Client | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    collapse_below: float | None = None,
+    update: xr.Dataset | str | os.PathLike[str] | None = None,
 ) -> xr.Dataset:
     """Measure neural collapse on stored features.
 
@@ -83,6 +95,13 @@ def measure(
         Let m_G be the mean of samples instead of the unweighted mean of class means.
     dist_exp : float, optional
         p of the CDNV; language-model papers use 2.
+    ddof : {0, 1}, optional
+        V_c is divided by n_c - ddof, S_W by N - ddof K. With 1 a class of one sample has no V_c: it
+        is left out of what reads V_c, and counted.
+    class_ddof : {0, 1}, optional
+        Variances over classes are divided by K - class_ddof.
+    divide_by_k : bool, optional
+        Divide NC1 by pseudo-inverse by K.
     skip_nonfinite : bool, optional
         Leave out and count rows with NaN or infinities instead of refusing them.
     precision : {"exact", "fp32", "tf32"}, optional
@@ -110,18 +129,29 @@ def measure(
         and other metrics of the same states read nothing again. Workers must reach it.
     progress : Progress, optional
         Told how far the passes are.
+    collapse_below : float, optional
+        Collapse sets in at the first layer, in order of depth, whose ``nc1_cdnv`` is under this;
+        by default 0.1, where ``dist_exp`` is 1.
+    update : xarray.Dataset or path, optional
+        Earlier results, ``.zarr`` or ``.nc``. What they hold of the same data by the same version
+        is taken from there, the rest is measured, and the result is the union of both.
 
     Returns
     -------
     xarray.Dataset
         A variable per metric over dims (store, layer), counts of what was used and left out, and
         attributes that say how it was measured. A metric that does not apply is NaN; its
-        attribute ``undefined`` says why.
+        attribute ``undefined`` says why. Coordinates ``step`` and ``model`` (store) and ``depth``
+        (store, layer) are there where a store records them (`FeatureStore.describe`); a step may
+        also be read off a store's name, such as ``step-1000.zarr``. ``collapse_layer`` and
+        ``collapse_depth`` (store) say where collapse sets in.
 
     Raises
     ------
     UnknownNameError
         For a split, layer or metric that does not exist.
+    UsageError
+        For options that make no sense, or that differ from those of the results to update.
     DataError
         For data that cannot be measured: fewer than two classes, values that are not finite.
     CorruptionError
@@ -134,27 +164,57 @@ def measure(
     options = Options(
         train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
         skip_nonfinite, precision, null, null_seed, per_class, ncc,
+        ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
     )  # fmt: skip
     opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
+    _check_threshold(collapse_below, wanted)
+    saved = None if update is None else Saved.of(update)
+    if saved is not None:
+        saved.check(conventions(options))
+        saved, opened = saved.renamed(opened)
     tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True)
+    applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
     with _cluster(cluster, memory) as client:
         workers = Workers.find(client, memory, device, shares_disk=_is_local(cluster))
         _check_device(precision, workers.device)
         tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
-        plan, modes = workers.plan(tasks)
-        check_budget(plan)
-        for task in tasks:
-            task.check_chunks()
-        found = workers.run(tasks, modes, progress, _state_folder(state))
-    cells = {(task.name, task.layer): cell for task, cell in zip(tasks, found, strict=True)}
-    applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
-    return to_dataset(
-        cells,
-        list(opened),
-        list(dict.fromkeys(task.layer for task in tasks)),
-        applied,
-        _attributes(tasks, workers, [note for cell in found for note in cell.notes]),
+        left = tasks if saved is None else _to_measure(tasks, saved, progress)
+        cells = _measured(left, workers, progress, _state_folder(state))
+    return with_collapse(
+        arranged(tasks, cells, applied, workers.device_name, saved), collapse_below
     )
+
+
+def _to_measure(tasks: list[LayerTask], saved: Saved, progress: Progress | None) -> list[LayerTask]:
+    """Give the layers that saved results do not serve."""
+    left = [task for task in tasks if not saved.serves(task)]
+    if progress and len(left) < len(tasks):
+        served = len(tasks) - len(left)
+        progress.note(f"{served} of {len(tasks)} layers are taken from {saved.where}")
+    return left
+
+
+def _measured(
+    tasks: list[LayerTask], workers: Workers, progress: Progress | None, state: Path | None
+) -> dict[tuple[str, str], Cell]:
+    """Measure layers, once it is sure that they fit and that their chunks are there."""
+    plan, modes = workers.plan(tasks)
+    check_budget(plan)
+    for task in tasks:
+        task.check_chunks()
+    found = workers.run(tasks, modes, progress, state) if tasks else []
+    return {(task.name, task.layer): cell for task, cell in zip(tasks, found, strict=True)}
+
+
+def _check_threshold(below: float | None, wanted: list[Metric]) -> None:
+    if below is None:
+        return
+    if not below > 0.0:
+        raise UsageError(f"collapse_below {below}", "a number above 0")
+    if not any(metric.name == "nc1_cdnv" for metric in wanted):
+        raise UsageError(
+            "collapse_below without metric nc1_cdnv", "it among the metrics", "add it to --metrics"
+        )
 
 
 def plan(
@@ -170,6 +230,9 @@ def plan(
     classes: Iterable[int] | None = None,
     weighted: bool = False,
     dist_exp: float = 1.0,
+    ddof: int = 0,
+    class_ddof: int = 1,
+    divide_by_k: bool = True,
     skip_nonfinite: bool = False,
     precision: Precision = "exact",
     null: bool = False,
@@ -198,6 +261,7 @@ def plan(
     options = Options(
         train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
         skip_nonfinite, precision, null, null_seed, per_class, ncc,
+        ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
     )  # fmt: skip
     opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
     tasks = choose_tasks(opened, layers, options, wanted, named, scanned=False)
@@ -242,53 +306,3 @@ def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--state '{state}' is a file", "a directory, made if it is not there")
     return folder
-
-
-def _notes(tasks: list[LayerTask]) -> list[str]:
-    """Say once what is missing where."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for task in tasks:
-        applied = {metric.place for metric in task.metrics}
-        for why, lost in task.missing.items():
-            # A kind of collapse is named as a whole where none of its metrics is left.
-            names = [
-                name if CATALOGUE[name].place in applied else CATALOGUE[name].place for name in lost
-            ]
-            layers = places.setdefault((why, ", ".join(dict.fromkeys(names))), [])
-            if task.layer not in layers:
-                layers.append(task.layer)
-    return [
-        f"{why} for layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}: {kinds} left out"
-        for (why, kinds), layers in places.items()
-    ]
-
-
-def _attributes(
-    tasks: list[LayerTask], workers: Workers, notes: list[str]
-) -> dict[str, str | int | float]:
-    options = tasks[0].options
-    attributes: dict[str, str | int | float] = {
-        "ncbatch_version": __version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": workers.device_name,
-        "ncc": options.ncc,
-        "precision": options.precision,
-        "store_id": json.dumps({task.name: task.store.id for task in tasks}),
-        "store_path": json.dumps({task.name: str(Path(task.store.path)) for task in tasks}),
-        "train": options.train,
-        "global_mean": "mean of samples" if options.weighted else "unweighted mean of class means",
-        "dist_exp": float(options.dist_exp),
-        "min_count": options.min_count,
-        "skip_nonfinite": int(options.skip_nonfinite),
-        "null_seed": options.null_seed if options.null else "no null",
-        "nc1_division": "NC1 by pseudo-inverse is divided by K",
-        "ddof": "variances over classes 1, over pairs 0; covariances and V_c 0",
-        "notes": "\n".join([*_notes(tasks), *notes]),
-    }
-    if options.max_count is not None:
-        attributes["max_count"] = options.max_count
-    if options.classes is not None:
-        attributes["class_filter"] = (
-            f"{len(options.classes)} listed, sha256 {tasks[0].selected.digest}"
-        )
-    return attributes

@@ -29,6 +29,9 @@ class Rows:
         Rows of a block.
     read_bytes : int
         Bytes held by reading.
+    summed : bool
+        Whether a finished state is read instead: `n_rows` classes with samples, `row_bytes` of
+        their means.
     """
 
     n_rows: int
@@ -36,10 +39,13 @@ class Rows:
     row_bytes: int
     block_rows: int
     read_bytes: int
+    summed: bool = False
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of features and labels."""
+        """Bytes of features and labels; of a state, of means, counts, traces and classes."""
+        if self.summed:
+            return self.n_rows * (self.row_bytes + 24)
         return self.n_rows * (self.row_bytes + 4)
 
 
@@ -67,6 +73,8 @@ class Shape:
         Bytes of an element of the classifier's rows; 0 without a classifier.
     classifier_decides : bool
         Whether the classifier's own products are needed for decisions.
+    decisions_stored : bool
+        Whether the store holds the decisions in the place of the samples.
     faiss : bool
         Whether FAISS seeks the nearest mean: it holds a copy of the means, stored ones too.
     on_device : bool
@@ -89,6 +97,7 @@ class Shape:
     null: bool
     weight_bytes: int
     classifier_decides: bool
+    decisions_stored: bool = False
     faiss: bool = False
     on_device: bool = False
     merged: bool = False
@@ -157,11 +166,12 @@ def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
     yield _moments(
         s, mode, s.train, f"moments of {s.where}", s.n_used, scatter=s.scatter, null=s.null
     )
-    held = _held(s, mode)
+    held, after = _held(s, mode), 0
     if "ood" in s.reads and s.outside is not None:
         n_outside = min(s.n_classes, max(s.outside.n_rows, 1))
         found = _moments(s, mode, s.outside, f"outside data of {s.where}", n_outside)
         yield replace(found, peak_bytes=found.peak_bytes + held)
+        after = 0 if mode.stored else n_outside * s.n_features * 8
     for quantities, what in ((s.quantities, "pairs"), (s.null_quantities, "null pairs")):
         if quantities:
             yield _pairs(s, mode, quantities, f"{what} of {s.where}", held)
@@ -169,7 +179,7 @@ def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
         yield _decisions(s, mode, s.decided, held)
     if "test" in s.reads and s.decided is not None:
         found = _moments(s, mode, s.decided, f"test moments of {s.where}", s.n_used)
-        yield replace(found, peak_bytes=found.peak_bytes + held)
+        yield replace(found, peak_bytes=found.peak_bytes + held + after)
     if "directional" in s.reads:
         peak = DirectionalVariance.peak_bytes(s.n_used, s.n_features, s.train.block_rows)
         yield Price(
@@ -179,7 +189,7 @@ def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
         )  # fmt: skip
     yield Price(
         f"formulas of {s.where}",
-        held + Statistics.peak_bytes(s.n_used, s.n_features, scatter=s.scatter),
+        held + after + Statistics.peak_bytes(s.n_used, s.n_features, scatter=s.scatter),
     )
 
 
@@ -192,6 +202,8 @@ def _moments(
     scatter: bool = False,
     null: bool = False,
 ) -> Price:
+    if rows.summed:
+        return _state(s, mode, rows, step, n_used, scatter)
     d, b = s.n_features, mode.class_blocks
     k = -(-n_used // b)
 
@@ -223,11 +235,25 @@ def _moments(
     )  # fmt: skip
 
 
+def _state(s: Shape, mode: Mode, rows: Rows, step: str, n_used: int, scatter: bool) -> Price:
+    """Price a state that is read instead of samples: its means once, and chunks on their way."""
+    k, square = min(n_used, rows.n_rows), s.n_features**2 * 8 * scatter
+    means = k * s.n_features * 8
+    host = 3 * square + (0 if mode.stored else means * (2 if s.merged else 1))
+    return Price(
+        step, rows.read_bytes + s.n_classes * 64 + host,
+        device_bytes=means + square if s.on_device else 0, bytes_read=rows.bytes_read + square,
+        n_reads=1, disk_bytes=means if mode.stored else 0,
+    )  # fmt: skip
+
+
 def _held(s: Shape, mode: Mode) -> int:
     """Give what stays while later steps run: means, moments and the classifier."""
     k, d = s.n_used, s.n_features
     states = 2 if s.null else 1
     held = states * (k * _CLASS_BYTES + (d * d * 8 if s.scatter else 0)) + s.n_classes * 32
+    if s.train.summed:  # what reading it left with the allocator
+        held += s.train.read_bytes
     if not mode.stored:
         held += states * k * d * 8
         if "test" in s.reads:
@@ -252,6 +278,9 @@ def _pairs(s: Shape, mode: Mode, quantities: frozenset[str], step: str, held: in
 
 
 def _decisions(s: Shape, mode: Mode, rows: Rows, held: int) -> Price:
+    if s.decisions_stored:
+        found = s.n_classes * 32
+        return Price(f"decisions of {s.where}", held + 3 * found, bytes_read=found, n_reads=1)
     k, d, itemsize = s.n_used, s.n_features, 8 if s.wide else 4
 
     def rule(n: int, stored: bool) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,20 +67,37 @@ def to_file(seen: SeenMoments, folder: Path, name: str) -> SeenMoments:
     name : str
         What the file's name begins with.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{uuid.uuid4().hex[:12]}.rows"
-    partial = path.with_suffix(".partial")
     means = seen.moments.means
+    blocks = (means[part] for part in row_blocks(len(means)))
+    rows = rows_file(folder / f"{name}-{uuid.uuid4().hex[:12]}.rows", blocks, means.shape)
+    return replace(seen, moments=replace(seen.moments, means=rows))
+
+
+def rows_file(path: Path, blocks: Iterable[Any], shape: tuple[int, int]) -> StoredRows:
+    """Write blocks of rows, one after another, to a file that is complete when it takes its name.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its folder is made if it is not there.
+    blocks : iterable of array (n, D)
+        All rows in order.
+    shape : (int, int)
+        Rows in all, and D.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{uuid.uuid4().hex[:12]}.partial")
     try:
-        rows = StoredRows.create(partial, means.shape)
-        for part in row_blocks(len(means)):
-            rows[part] = means[part]
+        rows, first = StoredRows.create(partial, shape), 0
+        for block in blocks:
+            rows[first : first + len(block)] = block
+            first += len(block)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return replace(seen, moments=replace(seen.moments, means=StoredRows(path, means.shape)))
+    return StoredRows(path, shape)
 
 
 def joined(a: MomentsRead, b: MomentsRead) -> MomentsRead:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +20,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from ncbatch.cells import YARDSTICKS, metric_names, named_layers
+from ncbatch.comparing import comparison, fitting, number, summary
 from ncbatch.metrics import CATALOGUE, Metric
-from ncbatch.results import YARDSTICKS, metric_names
-from ncbatch.store import FeatureStore
 
 # With more layers than this, layers become lines and metrics columns.
 _WIDE = 5
@@ -37,11 +36,14 @@ _LEFT_OUT = (
         "pairs of classes with equal directions were left out of logarithms",
     ),
     ("n_means_without_direction", "class means equal to m_G were left out of cosines"),
+    ("n_classes_without_variance", "classes of one sample, without V_c of ddof 1, were left out"),
 )
 
 
 def result_tables(dataset: xr.Dataset, width: int = 100) -> list[RenderableType]:
-    """Lay out results as tables, one per store, and per kind of collapse where layers are many.
+    """Lay out results as tables: of one store by metric, or by kind where layers are many.
+
+    Of several stores the values of a metric stand side by side; see `comparison`.
 
     Parameters
     ----------
@@ -50,18 +52,22 @@ def result_tables(dataset: xr.Dataset, width: int = 100) -> list[RenderableType]
     width : int, optional
         Columns of the terminal; where layers are lines, metrics that need more get a table more.
     """
+    if dataset.sizes["store"] > 1:
+        return comparison(dataset, width)
     tables: list[RenderableType] = []
     names = metric_names(dataset)
     for store in dataset["store"].values.tolist():
         found = dataset.sel(store=store)
         if dataset.sizes["layer"] <= _WIDE:
-            tables.append(_by_metric(found, names, f"{store}: {_summary(found)}"))
+            tables.append(_by_metric(found, names, f"{store}: {summary(found)}"))
             continue
         places = dict.fromkeys(CATALOGUE[name].place for name in names)
-        tables.append(Text(f"{store}: {_summary(found)}", style="bold"))
+        layers = [str(layer) for layer in found["layer"].values.tolist()]
+        tables.append(Text(f"{store}: {summary(found)}", style="bold"))
         for place in places:
             chosen = [name for name in names if CATALOGUE[name].place == place]
-            tables.extend(_by_layer(found, part, place) for part in _fitting(found, chosen, width))
+            parts = fitting(["layer", *layers], chosen, width, lambda name: max(len(name), _NUMBER))
+            tables.extend(_by_layer(found, part, place) for part in parts)
     return tables
 
 
@@ -71,43 +77,20 @@ def notes(dataset: xr.Dataset) -> list[str]:
     for name, meaning in _LEFT_OUT:
         if name in dataset and (most := float(dataset[name].max())) > 0:
             at = dataset[name].where(dataset[name] > 0, drop=True)
-            layers = ", ".join(str(v) for v in at["layer"].values.tolist())
-            said.append(f"up to {int(most)} {meaning} (layers {layers})")
+            said.append(
+                f"up to {int(most)} {meaning} ({named_layers(at['layer'].values.tolist())})"
+            )
+    empty: dict[tuple[str, str], list[str]] = {}
     for name in metric_names(dataset):
         undefined = dataset[name].attrs.get("undefined", "")
         for reason in undefined.split("; ") if undefined else ():
             place, _, why = reason.partition(": ")
             if not any(why in line for line in said):
-                said.append(f"{name} is empty at {place}: {why}")
+                empty.setdefault((name, why), []).append(place)
+    for (name, why), places in empty.items():
+        where = places[0] if len(places) == 1 else f"{len(places)} places, {places[0]} first"
+        said.append(f"{name} is empty at {where}: {why}")
     return said
-
-
-def info_tables(store: FeatureStore) -> list[RenderableType]:
-    """Lay out what is in a store: splits, layers, sizes and classifiers."""
-    head = f"{store.path}: format 1, id {store.id}, K = {store.n_classes} classes"
-    table = Table("split", "layer", "samples", "features", "dtype", "bytes", "rows per chunk", "")
-    for name in store.splits:
-        split = store.split(name)
-        state = "" if split.finalized else "being written, or interrupted"
-        n = f"{split.n_samples:,}" + (
-            "" if split.n_rows == split.n_samples or not split.finalized
-            else f" of {split.n_rows:,} rows"
-        )  # fmt: skip
-        for layer in split.layers:
-            spec, array = split.spec(layer), split.feature(layer)
-            marks = [state] if state else []
-            if layer in store.classifiers:
-                marks.append("classifier")
-            if split.head == layer:
-                marks.append("predictions")
-            size = format_bytes(split.n_rows * spec.row_bytes)
-            table.add_row(
-                name, layer, n, f"{spec.n_features:,}", spec.dtype, size,
-                f"{array.chunks[0]:,}", ", ".join(marks),
-            )  # fmt: skip
-        for layer in split.incomplete_layers:
-            table.add_row(name, layer, "", "", "", "", "", "incomplete: write it again")
-    return [Text(head), table]
 
 
 def metric_table() -> Table:
@@ -117,12 +100,6 @@ def metric_table() -> Table:
         reads = ", ".join(sorted(metric.reads)) or "means"
         table.add_row(metric.name, metric.long_name, Text(metric.formula), reads, metric.source)
     return table
-
-
-def _summary(found: xr.Dataset) -> str:
-    n, k = found["n_samples"].max(), found["n_classes"].max()
-    unseen = int(found["n_classes_unseen"].max())
-    return f"{int(n):,} samples, {int(k):,} classes" + (f", {unseen:,} unseen" if unseen else "")
 
 
 def _by_metric(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
@@ -139,26 +116,12 @@ def _by_metric(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
     for suffix in suffixes:
         table.add_column(suffix, justify="right", no_wrap=True)
     for name in names:
-        cells = [_number(float(v)) for v in found[name].values]
+        cells = [number(float(v)) for v in found[name].values]
         for suffix in suffixes:
             yardstick = f"{name}_{suffix}"
-            cells.append(_number(float(found[yardstick][0])) if yardstick in found else "")
+            cells.append(number(float(found[yardstick][0])) if yardstick in found else "")
         table.add_row(name, str(found[name].attrs.get("long_name", "")), *cells)
     return table
-
-
-def _fitting(found: xr.Dataset, names: Sequence[str], width: int) -> list[list[str]]:
-    """Part metrics so that a table of each part fits the terminal, its column of layers included."""
-    parts: list[list[str]] = []
-    room = 0
-    for name in names:
-        need = max(len(name), _NUMBER) + 3
-        if room < need:
-            parts.append([])
-            room = width - max(len(str(layer)) for layer in ("layer", *found["layer"].values)) - 4
-        parts[-1].append(name)
-        room -= need
-    return parts
 
 
 def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
@@ -167,13 +130,9 @@ def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for layer in found["layer"].values.tolist():
-        cells = [_number(float(found[name].sel(layer=layer))) for name in names]
+        cells = [number(float(found[name].sel(layer=layer))) for name in names]
         table.add_row(str(layer), *cells)
     return table
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.5g}"
 
 
 class _Rate(ProgressColumn):
@@ -268,9 +227,13 @@ pairs are unordered, i < j.
 
 - K counts the classes used: those with a sample in train (or `--min-count` of them) that pass the filters.
 - m_G is the unweighted mean of class means; `--weighted` makes it the mean of samples, and changes nothing else.
-- Covariances and V_c have ddof 0; variances over pairs ddof 0; variances over classes ddof 1.
-- NC1 by pseudo-inverse is divided by K. The pseudo-inverse keeps eigenvalues of S_B above D * 2.2e-16 of the largest; the
-  result's `rank` and `smallest_ratio` say what that kept.
+- `--ddof` (0): V_c = sum |x - m_c|^2 / (n_c - ddof), S_W = scatter / (N - ddof K). With ddof 1 a class of one sample has no V_c
+  (0 / 0): it is left out of `nc1_cdnv`, `nc1_cdnv_nearest`, `nc1_v_ratio_*` and results by class, keeps its place in all else, and is
+  counted in `n_classes_without_variance`; a store of such classes alone has no S_W. `nc1_cdnv_corrected` takes ddof 1 in
+  any case; `nc1_cdnv_directional_exact`, `nc1_test_to_train` and the sample covariance are plain means over samples, ddof 0.
+- `--class-ddof` (1): variances and standard deviations over classes are divided by K - ddof. Over pairs ddof is 0.
+- `--no-divide-by-k`: `nc1_pinv` and `nc1_svd` without the division by K. The pseudo-inverse keeps eigenvalues of S_B above D * 2.2e-16
+  of the largest; the result's `rank` and `smallest_ratio` say what that kept.
 - The CDNV has the factor 1/2 and the exponent p = `--dist-exp` on d^2; language-model papers use p = 2.
 - NC4 takes means from train and samples from test, or from train where there is no test; the nearest mean is sought among
   the classes used, the classifier's maximum among all. Without a class filter every sample counts, also of classes
@@ -280,8 +243,24 @@ pairs are unordered, i < j.
 - Left out, and counted in the result: pairs with d^2 <= 1e-24 (|m_i|^2 + |m_j|^2), from the CDNV (`n_coincident_pairs`); pairs
   with equal directions, from logarithmic and Riesz energies (`n_coincident_directions`); means equal to m_G, from
   everything that needs a direction (`n_means_without_direction`).
+- Where all class means are one, S_B is 0: `nc1_trace_share` and `nc1_vci` are 1, what divides by S_B is empty.
 - `nc1_cdnv_corrected` leaves out pairs whose corrected squared distance is not above 1e-9 of the terms it is a difference of.
 - A metric without a value is empty, and its attribute `undefined` says why.
+- Every one of these choices is an attribute of the result: `global_mean`, `dist_exp`, `ddof`, `class_ddof`, `nc1_division`, the class
+  filter, `train`, and by layer the samples decided (`nc4_split`).
+
+## Presets
+
+`--preset` sets defaults of these options; an option given beside it wins.
+
+| preset | m_G | p | ddof | class ddof | NC1 / K | samples of NC4 | after |
+|---|---|---|---|---|---|---|---|
+| none | of class means | 1 | 0 | 1 | yes | test, or train without one | |
+| `papyan2020` | of class means | 1 | 0 | 1 | no | train | the notebook to Papyan, Han & Donoho 2020 |
+| `wu2024` | of class means | 2 | 0 | 1 | yes | test, or train without one | Wu & Papyan 2024, language models |
+
+The notebook's names: `Sw_invSb` is `nc1_svd` (and `nc1_pinv` where S_B has rank K - 1), `norm_M_CoV` `nc2_norm_cv`, `norm_W_CoV`
+`nc2_weight_norm_cv`, `cos_M` `nc2_cos_dev_mean`, `W_M_dist` `nc3_papyan`, `NCC_mismatch` 1 - `nc4_agree`. Its `cos_W` is not measured.
 
 ## The table
 
@@ -299,8 +278,20 @@ _PAGE_TAIL = """
 
 - **floor**: what geometry does not let the value fall below. K vectors in D < K - 1 dimensions cannot be a simplex ETF:
   `nc2_etf_err` and `nc3_dual_err` >= sqrt(2 - 2 sqrt(D/(K-1))). Welch: `nc2_coherence` >= sqrt((K-D)/(D(K-1))).
-- **random**: the value for class means from N(0, tau^2 I) and S_W = sigma^2 I, with the measured traces of S_W and S_B; closed
-  forms in `ncbatch/metrics/yardsticks.py`. With K far above D raw values sit next to it: the difference is what was learnt.
+- **random**: the value for class means from N(m, tau^2 I) and S_W = sigma^2 I, with V_c and the traces of S_W and S_B as measured,
+  and for classifier rows whose directions know nothing of the means; closed forms in `ncbatch/metrics/yardsticks.py`. With K far above D
+  raw values sit next to it: the difference is what was learnt. What each takes for granted:
+  - angles (`nc2g_*`, `nc2_cos_*`, `nc2_uniformity`): any K and D. Subtracting the unweighted m_G correlates two means by -1/(K-1), so that the
+    cosine is distributed as a sample correlation; one quadrature over its density gives all. A variance, standard deviation or log of a
+    mean is that of one pair over draws. Over the pairs of one set it is the same within 1 % from K = 10 on, and lower for
+    fewer: K = 3, D = 64 and D = 2, `nc2g_dist` by 0.5 % and 5 %, `nc2g_log` by 1 % and 17 %, `nc2_cos_std` by 12 % and 9 %, and
+    `nc2_uniformity` by 0.005 and 1.0.
+  - `nc2_etf_err`: exact for K = 2 and for one feature, within 1 % elsewhere. `nc3_dual_err`: within 0.5 %.
+  - `nc1_pinv`, `nc1_svd`, `nc1_cdnv`, `nc1_cdnv_directional`, `nc1_v_ratio_mean`, `nc2_norm_mean`: exact for any K and D for which the moment
+    exists (K > D + 2 or D > K; D > 2p), with tr S_B as measured. `nc2_norm_var`, `nc2_norm_cv`, `nc2_lognorm_var`: within 2 % from K = 10 on,
+    11 % off for K = 3 in two dimensions.
+  - with `--weighted` m_G is another point: these values are still those of the unweighted mean.
+  - no value: what is a maximum, a minimum or a quantile, and what the measured traces determine alone.
 - **null** (`--null`): the metric itself for labels drawn anew, row by row, from the distribution of labels, in the same read.
   The draw of a row depends on its number and `--null-seed` only. Its scatter needs no second product:
   S_W' N = T - sum_c n'_c (m'_c - x)(m'_c - x)^T, where T, the scatter about the sample mean x, does not depend on labels.

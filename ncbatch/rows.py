@@ -186,11 +186,12 @@ class RowSource:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes held by reading: one chunk in use and one ahead, its file, bytes and array."""
+        """Bytes held by reading: one chunk in use and those ahead, each its file, bytes and array."""
         spec = self.split.spec(self.layer)
         chunk = self.chunk_rows * spec.row_bytes
         wide = 2 if spec.dtype == "bfloat16" and self.widened else 0
-        return chunk * (4 + 2 * wide) + int(self.split.base_block) * 48
+        ahead = self.split.chunks_at_once
+        return chunk * (1 + wide + ahead * (3 + wide)) + int(self.split.base_block) * 48
 
     def empty(self) -> npt.NDArray[Any]:
         """Give no rows, of the dtype that blocks have."""
@@ -211,23 +212,35 @@ class RowSource:
         return read_ahead(self._blocks(item))
 
     def _blocks(self, item: Item) -> Iterator[Block]:
-        for start in range(item.start, item.stop, self.chunk_rows):
-            yield from self._chunk(start, min(start + self.chunk_rows, item.stop))
+        for (first, y), rows in self.split.read_each(
+            self.layer, self._chunks(item), widened=self.widened
+        ):
+            for start in range(0, len(rows), self.block_rows):
+                part = slice(start, start + self.block_rows)
+                kept = np.flatnonzero(y[part] >= 0)
+                whole = kept.size == y[part].size
+                block = rows[part] if whole else rows[part][kept]
+                yield self._finite(block, y[part][kept], kept + (first + start))
 
-    def _chunk(self, first: int, last: int) -> Iterator[Block]:
-        labels = self.split.labels(first, last)
+    def _chunks(self, item: Item) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Give (first row, labels given out) of every chunk of an item that holds samples.
+
+        A chunk of labels, which may cover many of features, is read once.
+        """
+        base = self.split.base_block
+        for block in range(item.start // base * base, item.stop, base):
+            start, stop = max(block, item.start), min(block + base, item.stop)
+            labels = self.split.labels(start, stop)
+            for first in range(start, stop, self.chunk_rows):
+                y = self._given_out(labels[first - start : first - start + self.chunk_rows])
+                if (y >= 0).any():
+                    yield first, y
+
+    def _given_out(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         y = np.full(labels.shape, -1, np.int64)
         exists = labels >= 0
         y[exists] = labels[exists] if self.index is None else self.index[labels[exists]]
-        if not (y >= 0).any():
-            return
-        rows = self.split.read(self.layer, first, last, widened=self.widened)
-        for start in range(0, len(rows), self.block_rows):
-            part = slice(start, start + self.block_rows)
-            kept = np.flatnonzero(y[part] >= 0)
-            whole = kept.size == y[part].size
-            block = rows[part] if whole else rows[part][kept]
-            yield self._finite(block, y[part][kept], kept + (first + start))
+        return y
 
     def _finite(
         self,

@@ -13,26 +13,26 @@ import numpy.typing as npt
 
 from ncbatch.arrays import StoredRows
 from ncbatch.engine import About, Call, Item, Job, Step, Sweep, cut
-from ncbatch.layer import Layer, device_put
+from ncbatch.layer import AnySplit, Layer, device_put
 from ncbatch.passes import (
     DecisionsPass,
     DirectionalPass,
     MomentsPass,
     PairPass,
 )
-from ncbatch.pricing import Mode, Rows, Shape
+from ncbatch.pricing import Mode, Shape
 from ncbatch.reads import joined
 from ncbatch.rows import RowSource, count_labels, select_classes
+from ncbatch.shaping import shape_of
 from ncbatch.stats import PairTiles, faiss_nearest_rule, linear_rule, nearest_mean_rule
 from ncbatch.store import Split
+from ncbatch.summed import SummedSplit
 from ncbatch.values import Measured, cell_of, measured_of
 
 # Steps whose results the values are computed from.
 _RESULTS = ("measured", "pairs", "null_pairs", "decisions", "outside", "test", "directional")
 # Tiles of an item of the pair sweep at most, for resume and balance.
 _ITEM_TILES, _ITEMS = 256, 16
-# Changed when kept states of earlier versions would no longer be right.
-_STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -48,52 +48,11 @@ class _Read:
 
 @dataclass(frozen=True)
 class LayerTask(Layer):
-    """A layer with its cost and its steps."""
-
-    # ------------------------------------------------------------------------------- its cost
+    """A layer with its steps."""
 
     def shape(self, *, merged: bool = False) -> Shape:
         """Give the numbers that its cost depends on; reads nothing but metadata."""
-        spec = self.train.spec(self.layer)
-        n_used = min(self.store.n_classes, max(self.train.n_rows, 1))
-        if self.options.classes is not None:
-            n_used = min(n_used, len(set(self.options.classes)))
-        if self.selection is not None:
-            n_used = len(self.selection.classes)
-        weighs = self.has_classifier and self.reads & {"classifier", "decisions"}
-        reads = self.reads
-        return Shape(
-            where=self.where,
-            n_classes=self.store.n_classes,
-            n_used=n_used,
-            n_features=spec.n_features,
-            wide=spec.dtype == "float64",
-            train=self._rows(self.train),
-            decided=self._rows(self.decided) if reads & {"decisions", "test"} else None,
-            outside=None if self.ood is None or "ood" not in reads else self._rows(self.ood),
-            reads=reads,
-            quantities=self.quantities,
-            null_quantities=self.null_quantities,
-            null=self.options.null,
-            weight_bytes=self._weight_bytes if weighs else 0,
-            classifier_decides=not self.by_predictions,
-            faiss=self.options.ncc == "faiss",
-            on_device=self.options.device != "cpu",
-            merged=merged,
-        )
-
-    @property
-    def _weight_bytes(self) -> int:
-        """Bytes of an element of the classifier in memory; bfloat16 is read as float32."""
-        weight = self.store.classifier_arrays(self.layer)[-1]
-        return 4 if str(weight.dtype) == "bfloat16" else int(weight.dtype.itemsize)
-
-    def _rows(self, split: Split) -> Rows:
-        source = RowSource(split, self.layer)
-        spec = split.spec(self.layer)
-        return Rows(
-            split.n_rows, len(source.items), spec.row_bytes, source.block_rows, source.read_bytes
-        )
+        return shape_of(self, merged=merged)
 
     # ------------------------------------------------------------------------------- its steps
 
@@ -108,17 +67,35 @@ class LayerTask(Layer):
             Gives the folder for class means that do not stay in memory, of a state.
         """
         reads = self.reads
-        steps = list(self._blocks("moments", self._train_moments, mode, folder_of))
+        steps = list(self._moments_steps("moments", self.train, mode, folder_of))
         steps.append(Call("measured", partial(measured_of, self), ("moments",)))
         steps += self._pair_steps(mode)
         steps += self._read_steps()
         if "ood" in reads and self.ood is not None:
-            steps += self._blocks("outside", self._outside_moments, mode, folder_of)
+            steps += self._moments_steps("outside", self.ood, mode, folder_of)
         if "test" in reads:
-            steps += self._blocks("test", self._test_moments, mode, folder_of)
+            steps += self._moments_steps("test", self.decided, mode, folder_of)
         names = tuple(s.name for s in steps if s.name in _RESULTS)
         steps.append(Call("cell", partial(cell_of, self, names), names))
         return Job(self.where, tuple(steps))
+
+    def _moments_steps(
+        self, name: str, split: AnySplit, mode: Mode, folder_of: Callable[[About], Path]
+    ) -> Iterator[Step]:
+        """Give the steps of moments: the state that the store holds, or reads of samples."""
+        if isinstance(split, SummedSplit):
+            read = partial(
+                split.moments, self.layer, None if name == "outside" else self.selected.index,
+                scatter=name == "moments" and "scatter" in self.reads,
+                rows_at=folder_of(self.about("means", split)) if mode.stored else None,
+            )  # fmt: skip
+            yield Call(name, read)
+            return
+        reads = {
+            "moments": self._train_moments, "outside": self._outside_moments,
+            "test": self._test_moments,
+        }  # fmt: skip
+        yield from self._blocks(name, reads[name](split), mode, folder_of)
 
     def _blocks(
         self, name: str, read: _Read, mode: Mode, folder_of: Callable[[About], Path]
@@ -143,34 +120,29 @@ class LayerTask(Layer):
                 yield Call(own, joined, earlier)
             so_far = own
 
-    @property
-    def _train_moments(self) -> _Read:
+    def _train_moments(self, split: Split) -> _Read:
         holds = ["scatter"] if "scatter" in self.reads else []
-        if self.options.null:
+        if self.null:
             holds.append(f"null {self.options.null_seed}")
+        source = self._source(split, self.selected.index)
         return _Read(
-            f"moments of {self.train.name}/{self.layer}",
-            self._source(self.train, self.selected.index), len(self.selected.classes),
-            self._about("moments", self.train, holds=holds), self._moments_pass,
+            f"moments of {split.name}/{self.layer}", source, len(self.selected.classes),
+            self.about("moments", split, holds=holds), partial(self._moments_pass, source),
         )  # fmt: skip
 
-    @property
-    def _outside_moments(self) -> _Read:
-        assert self.ood is not None
-        seen = select_classes(count_labels(self.ood))
-        source = self._source(self.ood, seen.index)
+    def _outside_moments(self, split: Split) -> _Read:
+        seen = select_classes(count_labels(split))
+        source = self._source(split, seen.index)
         return _Read(
-            f"moments of {self.ood.name}/{self.layer}", source, len(seen.classes),
-            self._about("moments", self.ood),
-            partial(self._plain_moments, source, len(seen.classes)),
+            f"moments of {split.name}/{self.layer}", source, len(seen.classes),
+            self.about("moments", split), partial(self._plain_moments, source, len(seen.classes)),
         )  # fmt: skip
 
-    @property
-    def _test_moments(self) -> _Read:
-        source, k = self._source(self.decided, self.selected.index), len(self.selected.classes)
+    def _test_moments(self, split: Split) -> _Read:
+        source, k = self._source(split, self.selected.index), len(self.selected.classes)
         return _Read(
-            f"moments of {self.decided.name}/{self.layer} by train's classes", source, k,
-            self._about("test", self.decided, train_fingerprint=self.fingerprint),
+            f"moments of {split.name}/{self.layer} by train's classes", source, k,
+            self.about("test", split, train_fingerprint=self.fingerprint),
             partial(self._plain_moments, source, k),
         )  # fmt: skip
 
@@ -182,9 +154,9 @@ class LayerTask(Layer):
             if not quantities:
                 continue
             null = name == "null_pairs"
-            about = self._about(
+            about = self.about(
                 name, self.train, holds=sorted(quantities), weighted=self.options.weighted,
-                dist_exp=self.options.dist_exp, stored=mode.stored,
+                dist_exp=self.options.dist_exp, ddof=self.options.ddof, stored=mode.stored,
                 null_seed=self.options.null_seed if null else None,
             )  # fmt: skip
             k = len(self.selected.classes)
@@ -196,17 +168,25 @@ class LayerTask(Layer):
 
     def _read_steps(self) -> Iterator[Step]:
         reads = self.reads
-        if "decisions" in reads:
+        if "decisions" in reads and isinstance(self.decided, SummedSplit):
+            yield Call(
+                "decisions", partial(self.decided.decisions, self.layer, self._decided_index)
+            )
+        elif "decisions" in reads and isinstance(self.decided, Split):
             source = self._source(self.decided, self._decided_index)
+            about = self.about(
+                "decisions", self.decided, train_fingerprint=self.fingerprint,
+                classifier_fingerprint=self.deciding, filtered=self.selected.filtered,
+            )  # fmt: skip
             yield _sweep(
                 "decisions", f"decisions of {self.decided.name}/{self.layer}",
-                self._decisions_pass, source, self._about_decisions(), ("measured",),
+                partial(self._decisions_pass, source), source, about, ("measured",),
             )  # fmt: skip
-        if "directional" in reads:
+        if "directional" in reads and isinstance(self.train, Split):
             yield _sweep(
                 "directional", f"directional variance of {self.train.name}/{self.layer}",
-                self._directional_pass, self._source(self.train, None),
-                self._about("directional", self.train, weighted=self.options.weighted),
+                partial(self._directional_pass, self.train), self._source(self.train, None),
+                self.about("directional", self.train, weighted=self.options.weighted),
                 ("measured",),
             )  # fmt: skip
 
@@ -214,45 +194,22 @@ class LayerTask(Layer):
         on_host = self.options.device == "cpu"
         return RowSource(split, self.layer, index, self.options.skip_nonfinite, on_host)
 
-    # ---------------------------------------------------------------- what kept states depend on
-
-    def _about(self, state: str, split: Split, **options: Any) -> About:
-        mine = split.name == self.train.name
-        return {
-            "state": state,
-            "place": f"{self.store.path}/{split.name}/{self.layer}",
-            "fingerprint": self.fingerprint if mine else split.fingerprint(self.layer),
-            "precision": self.options.precision,
-            "skip_nonfinite": self.options.skip_nonfinite,
-            "device": self.options.device,
-            "version": _STATE_VERSION,
-            **options,
-        }
-
-    def _about_decisions(self) -> About:
-        deciding = (
-            self.decided.prediction_fingerprint()
-            if self.by_predictions
-            else self.store.classifier_fingerprint(self.layer)
-        )
-        return self._about(
-            "decisions", self.decided, train_fingerprint=self.fingerprint,
-            classifier_fingerprint=deciding, filtered=self.selected.filtered,
-        )  # fmt: skip
-
     # ------------------------------------------------------------------------------- its passes
 
     def _moments_pass(
-        self, block: tuple[int, int] | None = None, rows_at: Path | None = None
+        self,
+        source: RowSource,
+        block: tuple[int, int] | None = None,
+        rows_at: Path | None = None,
     ) -> MomentsPass:
         selected = self.selected
         return MomentsPass(
-            self._source(self.train, selected.index),
+            source,
             len(selected.classes),
             scatter="scatter" in self.reads,
             precision=self.options.precision,
             device=self.options.device,
-            null_counts=selected.counts[selected.classes] if self.options.null else None,
+            null_counts=selected.counts[selected.classes] if self.null else None,
             null_seed=self.options.null_seed,
             block=block,
             rows_at=rows_at,
@@ -279,11 +236,12 @@ class LayerTask(Layer):
             PairTiles(
                 moments.means,
                 statistics.global_mean,
-                moments.variances,
+                statistics.variances,
                 counts=moments.counts,
                 within=moments.within_covariance if "cdnv_directional" in quantities else None,
                 quantities=quantities,
                 dist_exp=self.options.dist_exp,
+                ddof=self.options.ddof,
             )
         )
 
@@ -294,7 +252,7 @@ class LayerTask(Layer):
             return None
         return np.where(self.selected.index >= 0, np.arange(self.store.n_classes), -1)
 
-    def _decisions_pass(self, measured: Measured) -> DecisionsPass:
+    def _decisions_pass(self, source: RowSource, measured: Measured) -> DecisionsPass:
         statistics = measured.statistics
         means = statistics.moments.means
         put = device_put(self.options.device, means)
@@ -314,15 +272,14 @@ class LayerTask(Layer):
             if self.options.ncc == "faiss"
             else nearest_mean_rule(means, put(measured.classes), dtype=dtype)
         )
-        source = self._source(self.decided, self._decided_index)
         return DecisionsPass(source, nearest, classifier, self.options.device)
 
-    def _directional_pass(self, measured: Measured) -> DirectionalPass:
+    def _directional_pass(self, split: Split, measured: Measured) -> DirectionalPass:
         index = np.full(self.store.n_classes, -1, np.int64)
         index[measured.classes] = np.arange(len(measured.classes))
         means = measured.statistics.moments.means
         pairs = PairTiles(means, measured.statistics.global_mean, quantities=[])
-        return DirectionalPass(self._source(self.train, index), pairs, self.options.device)
+        return DirectionalPass(self._source(split, index), pairs, self.options.device)
 
 
 def _sweep(

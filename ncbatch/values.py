@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.arrays import ChosenRows, StoredRows, mean_of_rows
+from ncbatch.cells import Cell
 from ncbatch.layer import Layer, check_classes, device_put
 from ncbatch.metrics import ClassView, Statistics, Undefined
 from ncbatch.reads import DecisionsRead, MomentsRead
-from ncbatch.results import Cell
 from ncbatch.stats import DirectionalVariance, Moments, PairStats, SeenMoments, null_scatter
+from ncbatch.summed import DECISIONS, SummedSplit
 
 # The unit of rounding of the products, and the relative error that they promise traces.
 _ROUNDING = {"fp32": 6e-8, "tf32": 5e-4}
@@ -51,7 +52,7 @@ def measured_of(layer: Layer, read: MomentsRead) -> Measured:
     put = device_put(layer.options.device, read.seen.moments.means)
     statistics = _statistics(layer, _moved(read.seen.moments, put))
     null = None
-    if layer.options.null and read.null is not None and len(read.null.classes) > 1:
+    if layer.null and read.null is not None and len(read.null.classes) > 1:
         moments = _moved(read.null.moments, put)
         if "scatter" in layer.reads:
             moments = null_scatter(statistics.moments, moments)
@@ -61,7 +62,11 @@ def measured_of(layer: Layer, read: MomentsRead) -> Measured:
 
 
 def _statistics(layer: Layer, moments: Moments) -> Statistics:
-    return Statistics(moments, weighted=layer.options.weighted, dist_exp=layer.options.dist_exp)
+    options = layer.options
+    return Statistics(
+        moments, weighted=options.weighted, dist_exp=options.dist_exp, ddof=options.ddof,
+        class_ddof=options.class_ddof, divide_by_k=options.divide_by_k,
+    )  # fmt: skip
 
 
 def cell_of(layer: Layer, names: tuple[str, ...], *given: Any) -> Cell:
@@ -77,6 +82,8 @@ def cell_of(layer: Layer, names: tuple[str, ...], *given: Any) -> Cell:
     cell.deciles, cell.bins, cell.tops = view.deciles(), view.bins(), view.tops()
     if layer.options.per_class:
         cell.classes = view.classes()
+    if cell.notes:
+        cell.texts["warnings"] = "\n".join(cell.notes)
     cell.counts["n_rows_skipped"] = float(_skipped(layer, measured, results))
     return cell
 
@@ -148,10 +155,12 @@ def _null_values(layer: Layer, null: Statistics) -> dict[str, float]:
 
 
 def _values(layer: Layer, statistics: Statistics) -> Cell:
-    cell = Cell(texts={"fingerprint": layer.fingerprint})
+    cell = Cell(texts={**layer.inputs, "source": layer.source})
+    if layer.remarks:
+        cell.texts["remarks"] = "\n".join(layer.remarks)
     if "decisions" in layer.reads:
         cell.texts["nc4_split"] = layer.decided.name
-        cell.texts["nc4_classifier"] = "predictions" if layer.by_predictions else "weights"
+        cell.texts["nc4_classifier"] = _who_decides(layer)
         if statistics.decisions is not None:
             cell.counts["n_decided"] = float(statistics.decisions.samples.sum())
     for metric in layer.metrics:
@@ -178,6 +187,14 @@ def _values(layer: Layer, statistics: Statistics) -> Cell:
     return cell
 
 
+def _who_decides(layer: Layer) -> str:
+    """Name what the classifier's decisions are: those of stored weights, or the model's own."""
+    if isinstance(layer.decided, SummedSplit):
+        by_weights = "classifier_fingerprint" in layer.decided.attributes(layer.layer, DECISIONS)
+        return f"stored decisions{' by weights' if by_weights else ''}"
+    return "predictions" if layer.by_predictions else "weights"
+
+
 def _counts(layer: Layer, statistics: Statistics) -> dict[str, float]:
     k = statistics.n_classes
     counts = layer.selected.counts
@@ -187,10 +204,10 @@ def _counts(layer: Layer, statistics: Statistics) -> dict[str, float]:
         "n_classes_unseen": int(np.count_nonzero(counts == 0)),
         "n_classes_filtered": int(np.count_nonzero(counts)) - len(layer.selected.classes),
         "n_means_without_direction": k - statistics.n_directed,
+        "n_classes_without_variance": statistics.n_without_variance,
     }
     if statistics.pairs is not None:
-        if "cdnv" in layer.quantities:
-            found["n_coincident_pairs"] = statistics.pairs.coincident_means
+        found["n_coincident_pairs"] = statistics.pairs.coincident_means
         if layer.quantities & {"log", "riesz"}:
             found["n_coincident_directions"] = statistics.pairs.coincident_directions
     if "scatter" in layer.reads and statistics.n_directed:

@@ -12,6 +12,7 @@ import zarr
 from ncbatch.errors import CorruptionError
 from ncbatch.store.chunks import Fault, chunk_fault, present_chunks, read_fault
 from ncbatch.store.commit_records import n_samples
+from ncbatch.store.fetching import chunks_at_once, map_ahead
 from ncbatch.store.finalizing import ARRAYS
 from ncbatch.store.format import ATTRIBUTE
 from ncbatch.store.states import STATES
@@ -75,15 +76,19 @@ def _array_faults(
     expected: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[Fault]:
     """Find chunks that cannot be read, or that are missing although they hold rows."""
-    rows = array.chunks[0]
-    for index, present in enumerate(present_chunks(array).tolist()):
-        if present:
-            if fault := read_fault(array, index):
-                yield fault
-        elif expected is not None and not expected[index]:
-            continue
-        elif exists is None or exists[index * rows : (index + 1) * rows].any():
-            yield chunk_fault(array, index, "chunk is missing")
+    rows, present = array.chunks[0], present_chunks(array)
+
+    def fault(index: int) -> Fault | None:
+        if present[index]:
+            return read_fault(array, index)
+        if expected is not None and not expected[index]:
+            return None
+        if exists is None or exists[index * rows : (index + 1) * rows].any():
+            return chunk_fault(array, index, "chunk is missing")
+        return None
+
+    found = map_ahead(fault, range(present.size), chunks_at_once(array.store))
+    yield from (bad for bad in found if bad is not None)
 
 
 def _range_faults(

@@ -332,8 +332,8 @@ class FeatureStore(StoreHeader):
         """Complete a split of several writers, once all are closed.
 
         Its arrays are cut after the last row, blocks that no writer came to become holes, and the
-        number of samples is recorded. A split that is complete stays as it is, except that layers whose
-        replacing was interrupted in an object store take their names.
+        number of samples is recorded. A split that is complete stays as it is, except that layers and
+        predictions whose replacing was interrupted in an object store take their names.
 
         Parameters
         ----------

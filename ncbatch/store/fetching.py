@@ -14,7 +14,7 @@ from zarr.storage import LocalStore
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_SMALL_REQUESTS = 64
+SMALL_REQUESTS = 64
 # One connection to an object store gives a part of what the line does, and each chunk costs memory.
 _CHUNKS_AT_ONCE = 4
 
@@ -56,7 +56,7 @@ def map_ahead(
 
 async def gathered(requests: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Wait for many small requests, a bounded number at once; results come in their order."""
-    gate = asyncio.Semaphore(_SMALL_REQUESTS)
+    gate = asyncio.Semaphore(SMALL_REQUESTS)
 
     async def gated(request: Coroutine[Any, Any, Result]) -> Result:
         async with gate:

@@ -55,6 +55,7 @@ class LayerWriter:
                 "overwrite them with --overwrite (overwrite=True)",
             )
         self._head = head
+        delete_node(split.group, STAGED + "prediction")
         self._prediction = None if head is None else self._create_prediction(split)
         self._predictions = np.empty(0, np.int32)
         layers = found_group(split.group, "layers")
@@ -162,8 +163,6 @@ class LayerWriter:
     def _create_prediction(self, split: Split) -> zarr.Array[Any]:
         """Make the array of predictions under a name that `close` changes."""
         name = STAGED + "prediction"
-        if name in split.group:
-            del split.group[name]
         return create_prediction(split.group, split.n_rows, split.base_block, self._head, name)
 
     def _write_predictions(self, unit: int) -> None:

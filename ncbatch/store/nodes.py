@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -46,14 +47,23 @@ def found_group(
         When an array has that name.
     """
     if name not in parent:
-        metadata = {"attributes": dict(attributes or {}), "zarr_format": 3, "node_type": "group"}
-        content = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())
-        key = "/".join(part for part in (parent.path, name, "zarr.json") if part)
-        sync(parent.store.set_if_not_exists(key, content))
+        path = "/".join(part for part in (parent.path, name) if part)
+        make_group(parent.store, path, attributes or {})
     group = parent[name]
     if not isinstance(group, zarr.Group):
         raise StoreError(f"'{parent.path}/{name}' is an array", "a group")
     return group
+
+
+def make_group(store: Store, path: str, attributes: Mapping[str, Any]) -> None:
+    """Make a group unless it is there; of several processes exactly one makes it.
+
+    That holds for folders, and for object stores that write on condition (S3's ``If-None-Match``).
+    """
+    metadata = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
+    content = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())
+    key = f"{path}/zarr.json" if path else "zarr.json"
+    sync(store.set_if_not_exists(key, content))
 
 
 def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:

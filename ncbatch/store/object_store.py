@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
-from typing import Any, Self
+from functools import cache, partial
+from typing import Any, Self, TypeVar
 
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from ncbatch.errors import StoreError, UsageError
+from ncbatch.store.fetching import SMALL_REQUESTS, gathered
+
+Result = TypeVar("Result")
 
 # What obstore opens in the same way; tested are s3 and s3a.
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
@@ -79,75 +84,141 @@ class RemoteStore(ObjectStore[Any]):
         """Give the same place, for reading only or not."""
         return type(self)(self.url, self._options, read_only=read_only)
 
+    async def _ask(
+        self, function: Callable[..., Result], *arguments: Any, **options: Any
+    ) -> Result:
+        """Call a function of obstore in a thread.
+
+        Its own coroutines are finished by threads that may want the interpreter while it ends,
+        which aborts the process (obstore 0.12, Python before 3.14).
+        """
+
+        def asked() -> Result:
+            with _explained(self.url):
+                return function(self.store, *arguments, **options)
+
+        return await asyncio.get_running_loop().run_in_executor(_threads(), asked)
+
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Read an object or a part of it; None when there is none."""
-        with _explained(self.url):
-            return await super().get(key, prototype, byte_range)
+        found = await self._ask(_read, key, byte_range)
+        return None if found is None else prototype.buffer.from_bytes(found)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         """Read parts of objects."""
-        with _explained(self.url):
-            return await super().get_partial_values(prototype, key_ranges)
+        return await gathered(self.get(key, prototype, part) for key, part in key_ranges)
 
     async def exists(self, key: str) -> bool:
         """Whether there is an object of that name."""
-        with _explained(self.url):
-            return await super().exists(key)
+        return await self._ask(_size, key) is not None
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write an object, in one step."""
-        with _explained(self.url):
-            await super().set(key, value)
+        self._check_writable()
+        await self._ask(_library(self.url).put, key, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write an object unless there is one; of several processes exactly one succeeds."""
-        with _explained(self.url):
-            await super().set_if_not_exists(key, value)
+        self._check_writable()
+        await self._ask(_put_new, key, value.as_buffer_like())
 
     async def delete(self, key: str) -> None:
         """Delete an object, if it is there."""
-        with _explained(self.url):
-            await super().delete(key)
+        self._check_writable()
+        await self._ask(_delete, [key])
 
     async def delete_dir(self, prefix: str) -> None:
         """Delete all objects below a key, many with one request where the store can."""
-        obstore = _library(self.url)
         self._check_writable()
-        with _explained(self.url):
-            found = await obstore.list(self.store, prefix or None).collect_async()
-            if found:
-                await obstore.delete_async(self.store, [entry["path"] for entry in found])
+        await self._ask(_delete, [key async for key in self.list_prefix(prefix)])
 
     async def copy(self, source: str, target: str) -> None:
         """Copy an object within the store, without reading it."""
-        with _explained(self.url):
-            await _library(self.url).copy_async(self.store, source, target)
+        self._check_writable()
+        await self._ask(_library(self.url).copy, source, target)
 
     def list(self) -> AsyncGenerator[str, None]:
         """List all keys."""
-        return self._explained_list(super().list())
+        return self.list_prefix("")
 
-    def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
         """List all keys below a key."""
-        return self._explained_list(super().list_prefix(prefix))
+        for key in await self._ask(_keys, prefix):
+            yield key
 
-    def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         """List what is directly below a key."""
-        return self._explained_list(super().list_dir(prefix))
+        found = await self._ask(_library(self.url).list_with_delimiter, prefix or None)
+        inside = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        for path in inside:
+            yield path.rstrip("/").rpartition("/")[2]
 
     async def getsize(self, key: str) -> int:
         """Give the size of an object."""
-        with _explained(self.url):
-            return await super().getsize(key)
+        size = await self._ask(_size, key)
+        if size is None:
+            raise FileNotFoundError(key)
+        return size
 
-    async def _explained_list(self, keys: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        with _explained(self.url):
-            async for key in keys:
-                yield key
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(SMALL_REQUESTS, thread_name_prefix="ncbatch-requests")
+
+
+def _read(store: Any, key: str, part: ByteRequest | None) -> Any:
+    """Read bytes of an object; None when there is none."""
+    import obstore
+
+    try:
+        match part:
+            case None:
+                return obstore.get(store, key).bytes()
+            case RangeByteRequest(start, end):
+                return obstore.get_range(store, key, start=start, end=end)
+            case OffsetByteRequest(offset):
+                return obstore.get(store, key, options={"range": {"offset": offset}}).bytes()
+        try:
+            return obstore.get(store, key, options={"range": {"suffix": part.suffix}}).bytes()
+        except obstore.exceptions.NotSupportedError:  # Azure
+            size = int(obstore.head(store, key)["size"])
+            return obstore.get_range(store, key, start=max(size - part.suffix, 0), end=size)
+    except FileNotFoundError:
+        return None
+
+
+def _size(store: Any, key: str) -> int | None:
+    import obstore
+
+    try:
+        return int(obstore.head(store, key)["size"])
+    except FileNotFoundError:
+        return None
+
+
+def _put_new(store: Any, key: str, value: Any) -> None:
+    import obstore
+
+    with suppress(obstore.exceptions.AlreadyExistsError):
+        obstore.put(store, key, value, mode="create")
+
+
+def _delete(store: Any, keys: Sequence[str]) -> None:
+    import obstore
+
+    if keys:
+        with suppress(FileNotFoundError):  # S3 says nothing, others do
+            obstore.delete(store, keys)
+
+
+def _keys(store: Any, prefix: str) -> Sequence[str]:
+    import obstore
+
+    return [entry["path"] for entry in obstore.list(store, prefix or None).collect()]
 
 
 def _library(url: str) -> Any:

@@ -15,6 +15,7 @@ from zarr.core.sync import sync
 
 from ncbatch.errors import StoreError, UsageError
 from ncbatch.store.format import ATTRIBUTE, check_metadata
+from ncbatch.store.nodes import make_group
 from ncbatch.store.object_store import SCHEMES, connect
 
 
@@ -72,16 +73,18 @@ def make_root(
     Raises
     ------
     StoreError
-        When nothing can be written there.
+        When nothing can be written there, or another process has made a store meanwhile.
     """
+    place = _place(where, storage_options)
+    attributes = {ATTRIBUTE: dict(header)}
+    if isinstance(place, Store):
+        make_group(place, "", attributes)
+        root = zarr.open_group(place, mode="r+", zarr_format=3)
+        if root.attrs.get(ATTRIBUTE) != attributes[ATTRIBUTE]:
+            raise StoreError(f"'{where}' exists", "a path that is free", "choose another")
+        return root
     try:
-        return zarr.create_group(
-            _place(where, storage_options),
-            zarr_format=3,
-            attributes={ATTRIBUTE: dict(header)},
-        )
-    except StoreError:
-        raise
+        return zarr.create_group(place, zarr_format=3, attributes=attributes)
     except OSError as error:
         raise StoreError(
             f"no store can be made at '{where}': {error.strerror}", "a folder to write to"

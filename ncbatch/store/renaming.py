@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import zarr
 from zarr.core.sync import sync
@@ -11,8 +12,9 @@ from zarr.storage import LocalStore
 
 from ncbatch.errors import StoreError
 from ncbatch.store.fetching import gathered
-from ncbatch.store.format import STAGED
-from ncbatch.store.nodes import subgroups
+from ncbatch.store.finalizing import ARRAYS, record_arrays
+from ncbatch.store.format import ATTRIBUTE, STAGED
+from ncbatch.store.nodes import find_node, find_nodes, subgroups
 from ncbatch.store.object_store import RemoteStore
 
 
@@ -36,13 +38,27 @@ def rename(group: zarr.Group, staged: str, name: str) -> None:
 
 
 def finish_renaming(split: zarr.Group) -> None:
-    """Let layers take their names whose replacing was interrupted, in the group of a split."""
-    layers = split.get("layers")
-    if not isinstance(layers, zarr.Group) or not isinstance(layers.store, RemoteStore):
+    """Let layers and predictions take their names whose replacing was interrupted.
+
+    Staged predictions are complete when a staged layer is, or when those that the split had are
+    gone: both come after the last of them was stored.
+    """
+    if not isinstance(split.store, RemoteStore):
         return
-    for name, layer in list(subgroups(layers)):
-        if name.startswith(STAGED) and layer.attrs.get("complete"):
-            rename(layers, name, name.removeprefix(STAGED))
+    layers = find_node(split, "layers")
+    groups = subgroups(layers) if isinstance(layers, zarr.Group) else ()
+    complete = [
+        name for name, group in groups if name.startswith(STAGED) and group.attrs.get("complete")
+    ]
+    known: Any = split.attrs.get(ATTRIBUTE, {})
+    current, staged = find_nodes(split, ["prediction", f"{STAGED}prediction"])
+    lost = "prediction" in known.get(ARRAYS, ()) and current is None
+    if staged is not None and (complete or lost):
+        rename(split, f"{STAGED}prediction", "prediction")
+    for name in complete:
+        rename(split, f"layers/{name}", f"layers/{name.removeprefix(STAGED)}")
+    if complete or lost:
+        record_arrays(split)
 
 
 def delete_node(group: zarr.Group, name: str) -> None:

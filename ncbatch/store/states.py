@@ -25,7 +25,7 @@ from ncbatch.store.nodes import create_array, found_group, open_array, subgroups
 STATES = "states"
 State = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
 
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 _REPLACED = "replaced"
 # Names of dimensions of arrays that are not over classes alone.
 _DIMENSIONS = {"mean": ("class", "unit"), "scatter": ("unit", "other_unit")}

@@ -16,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -321,6 +322,21 @@ def test_of_writers_that_take_a_rank_at_once_one_wins(url):
     assert [found for found in said if "writer 1 of 2" not in found] == []
 
 
+def test_of_processes_that_make_a_store_at_once_one_wins(url, monkeypatch):
+    monkeypatch.setattr("ncbatch.store.feature_store.is_there", lambda *_: False)  # all look first
+    ready = threading.Barrier(6)
+
+    def make(n_classes: int) -> int | None:
+        ready.wait()
+        with suppress(StoreError):
+            return FeatureStore.create(url, n_classes).n_classes
+        return None
+
+    with ThreadPoolExecutor(6) as pool:
+        won = [k for k in pool.map(make, range(2, 8)) if k is not None]
+    assert won == [FeatureStore.open(url).n_classes]
+
+
 def test_room_that_is_not_used_is_cut(url, small_chunks):
     store = FeatureStore.create(url, 5, {"a": 4}, "float32")
     with store.writer("train", n_samples=10_000) as writer:
@@ -376,7 +392,8 @@ def test_a_layer_and_predictions_are_replaced(both):
     assert opened.validate() == []
 
 
-@pytest.mark.parametrize("copies", range(7))
+# Five chunks are copied, the array's metadata, and the group's own, which comes last; then predictions.
+@pytest.mark.parametrize("copies", [0, 3, 6, 8])
 def test_a_replacement_that_is_interrupted_is_never_half_seen(both, monkeypatch, copies):
     _, store = both
     X = np.random.default_rng(1).standard_normal((300, 4)).astype(np.float32)
@@ -393,12 +410,15 @@ def test_a_replacement_that_is_interrupted_is_never_half_seen(both, monkeypatch,
         with pytest.raises(StoreError, match="the network is gone"):
             replace(store, X)
     opened = FeatureStore.open(store.path)
-    # Five chunks, the array's metadata, and the group's own, which comes last.
-    assert opened.layers("train") == ["b"] + (["a"] if copies == 7 else [])
-    assert opened.split("train").incomplete_layers == ["a"]
+    taken = copies >= 7
+    assert opened.layers("train") == (["b", "a"] if taken else ["b"])
+    assert opened.split("train").incomplete_layers == ([] if taken else ["a"])
+    assert opened.split("train").head == (None if taken else "a")
     opened.finalize("train")
     again = FeatureStore.open(store.path)
     np.testing.assert_array_equal(again.split("train").read("a", 0, 300), X)
+    assert set(again.split("train").predictions().tolist()) == {2}
+    assert not [key for key in keys(store.path) if "/." in key]
     assert again.validate() == []
     replace(again, X + 1)
     np.testing.assert_array_equal(again.split("train").read("a", 0, 300), X + 1)
