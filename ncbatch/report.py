@@ -87,9 +87,13 @@ def notes(dataset: xr.Dataset) -> list[str]:
             place, _, why = reason.partition(": ")
             if not any(why in line for line in said):
                 empty.setdefault((name, why), []).append(place)
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (name, why), places in empty.items():
-        where = places[0] if len(places) == 1 else f"{len(places)} places, {places[0]} first"
-        said.append(f"{name} is empty at {where}: {why}")
+        alike.setdefault((why, tuple(places)), []).append(name)
+    for (why, at_all), names in alike.items():
+        where = at_all[0] if len(at_all) == 1 else f"{len(at_all)} places, {at_all[0]} first"
+        verb = "is" if len(names) == 1 else "are"
+        said.append(f"{', '.join(names)} {verb} empty at {where}: {why}")
     return said
 
 

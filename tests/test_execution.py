@@ -378,7 +378,7 @@ def test_the_plan_holds_with_a_classifier_outside_data_and_many_class_blocks(tmp
         "nc5_ood_dev",
         "nc1_test_to_train",
     ]
-    budget = 760 * 2**20
+    budget = 800 * 2**20  # an interpreter with pyarrow, which pandas loads, holds 150 MiB
     planned, peak, reads, values = peak_of(stores=str(store.path), metrics=metrics, memory=budget)
     assert peak <= planned <= budget
     assert reads > 1

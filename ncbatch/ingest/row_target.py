@@ -277,9 +277,10 @@ def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor
     if source in (dtype, "float64") or rows.dtype.itemsize < target.itemsize:
         return rows
     cast = rows.to(target)
-    infinite = torch.isinf(cast)
-    if infinite.any():
-        overflow = (infinite & torch.isfinite(rows)).any(1)
+    least, most = rows.aminmax() if rows.numel() else (rows.new_zeros(()), rows.new_zeros(()))
+    largest = torch.finfo(target).max
+    if not bool((least >= -largest) & (most <= largest)):  # NaN too: then it takes a closer look
+        overflow = (torch.isinf(cast) & torch.isfinite(rows)).any(1)
         if overflow.any():
             row = int(torch.nonzero(overflow)[0])
             raise DataError(

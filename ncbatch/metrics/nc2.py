@@ -63,7 +63,7 @@ def _riesz(s: Statistics, *, variance: bool) -> float:
     if logarithm == -math.inf:
         return 0.0
     if abs(logarithm) > 700.0:
-        raise Undefined(f"exp({logarithm:.6g}) is beyond float64; the _log metrics hold it")
+        raise Undefined("beyond float64, the _log metrics hold it")
     value = math.exp(logarithm)
     return value if variance else math.copysign(value, found.mean)
 
