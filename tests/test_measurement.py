@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import ncbatch as nc
 from ncbatch import rows
 from ncbatch.errors import BudgetError, DataError, UnknownNameError, UsageError
+from ncbatch.stats.moments import _COMPILER_BYTES
 from ncbatch.store import FeatureStore
 from ncbatch.store import format as store_format
 from tests.oracles import base_metrics
@@ -316,7 +317,9 @@ def test_measured_peak_stays_below_the_planned(tmp_path, n: int, D: int, K: int,
     before, peak = map(int, run.stdout.split())
     planned = int(smallest.removesuffix("MiB")) * 1024
     assert peak <= planned
-    assert planned - before <= 4 * (peak - before), "a plan so loose that it refuses what works"
+    # What the compiler would hold is not in the peak where its code was on the disk already.
+    loose = planned - before - _COMPILER_BYTES // 1024
+    assert loose <= 3 * (peak - before), "a plan so loose that it refuses what works"
 
 
 def test_degenerate_outside_data_and_equal_means_have_reasons(tmp_path):
