@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ncbatch.allowing import Classes, Contents, check_width
-from ncbatch.errors import DataError, UsageError, unknown_name
+from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.layer import AnySplit, Options
 from ncbatch.metrics import Metric, find_metrics
 from ncbatch.store import FeatureStore, Split
@@ -149,17 +149,33 @@ def _tasks(
     test = _place(store, options.test or "test", required=options.test is not None)
     ood = _place(store, options.ood or "ood", required=options.ood is not None)
     names = train.layers if layers is None else layers
+    for place in (train, test, ood):
+        if place is not None:
+            _refuse_unmerged(store, place, layers)
     if not names:
-        parts = any(kind.startswith(f"{MOMENTS}.") for _, kind in store.state_kinds(train.name))
-        raise DataError(
-            f"split '{train.name}' of {store.path} has no complete layer",
-            remedy=f"'ncbatch finalize' merges what several processes stored of '{train.name}'"
-            if parts else "",
-        )  # fmt: skip
+        raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
     classes = Classes(options) if scanned else None
     return [
         _task(name, store, layer, options, (train, test, ood), wanted, classes) for layer in names
     ]
+
+
+def _refuse_unmerged(store: FeatureStore, place: _Place, layers: list[str] | None) -> None:
+    """Refuse to measure the rest of a split as if it were all."""
+    rows = () if place.rows is None else place.rows.features
+    found = [
+        layer
+        for layer in place.summed.unmerged
+        if layer not in rows and (layers is None or layer in layers)
+    ]
+    if found:
+        raise StoreError(
+            f"split '{place.name}' of {store.path} has unfinished moments of layers "
+            f"{', '.join(found)}",
+            "all processes ended, and their parts merged",
+            f"'ncbatch finalize {store.path} --split {place.name}' merges them; resume processes "
+            "that stopped; or name other layers",
+        )
 
 
 def _task(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from dask.utils import format_bytes
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ncbatch.ingest.merging import PART, RUNNING
 from ncbatch.store import FeatureStore
 
 
@@ -37,8 +40,13 @@ def info_tables(store: FeatureStore) -> list[RenderableType]:
         for layer in split.incomplete_layers:
             table.add_row(name, layer, "", "", "", "", "", "incomplete: write it again")
     for name in store.state_splits:
-        for layer, kind in store.state_kinds(name):
-            table.add_row(name, layer, *_state_row(store, name, layer, kind))
+        kinds = store.state_kinds(name)
+        for layer, kind in kinds:
+            if not kind.startswith((RUNNING, PART)):
+                table.add_row(name, layer, *_state_row(store, name, layer, kind))
+        for layer in dict.fromkeys(layer for layer, _ in kinds):
+            for text in _unmerged(kinds, layer):
+                table.add_row(name, layer, "", "", "", "", "", text)
     return [*(Text(line) for line in (head, *_recorded(store))), table]
 
 
@@ -53,6 +61,21 @@ def _state_row(store: FeatureStore, split: str, layer: str, kind: str) -> tuple[
         "" if mean is None else str(mean.dtype), format_bytes(size), "",
         f"{kind}, without the samples" if layer not in _feature_layers(store, split) else kind,
     )  # fmt: skip
+
+
+def _unmerged(kinds: list[tuple[str, str]], layer: str) -> Iterator[str]:
+    """Say what processes that folded a layer have left, and what is to be done with it."""
+    for prefix, what in (
+        (PART, "to be merged: 'ncbatch finalize'"),
+        (RUNNING, "being folded, or interrupted: 'ncbatch dump --resume'"),
+    ):
+        own = [
+            kind.removeprefix(prefix) for each, kind in kinds if each == layer and prefix in kind
+        ]
+        ranks = sorted(int(rank) for rank in own if rank.isdecimal())
+        if ranks:
+            said = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+            yield f"{prefix.removesuffix('-')} of {said}, {what}"
 
 
 def _feature_layers(store: FeatureStore, split: str) -> list[str]:

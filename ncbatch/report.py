@@ -231,6 +231,8 @@ pairs are unordered, i < j.
 
 - K counts the classes used: those with a sample in train (or `--min-count` of them) that pass the filters.
 - m_G is the unweighted mean of class means; `--weighted` makes it the mean of samples, and changes nothing else.
+- `nc1_vci` takes every eigenvalue of S_W as at least 1e-12 of the largest. Sums leave errors of some 2e-16 of the largest, and layer
+  normalisation a direction in which S_W is rounding alone, at 1e-14: counted as it is, the fourth digit would hang on the order of sums.
 - `--ddof` (0): V_c = sum |x - m_c|^2 / (n_c - ddof), S_W = scatter / (N - ddof K). With ddof 1 a class of one sample has no V_c
   (0 / 0): it is left out of `nc1_cdnv`, `nc1_cdnv_nearest`, `nc1_v_ratio_*` and results by class, keeps its place in all else, and is
   counted in `n_classes_without_variance`; a store of such classes alone has no S_W. `nc1_cdnv_corrected` takes ddof 1 in
@@ -285,7 +287,7 @@ _PAGE_TAIL = """
 - **random**: the value for class means from N(m, tau^2 I) and S_W = sigma^2 I, with V_c and the traces of S_W and S_B as measured,
   and for classifier rows whose directions know nothing of the means; closed forms in `ncbatch/metrics/yardsticks.py`. With K far above D
   raw values sit next to it: the difference is what was learnt. What each takes for granted:
-  - angles (`nc2g_*`, `nc2_cos_*`, `nc2_uniformity`): any K and D. Subtracting the unweighted m_G correlates two means by -1/(K-1), so that the
+  - angles (`nc2g_*` but the Riesz energies, `nc2_cos_*`, `nc2_uniformity`): any K and D. Subtracting the unweighted m_G correlates two means by -1/(K-1), so that the
     cosine is distributed as a sample correlation; one quadrature over its density gives all. A variance, standard deviation or log of a
     mean is that of one pair over draws. Over the pairs of one set it is the same within 1 % from K = 10 on, and lower for
     fewer: K = 3, D = 64 and D = 2, `nc2g_dist` by 0.5 % and 5 %, `nc2g_log` by 1 % and 17 %, `nc2_cos_std` by 12 % and 9 %, and
@@ -294,7 +296,14 @@ _PAGE_TAIL = """
   - `nc1_pinv`, `nc1_svd`, `nc1_cdnv`, `nc1_cdnv_directional`, `nc1_v_ratio_mean`, `nc2_norm_mean`: exact for any K and D for which the moment
     exists (K > D + 2 or D > K; D > 2p), with tr S_B as measured. `nc2_norm_var`, `nc2_norm_cv`, `nc2_lognorm_var`: within 2 % from K = 10 on,
     11 % off for K = 3 in two dimensions.
-  - with `--weighted` m_G is another point: these values are still those of the unweighted mean.
+  - `nc2g_riesz_mean`, `nc2g_riesz_log_mean`: typical values, not expectations. For D above about 10 the expectation is that of pairs so
+    near that no set of K means has one: K = 1500, D = 256 have a log mean of about -57, the expectation is -0.17. The least of the
+    K (K-1) / 2 distances is taken at its median and the others at the expectation beyond it, pairs counted as independent. For K from 3 to 1500
+    and D from 3 to 768 the log mean is within a quarter of a standard deviation of the median of simulated draws. That standard deviation is
+    0.1 to 4 (K = 10, D = 30: -8.01 for a median of -8.06, standard deviation 1.3), and values within two of it are those of chance.
+  - with `--weighted` and classes of unequal size m_G is another point than the mean of class means: what is computed from Mc or u
+    (`nc1_pinv`, `nc1_svd`, `nc1_v_ratio_mean`, NC2, `spec_between_participation`) has no random value. `nc1_cdnv` and `nc1_cdnv_directional`
+    do not depend on m_G, nor do their random values; those of NC3 and NC5 hold about any point.
   - no value: what is a maximum, a minimum or a quantile, and what the measured traces determine alone.
 - **null** (`--null`): the metric itself for labels drawn anew, row by row, from the distribution of labels, in the same read.
   The draw of a row depends on its number and `--null-seed` only. Its scatter needs no second product:

@@ -15,6 +15,7 @@ import zarr
 
 from ncbatch.arrays import StoredRows
 from ncbatch.errors import DataError
+from ncbatch.ingest.merging import unmerged_layers
 from ncbatch.reads import DecisionsRead, MomentsRead, rows_file
 from ncbatch.stats import Decisions, Moments, SeenMoments
 from ncbatch.store import FeatureStore, LayerSpec
@@ -60,6 +61,11 @@ class SummedSplit:
             self.store.state_layers(self.name, MOMENTS),
             key=lambda layer: (notes.get(layer, {}).get("depth", 2.0), _natural(layer)),
         )
+
+    @property
+    def unmerged(self) -> list[str]:
+        """Layers of which there are only parts, of processes that have not all ended or merged."""
+        return unmerged_layers(self.store, self.name)
 
     def has(self, layer: str, kind: str = MOMENTS) -> bool:
         """Whether a layer has a state of that kind."""

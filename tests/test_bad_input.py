@@ -51,6 +51,7 @@ def save_files() -> None:
         archive.writestr("readme.txt", "hello")
     zarr.open_group("group.zarr", mode="w").create_array("a", data=TOY.X)
     Path("folder").mkdir()
+    Path("folder/other.txt").write_text("an empty folder would be free")
     Path("notes.txt").write_text("0 1 cat")
 
 

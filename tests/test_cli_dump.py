@@ -74,6 +74,19 @@ def test_options_reach_the_dump(here: Path, ncbatch: Callable[..., Answer]) -> N
     assert np.array_equal(weight, made["lm_head.weight"].bfloat16().float().numpy())
 
 
+def test_an_empty_folder_becomes_the_store(here: Path, ncbatch: Callable[..., Answer]) -> None:
+    (here / "s.zarr").mkdir()
+    done = ncbatch("dump", "run/checkpoint-200", "texts", "--out", "s.zarr")
+    assert done.code == 0, done.err
+    (here / "t.zarr").mkdir()
+    np.save(here / "x.npy", np.eye(4, dtype=np.float32))
+    np.save(here / "y.npy", np.arange(4) % 2)
+    files = ("--features", "x.npy", "--labels", "y.npy")
+    done = ncbatch("import", "t.zarr", "--split", "train", "--layer", "x", *files)
+    assert done.code == 0, done.err
+    assert nc.FeatureStore.open(here / "t.zarr").validate() == []
+
+
 def test_moments(here: Path, ncbatch: Callable[..., Answer]) -> None:
     for split in (["--split", "train"], ["--split", "test", "--means", "train"]):
         done = ncbatch(
@@ -98,6 +111,7 @@ def test_moments(here: Path, ncbatch: Callable[..., Answer]) -> None:
         (["--rank", 2, "--world-size", 2], 1, "rank"),
         (["--device", "gpu"], 1, "device 'gpu'; expected auto, cpu, cuda or cuda:N"),
         (["--tokenizer", "./none"], 1, "no tokenizer at './none': nothing is there"),
+        (["--step", -3], 2, "see 'ncbatch dump --help'"),
         (["--labels", "nxt"], 2, "see 'ncbatch dump --help'"),
     ],
 )

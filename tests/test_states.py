@@ -11,7 +11,7 @@ import pytest
 import ncbatch as nc
 from ncbatch import pricing
 from ncbatch.engine import memory_budget
-from ncbatch.errors import CorruptionError, DataError, UnknownNameError
+from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError
 from ncbatch.metrics import CATALOGUE
 from ncbatch.stats import Decisions, Moments, SeenMoments, linear_rule, nearest_mean_rule
 from ncbatch.store import FeatureStore
@@ -312,8 +312,8 @@ def test_unknown_names_list_what_is_there(pair):
 
 def test_parts_of_several_processes_are_to_be_merged_first(tmp_path):
     store = FeatureStore.create(tmp_path / "s.zarr", 3)
-    store.set_state("train", "h", "moments.part-0", {"class": np.arange(2)})
-    with pytest.raises(DataError, match="ncbatch finalize"):
+    store.set_state("train", "h", "part-0", {"class": np.arange(2)}, {"holds": ["moments"]})
+    with pytest.raises(StoreError, match=r"'ncbatch finalize .*s.zarr --split train' merges them"):
         nc.measure(store)
 
 

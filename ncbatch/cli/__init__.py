@@ -34,6 +34,7 @@ for _command in (
     storing.classifier,
     dumping.dump,
     storing.finalize,
+    storing.delete,
     storing.describe,
     storing.info,
     storing.validate,

@@ -47,7 +47,7 @@ _DUMPING = (
     ),
     click.option(
         "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
-        help="How rows are stored  [default: bfloat16 for a model in bfloat16, else float16]",
+        help="How rows are stored  [default: as the store has them; else bfloat16 for a model in bfloat16, float16 for others]",
     ),
     click.option(
         "--model-dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -74,7 +74,7 @@ _DUMPING = (
         help="With --moments: split whose class means decide, for NC4.",
     ),
     click.option("--name", help="What results call the model  [default: from its path]"),
-    click.option("--step", type=int, help="Its training step  [default: from path or revision]"),
+    click.option("--step", type=click.IntRange(min=0), help="Its training step  [default: from path or revision]"),
     click.option("--revision", help="Branch, tag or commit on the hub."),
     click.option("--tokenizer", help="Another tokenizer than the model's own: folder or hub name."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),

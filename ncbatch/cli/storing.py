@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ncbatch.cli.showing import open_console, show
-from ncbatch.errors import UsageError
+from ncbatch.errors import UsageError, unknown_name
 
 _SHARDS_SHOWN = 50
 
@@ -81,6 +81,8 @@ def import_(**arguments: Any) -> None:
         f"imported into {arguments['path']}/{arguments['split']}/{', '.join(done.layers)}; "
         f"the store {made} K = {done.n_classes:,} classes"
     )
+    if done.n_samples < done.features.n_rows:
+        click.echo(f"{done.n_samples:,} of {done.features.n_rows:,} rows are samples")
 
 
 @click.command()
@@ -120,6 +122,21 @@ def finalize(store: str, split: str) -> None:
         layer, kind = done.state_kinds(split)[0]
         n = int(done.state_attributes(split, layer, kind).get("n_samples", 0))
     click.echo(f"split {split} of {store} is complete: {n:,} samples")
+
+
+@click.command()
+@click.argument("store", type=click.Path())
+@click.option("--split", required=True, help="Split to delete, with all its layers and states.")
+def delete(store: str, split: str) -> None:
+    """Delete a split of STORE, complete or not, so that it can be written anew."""
+    from ncbatch.store import FeatureStore
+
+    opened = FeatureStore.open(store)
+    known = list(dict.fromkeys([*opened.splits, *opened.state_splits]))
+    if split not in known and opened.layout(split) is None:
+        raise unknown_name("split", split, known, store)
+    opened.delete_split(split)
+    click.echo(f"split {split} of {store} is deleted")
 
 
 @click.command()

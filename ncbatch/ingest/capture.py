@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+Receive: TypeAlias = "Callable[[str, torch.Tensor], Any]"
+
+
 class Capture:
     """Runs a model with hooks in place and gives the rows they took; made by `capturing`."""
 
@@ -27,7 +30,8 @@ class Capture:
     ) -> None:
         self._model, self._places, self._pool, self._head = model, places, pool, head
         self._batch: Batch | None = None
-        self._rows: dict[str, torch.Tensor] = {}
+        self._receive: Receive | None = None
+        self._rows: dict[str, Any] = {}
         self._calls: Counter[str] = Counter()
 
     def attach(self, hooks: ExitStack) -> None:
@@ -46,13 +50,28 @@ class Capture:
             handle = module.register_forward_hook(self._watcher(order), with_kwargs=True)
             hooks.callback(handle.remove)
 
-    def run(self, inputs: Any, batch: Batch, device: Any) -> dict[str, torch.Tensor]:
+    def run(
+        self, inputs: Any, batch: Batch, device: Any, receive: Receive | None = None
+    ) -> dict[str, Any]:
         """Run the model on one batch.
+
+        Parameters
+        ----------
+        inputs : tensor, sequence or mapping
+            As the model takes them.
+        batch : Batch
+            Which rows are wanted.
+        device : torch.device or str
+            Where inputs are moved to.
+        receive : callable, optional
+            Given the name and the rows of each layer while the model still runs; what it returns
+            is kept in their place.
 
         Returns
         -------
         dict of str to tensor (n, D)
-            Rows of every layer, on the module's device and in its dtype.
+            Rows of every layer, on the module's device and in its dtype; or what `receive` made
+            of them.
 
         Raises
         ------
@@ -61,13 +80,14 @@ class Capture:
         """
         import torch
 
-        self._batch, self._rows = batch, {}
+        self._batch, self._rows, self._receive = batch, {}, receive
         self._calls.clear()
         self._head.calls = 0
         self._head.decisions = None
         args, kwargs = _arguments(inputs, device)
         try:
-            with torch.inference_mode():
+            # Not inference_mode: what a module keeps from this pass must serve in training too.
+            with torch.no_grad():
                 self._model(*args, **kwargs)
         finally:
             self._batch = None
@@ -89,7 +109,8 @@ class Capture:
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in DTYPES:
                 raise DataError(f"'{place}' has dtype {dtype}", "one of: " + ", ".join(DTYPES))
-            self._rows[name] = self._batch.rows(tensor, self._pool, place)
+            rows = self._batch.rows(tensor, self._pool, place)
+            self._rows[name] = rows if self._receive is None else self._receive(name, rows)
 
         return take
 

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from ncbatch.arrays import Array, mean_of_rows, to_numpy
 from ncbatch.errors import unknown_name
 from ncbatch.ingest.head import Head
@@ -84,7 +87,7 @@ class Deciding:
                 found[name] = None
             elif name == head.layer and module is not None:
                 # Not from the store: of several ranks one stores it, perhaps later.
-                bias = None if module.bias is None else to_numpy(module.bias[:k])
+                bias = None if head.bias is None else to_numpy(head.bias[:k])
                 found[name] = (to_numpy(module.weight[:k]), bias)
             elif (stored := store.classifier(name)) is not None:
                 found[name] = stored
@@ -140,3 +143,25 @@ def beside(like: Array, values: Any) -> Array:
 
         return torch.as_tensor(values, device=like.device)
     return values
+
+
+class BatchLabels:
+    """Labels of a batch, brought to every device of its features once."""
+
+    def __init__(self, values: npt.NDArray[np.int64]) -> None:
+        self.values = values
+        self._copies: dict[Any, Array] = {}
+
+    def beside(self, rows: Array) -> Array:
+        """Give them in the library and on the device of `rows`."""
+        place = (type(rows), getattr(rows, "device", None))
+        if place not in self._copies:
+            self._copies[place] = beside(rows, self.values)
+        return self._copies[place]
+
+
+def float32_roundoff() -> float:
+    """Give the unit of rounding of the operands of torch's float32 products on a GPU."""
+    import torch
+
+    return {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)

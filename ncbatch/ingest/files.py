@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from ncbatch.engine import Progress
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
+from ncbatch.ingest.checking import check_against, check_classes
 from ncbatch.ingest.labelling import masked_labels
 from ncbatch.ingest.layers import Layers
-from ncbatch.ingest.rows import RowStream, open_rows, read_rows_of
+from ncbatch.ingest.rows import RowStream, open_rows
 from ncbatch.ingest.sources import Sources
 from ncbatch.ingest.undoing import undone_on_failure
 from ncbatch.store import FeatureStore, LayerWriter, Split, Writer
@@ -38,6 +39,8 @@ class Imported:
         What the axes of the files were taken for.
     n_classes : int
         K of the store.
+    n_samples : int
+        Rows that are samples: those whose label is not negative.
     created : bool
         Whether the store is new.
     """
@@ -47,6 +50,7 @@ class Imported:
     features: RowStream
     axes: tuple[str, ...]
     n_classes: int
+    n_samples: int
     created: bool
 
 
@@ -117,8 +121,8 @@ def import_features(
     Raises
     ------
     DataError
-        When files do not fit together or do not fit the store; named by input row. Nothing is
-        left half-written then.
+        When files do not fit together or do not fit the store, named by input row, or no row is a
+        sample. Nothing is left half-written then.
     UsageError
         For layer names or axes that do not fit the files.
     StoreError
@@ -151,9 +155,9 @@ def import_features(
             "labels to compare with them, or neither",
         )
     y = masked_labels(y, rows.n_rows, opened.marks)
-    k = _check_classes(store, y, p, n_classes)
+    k, n_samples = check_classes(store, y, p, n_classes)
     if target is not None:
-        _check_against(target, rows, y)
+        check_against(target, rows, y)
     if store is not None:
         for name, width in rows.widths.items():
             store.check_width(name, width, but=None if target is None else split)
@@ -171,7 +175,9 @@ def import_features(
             writer = store.add_layers(split, rows.widths, dtype, head=head, overwrite=overwrite)
         with writer:
             _copy(writer, rows, y, p, progress)
-    return Imported(store, rows.names, rows.streams[0], rows.axes, k, not exists)
+    if y is None:
+        n_samples = rows.n_rows if target is None else target.n_samples
+    return Imported(store, rows.names, rows.streams[0], rows.axes, k, n_samples, not exists)
 
 
 def import_classifier(
@@ -283,64 +289,6 @@ def _existing_split(store: FeatureStore, split: str, overwrite: bool) -> Split |
             "finish that writer with resume, or start anew with --overwrite",
         )
     return None
-
-
-def _check_classes(
-    store: FeatureStore | None, y: RowStream | None, p: RowStream | None, n_classes: int | None
-) -> int:
-    """Check every label and prediction against K before anything is written; give K."""
-    if store is not None:
-        k: int | None = store.n_classes
-        if n_classes is not None and n_classes != k:
-            raise DataError(f"--classes {n_classes}", f"{k}, as recorded in {store.path}")
-    else:
-        k = n_classes
-    for stream in (y, p):
-        if stream is None:
-            continue
-        row, top = _largest(stream)
-        if k is None:
-            k = max(top + 1, 1)
-        if top >= k:
-            raise DataError(
-                f"{stream.what.removesuffix('s')} {top} in {stream.row_of(row)}",
-                f"{stream.what} below {k}, the number of classes",
-                "give a larger --classes" if store is None else "",
-            )
-    assert k is not None
-    return k
-
-
-def _largest(stream: RowStream) -> tuple[int, int]:
-    """Find the first row of the largest value."""
-    at, top, start = 0, -1, 0
-    for block in stream.batches(read_rows_of(stream.dtype.itemsize)):
-        if len(block) and int(block.max()) > top:
-            top = int(block.max())
-            at = start + int(block.argmax())
-        start += len(block)
-    return at, top
-
-
-def _check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
-    """Compare the rows with the split they are added to."""
-    if rows.n_rows != target.n_rows:
-        raise DataError(
-            f"{rows.n_rows} rows of features", f"{target.n_rows}, the rows of split '{target.name}'"
-        )
-    start = 0
-    for block in y.batches(read_rows_of(8)) if y is not None else ():
-        stored = target.labels(start, start + len(block))
-        differ = np.flatnonzero(np.where(block < 0, -1, block) != stored)
-        if differ.size:
-            row = int(differ[0])
-            assert y is not None
-            raise DataError(
-                f"label {int(block[row])} in {y.row_of(start + row)}",
-                f"{int(stored[row])}, as stored in split '{target.name}'",
-                "give rows in the stored order, or import into another split",
-            )
-        start += len(block)
 
 
 def _stored_dtype(rows: Layers) -> str:

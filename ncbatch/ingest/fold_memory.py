@@ -22,7 +22,8 @@ class FoldPrice:
     held : int
         From the first row to the last: running state, class means, classifier.
     passing : int
-        Beside them while a block is folded or a state is stored; one layer at a time.
+        Beside them while a block is folded or a state is stored; one layer at a time, in memory
+        that all share.
     """
 
     held: int
@@ -63,9 +64,9 @@ class FoldPrice:
             peak = MomentsAccumulator.peak_bytes(
                 n_classes, n_features, n_rows, scatter=True, n_rows=n_samples, itemsize=itemsize
             )
-            passing = max(
-                peak - held, held
-            )  # `held` again: the rows of the classes seen are copied
+            # `held` again: the rows of the classes seen are copied when a state is stored.
+            passing = max(peak - held, held + MomentsAccumulator.scratch_bytes(n_features))
+            passing += n_rows * n_features * itemsize  # rows, brought here and to this dtype
         for n in (n_means, n_weights):
             if n:  # what is given in float64, and what the rule makes of it
                 rule = Rule.peak_bytes(n, n_features, n_rows, itemsize)

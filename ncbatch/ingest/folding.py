@@ -56,6 +56,11 @@ class LayerFold:
         return [kind for kind, state in kinds if state is not None]
 
     @property
+    def awaits_head(self) -> bool:
+        """Whether a block is folded only when the model's own decisions are there."""
+        return self.decider is not None and self.decider.classifier is None
+
+    @property
     def running_bytes(self) -> int:
         """Bytes of what `running` gives."""
         if self.moments is None:

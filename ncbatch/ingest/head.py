@@ -43,6 +43,7 @@ class Head:
         self.layer: str | None = None  # the captured layer that the head reads
         self.decisions: torch.Tensor | None = None  # arg-max of the batch's rows
         self.calls = 0
+        self._outside: torch.Tensor | None = None
         self._n_classes = n_classes
         self._order = -1
         self._settled = False
@@ -56,8 +57,11 @@ class Head:
         n_classes: int | None,
         *,
         decides: bool = False,
+        outside: torch.Tensor | None = None,
     ) -> Head:
         """Look up the head, or everything that may be it.
+
+        `outside` is a bias that the model adds to the outputs of the module named.
 
         Raises
         ------
@@ -79,7 +83,12 @@ class Head:
         if not isinstance(module, torch.nn.Linear):
             raise DataError(f"head '{head}' is a {type(module).__name__}", "a torch.nn.Linear")
         found = cls({head: module}, True, n_classes, decides)
-        found._order = 0
+        found._order, found._outside = 0, outside
+        if outside is not None and tuple(outside.shape) != (module.out_features,):
+            raise DataError(
+                f"a bias of shape {tuple(outside.shape)} for head '{head}'",
+                f"({module.out_features},), one per output",
+            )
         found.check_outputs(n_classes)
         return found
 
@@ -92,6 +101,14 @@ class Head:
     def module(self) -> torch.nn.Module | None:
         """The module; None as long as none has run."""
         return None if self.path is None else self.candidates[self.path]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What is added to the products with its weight, inside the module and outside of it."""
+        own: torch.Tensor | None = None if self.module is None else self.module.bias
+        if self._outside is None or own is None:
+            return own if self._outside is None else self._outside
+        return own + self._outside.to(own.device)
 
     @property
     def needed(self) -> bool:
@@ -121,6 +138,8 @@ class Head:
         self.decisions = self._inputs = None
         if inputs is None or logits is None or tuple(logits.shape[:-1]) != batch.shape:
             return  # it classifies something else than the rows
+        if self._outside is not None:
+            logits = logits + self._outside.to(logits.device)
         top = logits[..., : self._n_classes].argmax(-1)
         self.decisions = batch.select(top.reshape(-1))
         if not self._settled:
@@ -129,10 +148,12 @@ class Head:
     def settle(self, features: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> None:
         """After the first batch: find the captured layer that equals the head's input."""
         if self.calls == 1 and self._inputs is not None:
-            equal = [name for name, rows in features.items() if _equal(rows, self._inputs)]
-            # Several may be equal (an activation and the head's input are one tensor).
+            # What was captured as the head's input needs no comparing; of others several may be
+            # equal (an activation and the head's input are one tensor).
             own = Place(str(self.path), of_input=True)
-            best = [name for name in equal if places[name] == own] or equal[-1:]
+            best = [name for name in features if places[name] == own]
+            if not best:
+                best = [name for name, x in features.items() if _equal(x, self._inputs)][-1:]
             self.layer = best[0] if best else None
         self._settled, self._inputs = True, None
         if self.decides and self.decisions is None:
@@ -148,4 +169,8 @@ def _equal(rows: torch.Tensor, others: torch.Tensor) -> bool:
     import torch
 
     same = rows.dtype == others.dtype and rows.device == others.device
-    return bool(same and torch.equal(rows, others))
+    if not same or rows.shape != others.shape:
+        return False
+    if torch.equal(rows, others):
+        return True
+    return bool(((rows == others) | (rows.isnan() & others.isnan())).all())  # NaN equals NaN

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ncbatch.arrays import to_numpy
-from ncbatch.errors import DataError, UsageError
+from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.capture import capturing, device_of
 from ncbatch.ingest.head import Head
-from ncbatch.ingest.places import Batch, Pool, find_places
+from ncbatch.ingest.identity import Identity, weights_hash
+from ncbatch.ingest.places import Batch, Place, Pool, find_places
 from ncbatch.ingest.row_target import RowTarget
 from ncbatch.ingest.state_target import StateTarget
-from ncbatch.ingest.target import Target
+from ncbatch.ingest.target import Target, open_if_there
 from ncbatch.store import FeatureStore
 from ncbatch.store.commit_records import Share
 
 if TYPE_CHECKING:
     import torch
+
+
+logger = logging.getLogger("ncbatch")
 
 
 class Progress(Protocol):
@@ -38,9 +43,10 @@ def dump(
     *,
     pool: Pool = "flatten",
     head: str | Literal[False] | None = None,
+    head_bias: torch.Tensor | None = None,
     predictions: bool = True,
     n_classes: int | None = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
     device: torch.device | str | None = None,
     argmax_labels: bool = False,
     rank: int = 0,
@@ -50,6 +56,7 @@ def dump(
     means: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    identity: Identity | None = None,
     progress: Progress | None = None,
 ) -> FeatureStore:
     """Run a model once over `batches` and store the features of named modules.
@@ -84,12 +91,15 @@ def dump(
         The linear module that classifies; by default the last ``torch.nn.Linear`` that runs.
         Its weight and bias are stored for the captured layer that is its input, the first K rows
         where it has more. False: no classifier, no predictions.
+    head_bias : tensor, optional
+        With the name of a `head`: a bias, one value per output, that the model adds outside of
+        that module. It becomes part of the classifier and of the predictions.
     predictions : bool, optional
         Store the arg-max of the head's first K outputs, where a captured layer is its input.
     n_classes : int, optional
         K of a store to be created; by default the head's number of outputs.
     dtype : {"float16", "bfloat16", "float32", "float64"}, optional
-        How layers that the store does not declare are stored.
+        How layers are stored; by default as the store has or declares them, else float16.
     device : torch.device or str, optional
         Where inputs are moved to; by default where the model's parameters are.
     argmax_labels : bool, optional
@@ -120,6 +130,10 @@ def dump(
     overwrite : bool, optional
         Replace the split if it exists, with all its layers, and a classifier that differs; not
         with several processes. With `moments` the states of `layers` are replaced.
+    identity : mapping of str to str or int, optional
+        What the rows depend on, such as a hash of the data. It is recorded when the split is
+        begun, with a hash of some of the model's weights; a process that goes on with it, or
+        joins in, must give the same.
     progress : object with ``advance(n_rows)``, optional
         Told of rows as they are written or skipped.
 
@@ -136,7 +150,8 @@ def dump(
         When a module runs never or more than once per pass, shapes or labels do not fit, or a
         value overflows `dtype`.
     StoreError
-        When the split exists, and nothing says what to do with it.
+        When the split exists, and nothing says what to do with it; when it was begun with another
+        model or another `identity`.
     UsageError
         For options that make no sense.
     BudgetError
@@ -145,6 +160,8 @@ def dump(
     places = find_places(model, layers)
     if pool not in ("flatten", "mean"):
         raise UsageError(f"pool '{pool}'", "'flatten' or 'mean'")
+    if head_bias is not None and not head:
+        raise UsageError("head_bias without the name of a head", "head=, the module it belongs to")
     share = Share(rank, world_size)
     if means is not None and not moments:
         raise UsageError(f"means='{means}' without moments", "moments=True, to fold decisions")
@@ -153,17 +170,19 @@ def dump(
     how: dict[str, Any] = {
         "n_samples": n_samples, "resume": resume, "overwrite": overwrite,
         "labels_given": not argmax_labels,
+        "identity": {**(identity or {}), "weights": weights_hash(model)},
     }  # fmt: skip
-    target: Target = (
-        StateTarget(*given, means=means, **how) if moments else RowTarget(*given, **how)
-    )
-    watch = Head.find(model, head, target.n_classes, decides=argmax_labels)
+    target = make_target(given, moments=moments, means=means, **how)
+    watch = Head.find(model, head, target.n_classes, decides=argmax_labels, outside=head_bias)
     if target.n_classes is None and not watch.candidates:
         raise UsageError(
             "no number of classes", remedy="give n_classes=, or the head that classifies"
         )
     if target.done:
         return target.opened
+    target.check_identity()
+    if moments and target.store is not None:
+        _warn_of_rows(target.store, split, places)
     where = device_of(model) if device is None else device
     with capturing(model, places, pool, watch) as capture, ExitStack() as writing:
         to_skip = target.resume(writing)
@@ -172,11 +191,15 @@ def dump(
             target.check_skipped(batch)
             to_skip -= len(batch.skipped)
             if batch.labels.size:
-                features = capture.run(inputs, batch, where)
+                target.expect(batch)
+                # The first rows are needed as they are: the head's input is found among them.
+                receive = target.receive if target.settled and target.begun else None
+                features = capture.run(inputs, batch, where, receive)
                 if not target.settled:
                     target.settle(watch, features, predictions)
                 if not target.begun:
                     target.start(features, writing)
+                    target.record_identity()
                 decided = to_numpy(watch.decisions) if argmax_labels else batch.labels
                 target.append(features, decided, watch.decisions)
                 del features  # before the next forward pass makes as many
@@ -184,6 +207,37 @@ def dump(
                 progress.advance(len(batch.skipped) + len(batch.labels))
         target.end(to_skip, writing)
     return target.opened
+
+
+def make_target(given: Sequence[Any], *, moments: bool, means: str | None, **how: Any) -> Target:
+    """Make what takes the rows of a dump; `given` and `how` are those of `Target`.
+
+    Raises
+    ------
+    StoreError
+        When `means` is a split that has rows but no moments.
+    """
+    if not moments:
+        return RowTarget(*given, **how)
+    store = None if means is None else open_if_there(given[0])
+    if store is not None and means in store.splits and means not in store.state_splits:
+        raise StoreError(
+            f"split '{means}' of {store.path} holds rows, and no moments that decide",
+            "moments of that split",
+            f"store them first: the dump of '{means}' once more with --moments (moments=True)",
+        )
+    return StateTarget(*given, means=means, **how)
+
+
+def _warn_of_rows(store: FeatureStore, split: str, places: Mapping[str, Place]) -> None:
+    """Say that rows and moments of the same layers are there; `measure` takes the rows."""
+    rows = store.split(split).features if split in store.splits else {}
+    both = [name for name in places if name in rows]
+    if both:
+        logger.warning(
+            "split '%s' has rows of %s too: they are measured, and the moments serve as means only",
+            split, ", ".join(both),
+        )  # fmt: skip
 
 
 def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

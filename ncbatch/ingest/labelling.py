@@ -47,7 +47,41 @@ def sequences(shards: Sequence[Shard], axes: Axes) -> Runs:
     return [(sum(count for count, _ in group), length) for length, group in joined]
 
 
-def open_beside(source: str, what: str, axes: Axes, n: int) -> RowStream:
+@dataclass(frozen=True)
+class Order:
+    """What arrays beside the features must fit.
+
+    Attributes
+    ----------
+    features : tuple of Shard
+        The features, with `axes`.
+    axes : tuple of str
+        Theirs.
+    runs : list of (int, int) or None
+        The sequences of their rows; None where nothing tells them.
+    """
+
+    features: tuple[Shard, ...]
+    axes: Axes
+    runs: Runs | None
+
+    @classmethod
+    def of(cls, features: Sequence[Shard], axes: Axes, tokens: Sequence[Shard] = ()) -> Order:
+        """Find the sequences from the axes of the features, or from token ids (B, T) beside rows."""
+        runs = None
+        if "T" in axes:
+            runs = sequences(features, axes)
+        elif tokens and len(tokens[0].shape) == 2:
+            runs = sequences(tokens, ("B", "T"))
+        return cls(tuple(features), axes, runs)
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each file."""
+        return [n_rows(self.axes, shard.shape) for shard in self.features]
+
+
+def open_beside(source: str, what: str, order: Order) -> RowStream:
     """Open integers that belong to rows: (N,), or over the sequences of the features.
 
     Parameters
@@ -56,38 +90,72 @@ def open_beside(source: str, what: str, axes: Axes, n: int) -> RowStream:
         Where they are.
     what : str
         What they are, for messages.
-    axes : tuple of str
-        The axes of the features.
-    n : int
-        The number of rows.
+    order : Order
+        The rows.
 
     Raises
     ------
     DataError
-        When they are no integers, or not one per row.
+        When they are no integers, not one per row, or in other sequences.
     """
-    return beside(open_shards(source, what), what, axes, n)
+    shards = open_shards(source, what)
+    return beside(shards if what == "predictions" else without_columns(shards), what, order)
 
 
-def beside(shards: Sequence[Shard], what: str, axes: Axes, n: int) -> RowStream:
+def without_columns(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """View arrays (N, 1), which are no sequences of length 1 but a column, as (N,)."""
+    if all(len(shard.shape) == 2 and shard.shape[1] == 1 for shard in shards):
+        return tuple(as_rows(shard, ("B", "T")) for shard in shards)
+    return tuple(shards)
+
+
+def beside(shards: Sequence[Shard], what: str, order: Order) -> RowStream:
     """View opened arrays as `open_beside` does."""
     # Labels of shape (N, 1) beside flat features are one column of a table: to be looked at.
-    flat = what in ("labels", "predictions") and "B" not in axes
+    flat = what in ("labels", "predictions") and "B" not in order.axes
+    own = None
     if len(shards[0].shape) == 2 and not flat:
-        shards = [as_rows(shard, ("B", "T")) for shard in shards]
-    stream = join_shards(shards, what)
-    kinds = "iub" if what.endswith("mask") else "iu"
-    if stream.row_shape != () or stream.dtype.kind not in kinds:
-        also = " or (B, T)" if "B" in axes else ""
+        rows = [as_rows(shard, ("B", "T")) for shard in shards]
+        own = sequences(shards, ("B", "T"))
+    else:
+        rows = list(shards)
+    stream = join_shards(rows, what)
+    mask = what.endswith("mask")
+    if stream.row_shape != () or stream.dtype.kind not in ("iub" if mask else "iu"):
+        also = " or (B, T)" if "B" in order.axes else ""
         raise DataError(
-            f"{what} of shape {stream.shape}, {stream.dtype}", f"integers of shape (N,){also}"
+            f"{what} of shape {stream.shape}, {stream.dtype}",
+            f"integers {'or booleans ' if mask else ''}of shape (N,){also}",
         )
-    if stream.n_rows != n:
-        raise DataError(f"{stream.n_rows} {what} for {n} rows of features", "one per row")
+    _check_rows(stream, order)
+    if own is not None and order.runs is not None:
+        _check_sequences(own, order.runs, what)
     return stream
 
 
-def next_labels(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes, marks: Marks) -> RowStream:  # fmt: skip
+def _check_rows(stream: RowStream, order: Order) -> None:
+    """Compare rows file by file where there are as many files, else all of them."""
+    what, counts = stream.what, order.counts
+    if len(stream.shards) == len(counts) > 1:
+        for shard, features, n in zip(stream.shards, order.features, counts, strict=True):
+            if shard.shape[0] != n:
+                raise DataError(
+                    f"{shard.shape[0]} {what} in '{shard.path}' for {n} rows in '{features.path}'",
+                    "one per row, file by file",
+                )
+    if stream.n_rows != sum(counts):
+        raise DataError(f"{stream.n_rows} {what} for {sum(counts)} rows of features", "one per row")
+
+
+def _check_sequences(own: Runs, runs: Runs, what: str) -> None:
+    if own != runs:
+        raise DataError(
+            f"{what} of sequences {_shown(own)} for features of {_shown(runs)}",
+            "the same sequences in both",
+        )
+
+
+def next_labels(tokens: Sequence[Shard], order: Order, marks: Marks) -> RowStream:
     """Label every position with the token after it.
 
     The last position of a sequence has none (-1), and so have those that a mask or a change of
@@ -97,10 +165,8 @@ def next_labels(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes, 
     ----------
     tokens : sequence of Shard
         Token ids of the rows.
-    features : sequence of Shard
-        The features, with `axes`.
-    axes : tuple of str
-        Theirs.
+    order : Order
+        The rows.
     marks : Marks
         Masks and documents.
 
@@ -114,9 +180,8 @@ def next_labels(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes, 
     DataError
         When nothing says that rows are in the order of the text, or sequences differ.
     """
-    n = sum(n_rows(axes, shard.shape) for shard in features)
-    ids = beside(tokens, "token ids", axes, n)
-    runs = _token_sequences(tokens, features, axes)
+    ids = beside(tokens, "token ids", order)
+    runs = _token_sequences(tokens, order)
     counts = np.array([count * length for count, length in runs], np.int64)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]) if runs else np.zeros(0, np.int64)
     lengths = np.array([length for _, length in runs], np.int64)
@@ -131,7 +196,7 @@ def next_labels(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes, 
             yield _labels(now, after, last, marks)
             start += width
 
-    shard = Shard(ids.shards[0].path, (n,), np.dtype(np.int64), blocks)
+    shard = Shard(ids.shards[0].path, (ids.n_rows,), np.dtype(np.int64), blocks)
     return RowStream("labels", (shard,))
 
 
@@ -152,12 +217,10 @@ def masked_labels(labels: RowStream | None, n: int, marks: Marks) -> RowStream |
     return RowStream("labels", (Shard(path, (n,), np.dtype(np.int64), blocks),))
 
 
-def _token_sequences(tokens: Sequence[Shard], features: Sequence[Shard], axes: Axes) -> Runs:
+def _token_sequences(tokens: Sequence[Shard], order: Order) -> Runs:
     """Find which rows follow which, from the axes of the features or of the token ids."""
-    own = sequences(tokens, ("B", "T")) if len(tokens[0].shape) == 2 else None
-    if "T" not in axes:
-        if own is not None:
-            return own
+    axes = order.axes
+    if order.runs is None:
         said = ",".join("T" if a == "N" else a for a in axes)
         raise DataError(
             f"token ids of shape {tokens[0].shape} for features {','.join(axes)}, which need not be "
@@ -165,15 +228,9 @@ def _token_sequences(tokens: Sequence[Shard], features: Sequence[Shard], axes: A
             f"--axes {said}, if every file is one sequence in order",
             "rows that were shuffled have lost their next token: import them with --labels",
         )
-    theirs = sequences(features, axes)
-    if own is None and len(tokens) > 1:
-        own = sequences(tokens, ("T",)) if "B" not in axes else None
-    if own is not None and own != theirs:
-        raise DataError(
-            f"token ids of sequences {_shown(own)} for features of {_shown(theirs)}",
-            "the same sequences in both",
-        )
-    return theirs
+    if len(tokens[0].shape) == 1 and len(tokens) > 1 and "T" in axes and "B" not in axes:
+        _check_sequences(sequences(tokens, ("T",)), order.runs, "token ids")
+    return order.runs
 
 
 def _shown(runs: Runs) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.errors import DataError, UsageError, unknown_name
-from ncbatch.ingest.axes import Axes, as_rows, find_axes
+from ncbatch.ingest.axes import Axes, as_rows, find_axes, row_axes
 from ncbatch.ingest.formats import Shard, array_names, open_shard
 from ncbatch.ingest.rows import RowStream, find_paths, join_shards, open_shards, read_rows_of
 
@@ -122,14 +122,24 @@ def open_layers(
         join_shards((as_rows(shard, found, layer_index) for shard in shards), "features")
         for shards in arrays.values()
     )
-    odd = next((s for s in streams if s.n_rows != streams[0].n_rows), None)
-    if odd is not None:
-        raise DataError(
-            f"{odd.n_rows} rows in '{odd.shards[0].path}'",
-            f"{streams[0].n_rows}, as in '{streams[0].shards[0].path}'",
-        )
+    for shards in arrays.values():
+        _check_rows(shards, first, found)
     numbers = _numbers(list(arrays), streams[0], layer_index)
     return Layers(_names(layer, numbers, first[0]), streams, found, first)
+
+
+def _check_rows(shards: Sequence[Shard], first: Sequence[Shard], axes: Axes) -> None:
+    """Compare the rows of a layer with those of the first, file by file."""
+    for shard, other in zip(shards, first, strict=True):
+        own, theirs = (
+            [size for a, size in zip(axes, s.shape, strict=True) if a in row_axes(axes)]
+            for s in (shard, other)
+        )
+        if own != theirs:
+            raise DataError(
+                f"{' x '.join(map(str, own))} rows in '{shard.path}'",
+                f"{' x '.join(map(str, theirs))}, as in '{other.path}'",
+            )
 
 
 def _numbered(source: str) -> dict[int | None, tuple[Shard, ...]]:
@@ -140,15 +150,39 @@ def _numbered(source: str) -> dict[int | None, tuple[Shard, ...]]:
             f"features '{source}'", "{} once, after the colon, for the number of the layer"
         )
     before, _, after = key.partition(WILD)
-    names = array_names(paths[0], "features")
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    numbers = sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
-    if not numbers:
-        raise unknown_name("array", key, names, f"'{paths[0]}'")
+    files = [_matching(path, key, pattern) for path in paths]
+    for path, found in zip(paths, files, strict=True):
+        if found.keys() != files[0].keys():
+            raise DataError(
+                f"'{path}' holds layers {_shown(found)}", f"{_shown(files[0])}, as '{paths[0]}'"
+            )
     return {
-        number: tuple(open_shard(path, f"{before}{number}{after}", "features") for path in paths)
-        for number in numbers
+        number: tuple(
+            open_shard(path, found[number], "features")
+            for path, found in zip(paths, files, strict=True)
+        )
+        for number in sorted(files[0])
     }
+
+
+def _matching(path: str, key: str, pattern: re.Pattern[str]) -> dict[int, str]:
+    """Name the arrays of a file that are layers by their numbers, which may have leading zeros."""
+    names = array_names(path, "features")
+    found: dict[int, str] = {}
+    for name in names:
+        if match := pattern.fullmatch(name):
+            twin = found.setdefault(int(match[1]), name)
+            if twin != name:
+                raise DataError(f"'{path}' holds '{twin}' and '{name}'", "one array per layer")
+    if not found:
+        raise unknown_name("array", key, names, f"'{path}'")
+    return found
+
+
+def _shown(numbers: Iterable[int]) -> str:
+    known = sorted(numbers)
+    return ", ".join(map(str, known[:12])) + (f", ... ({len(known)})" if len(known) > 12 else "")
 
 
 def _numbers(

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ncbatch.errors import CorruptionError, StoreError
 from ncbatch.ingest.folding import DECISIONS, moments_arrays, moments_of
-from ncbatch.ingest.target import PATIENCE_S
+from ncbatch.ingest.turns import give_back, take_turn
 from ncbatch.stats import Decisions
 from ncbatch.store import FeatureStore
+from ncbatch.store.commit_records import Share
 
 logger = logging.getLogger("ncbatch")
 
 # Kinds of states of one rank: what it has folded so far, and what it has folded in all.
 RUNNING, PART = "running-", "part-"
-_TURN = "finalizing"
 
 
 def finalize(store: FeatureStore | str | os.PathLike[str], split: str) -> FeatureStore:
@@ -48,15 +47,20 @@ def finalize(store: FeatureStore | str | os.PathLike[str], split: str) -> Featur
         Names the ranks that have not begun or not ended.
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    states = RankStates.of(opened, split)
+    _complete(opened, split)
+    give_back(opened, split)  # which a process that was killed did not
+    return opened
+
+
+def _complete(store: FeatureStore, split: str) -> None:
+    states = RankStates.of(store, split)
     if states.parts:
         states.check_ended()
         for layer in sorted({part.layer for part in states.parts}):
             states.merge(layer)
-    rows = split in opened.splits or opened.layout(split) is not None
-    if rows or split not in opened.state_splits:
-        opened.finalize(split)
-    return opened
+    rows = split in store.splits or store.layout(split) is not None
+    if rows or split not in store.state_splits:
+        store.finalize(split)
 
 
 def finalize_if_last(store: FeatureStore, split: str) -> bool:
@@ -70,32 +74,46 @@ def finalize_if_last(store: FeatureStore, split: str) -> bool:
     CorruptionError
         When something that was stored is missing.
     """
-    claimed = split in store.state_splits
-    if claimed and not _wait_for_turn(store, split):
-        return False
+    turn = take_turn(store, split) if split in store.state_splits else None
     try:
-        finalize(store, split)
+        _complete(store, split)
     except CorruptionError:
         raise
-    except StoreError:  # others are still at work
+    except StoreError as error:  # others are still at work
+        logger.info("split '%s' is not completed yet: %s", split, error)
         return False
     finally:
-        if claimed:
-            store.release(split, _TURN)
+        if turn is not None:
+            give_back(store, split, turn)
     return True
 
 
-def _wait_for_turn(store: FeatureStore, split: str) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while not store.claim(split, _TURN):
-        if time.monotonic() > deadline:
-            logger.warning(
-                "another process began to complete split '%s' of %s and did not end: run "
-                "'ncbatch finalize' when all ranks have ended", split, store.path,
-            )  # fmt: skip
-            return False
-        time.sleep(min(0.1, PATIENCE_S))
-    return True
+def complete_resumed(store: FeatureStore, split: str, share: Share) -> str:
+    """Do what is left when a rank is resumed that has nothing left to keep; says what is the case.
+
+    The last rank may have been killed after it stored its own part and before it merged all.
+    """
+    if not share.several or finalize_if_last(store, split):
+        return f"split '{split}' of {store.path} is complete: nothing to resume"
+    return (
+        f"rank {share.rank} of split '{split}' of {store.path} is complete, the split is not: "
+        f"'ncbatch finalize {store.path} --split {split}' names the ranks that have not ended"
+    )
+
+
+def unmerged_layers(store: FeatureStore, split: str) -> list[str]:
+    """Name the layers of which only parts, or running states, are there yet."""
+    there = store.state_kinds(split)
+    found: dict[str, None] = {}
+    for layer, kind in there:
+        if layer in found or not kind.startswith((RUNNING, PART)):
+            continue
+        holds = store.state_attributes(split, layer, kind).get("holds", ())
+        # Decisions that are being added to finished moments keep nobody from measuring those.
+        wanted = holds if kind.startswith(PART) else {"moments"} & set(holds)
+        if any((layer, each) not in there for each in wanted):
+            found[layer] = None
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -154,15 +172,20 @@ class RankStates:
             Names them.
         """
         where = f"split '{self.split}' of {self.store.path}"
-        sizes = sorted({int(part.about["world_size"]) for part in self.parts})
+        there = set(self.store.state_kinds(self.split))
+        merged = {layer for layer, _ in there if self._is_merged(layer, there)}
+        parts = [part for part in self.parts if part.layer not in merged]
+        if not parts:  # an earlier call was interrupted while it deleted the last ones
+            return
+        sizes = sorted({int(part.about["world_size"]) for part in parts})
         if len(sizes) > 1:
             raise StoreError(
                 f"{where} holds states of jobs of {' and '.join(map(str, sizes))} ranks",
                 "those of one job",
-                f"call store.delete_split('{self.split}') and dump it anew",
+                f"'ncbatch delete' (store.delete_split('{self.split}')), then dump it anew",
             )
         ranks = range(sizes[0])
-        begun = {part.rank for part in self.parts}
+        begun = {part.rank for part in parts}
         lists = {
             "no states of rank": [rank for rank in ranks if rank not in begun],
             "no end of rank": [rank for rank in ranks if rank in begun and not self._ended(rank)],
@@ -173,8 +196,15 @@ class RankStates:
                 f"{where} has {' and '.join(found)}", f"all of 0..{sizes[0] - 1} ended",
                 "let them end; resume those that stopped, and begin those that never did",
             )  # fmt: skip
-        if not any(part.about["holds"] for part in self.parts):
+        if not any(part.about["holds"] for part in parts):
             raise StoreError(f"{where}: no rank had a sample", "samples on one, at least")
+
+    def _is_merged(self, layer: str, there: set[tuple[str, str]]) -> bool:
+        """Whether all that the parts of a layer hold is there as a whole."""
+        own = [part for part in self.parts if part.layer == layer]
+        held = {kind for part in own for kind in part.about["holds"]}
+        ended = all(part.ended for part in own)
+        return bool(held) and ended and all((layer, kind) in there for kind in held)
 
     def _ended(self, rank: int) -> bool:
         """Whether a rank has stored all the layers that it folded."""
@@ -207,7 +237,7 @@ class RankStates:
             raise StoreError(
                 f"ranks that decided layer '{layer}' of split '{self.split}' by different means",
                 "the class means of one split, unchanged",
-                f"call store.delete_split('{self.split}') and dump it anew",
+                f"'ncbatch delete' (store.delete_split('{self.split}')), then dump it anew",
             )
         whole: Any = None
         for part in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -90,6 +90,7 @@ class Batch:
     positions: npt.NDArray[np.int64] | None
     labels: npt.NDArray[Any]
     skipped: npt.NDArray[Any]
+    _copies: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, labels: Any, to_skip: int) -> Batch:
@@ -126,7 +127,9 @@ class Batch:
 
         if self.positions is None:
             return rows
-        return rows.index_select(0, torch.from_numpy(self.positions).to(rows.device))
+        if rows.device not in self._copies:  # once per device, not once per layer
+            self._copies[rows.device] = torch.from_numpy(self.positions).to(rows.device)
+        return rows.index_select(0, self._copies[rows.device])
 
 
 def _pooled(values: torch.Tensor, shape: tuple[int, ...], pool: Pool, place: Place) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ncbatch.arrays import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
+from ncbatch.ingest.dump_dtypes import one_dtype, stored_dtypes
 from ncbatch.ingest.head import Head
 from ncbatch.ingest.places import Batch
 from ncbatch.ingest.target import Target, wait_for
@@ -36,6 +37,8 @@ class RowTarget(Target):
         Rows at most, of all ranks together.
     """
 
+    kind = "rows"
+
     def __init__(self, *args: Any, n_samples: int | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._n_samples = n_samples
@@ -45,12 +48,21 @@ class RowTarget(Target):
         self._layout = self._stored_layout()
         self.mode = self._mode()
         self.done = self.mode == "done"
+        self._dtypes = stored_dtypes(
+            self.store, self._split, self._places, self._dtype, overwrite=self._overwrite
+        )
         if self._share.several and n_samples is None and self._layout is None and not self.done:
             raise UsageError(
                 f"no n_samples for {self._share.world_size} ranks",
                 "the samples of all ranks together, at most",
                 "give n_samples=; too large a number costs nothing",
             )
+
+    @property
+    def continues(self) -> bool:
+        """Whether this goes on with, or joins, what some process has begun."""
+        layout = self._layout if self._writer is None else self._stored_layout()
+        return self.mode == "resume" or (self._share.several and layout is not None)
 
     @property
     def begun(self) -> bool:
@@ -124,6 +136,11 @@ class RowTarget(Target):
             return None
         return {name: self._stored.spec(name) for name in self._stored.layers}
 
+    def record_identity(self) -> None:
+        """Record with what the split is begun; layers that are added leave that as it is."""
+        if self.mode != "add":
+            super().record_identity()
+
     def resume(self, writing: ExitStack) -> int:
         """Go on with the layers as they were begun."""
         if self.mode != "resume":
@@ -131,10 +148,20 @@ class RowTarget(Target):
         begun = self._begun_layers()
         assert begun is not None
         self._specs = {name: begun[name] for name in self._places}
+        for name, spec in self._specs.items():
+            if self._dtype not in (None, spec.dtype):
+                raise StoreError(
+                    f"layer '{name}' of {self._found} was begun as {spec.dtype}",
+                    f"{self._dtype}, as this dump was asked for",
+                    "leave --dtype (dtype=) out, or start again with --overwrite (overwrite=True)",
+                )
         return writing.enter_context(self._open_writer()).position
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
         """After the first forward pass: find or make the store, find the head's layer, store it."""
+        first = 0 if self._writer is None else self._writer.position
+        for name, rows in features.items():  # before a store is made that would remain
+            _check_overflow(rows, self._dtypes[name], name, first)
         super().settle(head, features, predictions and self.mode != "add")
         if self.mode == "resume" and self._head != self._begun_head:
             raise DataError(
@@ -151,11 +178,8 @@ class RowTarget(Target):
 
     def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
         """Open the split, or the layers that are added to it."""
-        declared = self.opened.declared_layers
         self._specs = {
-            name: LayerSpec(
-                int(rows.shape[1]), declared[name].dtype if name in declared else self._dtype
-            )
+            name: LayerSpec(int(rows.shape[1]), self._dtypes[name])
             for name, rows in features.items()
         }
         if self.mode != "add":
@@ -189,19 +213,16 @@ class RowTarget(Target):
         return writer
 
     def _one_dtype(self) -> str:
-        dtypes = {name: spec.dtype for name, spec in self._specs.items()}
-        if len(set(dtypes.values())) > 1:
-            raise UsageError(
-                "layers of several dtypes: "
-                + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()),
-                "one dtype for layers that are written together",
-                "set dtype= to the one declared, or dump the others afterwards",
-            )
-        return next(iter(dtypes.values()))
+        return one_dtype({name: spec.dtype for name, spec in self._specs.items()})
+
+    def receive(self, name: str, rows: torch.Tensor) -> npt.NDArray[Any]:
+        """Convert rows to the stored dtype and copy them to the host."""
+        assert self._writer is not None
+        return to_numpy(_cast(rows, self._specs[name].dtype, name, self._writer.position))
 
     def append(
         self,
-        features: Mapping[str, torch.Tensor],
+        features: Mapping[str, Any],
         labels: npt.NDArray[Any],
         decisions: torch.Tensor | None,
     ) -> None:
@@ -209,7 +230,7 @@ class RowTarget(Target):
         writer = self._writer
         assert writer is not None
         rows = {
-            name: to_numpy(_cast(values, self._specs[name].dtype, name, writer.position))
+            name: values if isinstance(values, np.ndarray) else self.receive(name, values)
             for name, values in features.items()
         }
         if isinstance(writer, LayerWriter):
@@ -276,15 +297,25 @@ def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor
     target = getattr(torch, dtype)
     if source in (dtype, "float64") or rows.dtype.itemsize < target.itemsize:
         return rows
-    cast = rows.to(target)
-    least, most = rows.aminmax() if rows.numel() else (rows.new_zeros(()), rows.new_zeros(()))
+    _check_overflow(rows, dtype, name, first)
+    return rows.to(target)
+
+
+def _check_overflow(rows: torch.Tensor, dtype: str, name: str, first: int) -> None:
+    """Refuse finite values that are infinite in `dtype`."""
+    import torch
+
+    target = getattr(torch, dtype)
+    if not rows.numel() or torch.finfo(rows.dtype).max <= torch.finfo(target).max:
+        return
+    least, most = rows.aminmax()
     largest = torch.finfo(target).max
-    if not bool((least >= -largest) & (most <= largest)):  # NaN too: then it takes a closer look
-        overflow = (torch.isinf(cast) & torch.isfinite(rows)).any(1)
-        if overflow.any():
-            row = int(torch.nonzero(overflow)[0])
-            raise DataError(
-                f"layer '{name}' row {first + row} overflows {dtype}",
-                remedy="store the layer as bfloat16 or float32",
-            )
-    return cast
+    if bool((least >= -largest) & (most <= largest)):
+        return  # NaN does not get here: then it takes a closer look
+    overflow = (torch.isinf(rows.to(target)) & torch.isfinite(rows)).any(1)
+    if overflow.any():
+        row = int(torch.nonzero(overflow)[0])
+        raise DataError(
+            f"layer '{name}' row {first + row} overflows {dtype}",
+            remedy="store it with --dtype bfloat16 or float32 (dtype=)",
+        )

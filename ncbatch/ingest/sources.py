@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ncbatch.errors import UsageError
-from ncbatch.ingest.axes import Axes
 from ncbatch.ingest.formats import Shard
-from ncbatch.ingest.labelling import Marks, beside, next_labels, open_beside
+from ncbatch.ingest.labelling import (
+    Marks,
+    Order,
+    beside,
+    next_labels,
+    open_beside,
+    without_columns,
+)
 from ncbatch.ingest.layers import Layers, open_layers
 from ncbatch.ingest.rows import RowStream, find_paths, open_shards
 
@@ -61,37 +67,32 @@ class Sources:
         following = self.labels == NEXT
         named = self.tokens if following else self.labels
         what = "token ids" if following else "labels"
-        given = () if named is None else open_shards(self._whole(named), what)
+        given: tuple[Shard, ...] = () if named is None else open_shards(self._whole(named), what)
+        if following:
+            given = without_columns(given)
         rows = open_layers(self.features, layer, axes, layer_index, given)
+        order = Order.of(rows.shards, rows.axes, given if following else ())
         marks = Marks(
-            self._beside(self.mask, "mask", rows),
-            self._beside(self.loss_mask, "loss mask", rows),
-            self._beside(self.documents, "documents", rows),
+            self._beside(self.mask, "mask", order),
+            self._beside(self.loss_mask, "loss mask", order),
+            self._beside(self.documents, "documents", order),
         )
-        chosen = self._beside(self.predictions, "predictions", rows)
+        chosen = self._beside(self.predictions, "predictions", order)
         if chosen is not None and len(rows.names) > 1:
             raise UsageError(
                 f"predictions with {len(rows.names)} layers",
                 "the one layer whose classifier made them",
                 "import that layer by itself, or add it later with --predictions",
             )
-        labels = self._labels(given, following, rows, marks)
+        labels = None
+        if given and following:
+            labels = next_labels(given, order, marks)
+        elif given:
+            labels = beside(given, "labels", order)
         return Opened(rows, labels, chosen, Marks() if following else marks)
 
-    def _labels(
-        self, given: Sequence[Shard], following: bool, rows: Layers, marks: Marks
-    ) -> RowStream | None:
-        if not given:
-            return None
-        if following:
-            return next_labels(given, rows.shards, rows.axes, marks)
-        return beside(given, "labels", rows.axes, rows.n_rows)
-
-    def _beside(self, source: str | None, what: str, rows: Layers) -> RowStream | None:
-        if source is None:
-            return None
-        axes: Axes = rows.axes
-        return open_beside(self._whole(source), what, axes, rows.n_rows)
+    def _beside(self, source: str | None, what: str, order: Order) -> RowStream | None:
+        return None if source is None else open_beside(self._whole(source), what, order)
 
     def _whole(self, source: str) -> str:
         """Put the path of the features before ``:key``."""

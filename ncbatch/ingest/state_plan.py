@@ -57,6 +57,7 @@ class StatePlan:
         self._wanted = {name: self._wanted_of(name) for name in self.layers}
         self.saved: dict[str, dict[str, Any]] = {}
         if store is not None and not overwrite:
+            self._check_job(store)
             self._check_stored(f"split '{split}' of {store.path}")
             self.saved = dict(self._find_saved(store))
 
@@ -95,7 +96,8 @@ class StatePlan:
             return
         begun = [name for name in self.layers if self._stored[name] & {self.running, self.part}]
         if begun:
-            again = "store.delete_split" if self._share.several else "overwrite=True"
+            several = self._share.several
+            again = "'ncbatch delete' (store.delete_split)" if several else "overwrite=True"
             raise StoreError(
                 f"rank {self._share.rank} of {self._share.world_size} has begun layers "
                 f"{', '.join(begun)} of {found}",
@@ -110,6 +112,19 @@ class StatePlan:
                 "leave them out, or replace them with overwrite=True",
             )
 
+    def _check_job(self, store: FeatureStore) -> None:
+        """Refuse what processes of a job of another size left: it is not this one's."""
+        another = False
+        for name in self.layers:
+            for kind in sorted(self._stored[name]):
+                own = kind in (self.running, self.part)
+                if not kind.startswith((RUNNING, PART)) or (another and not own):
+                    continue
+                about = store.state_attributes(self._split, name, kind)
+                if about:  # another process may just have merged it
+                    self._check_ranks(int(about["world_size"]))
+                    another |= not own  # one of the others tells as much as all
+
     def _find_saved(self, store: FeatureStore) -> Iterable[tuple[str, dict[str, Any]]]:
         """Give what is recorded beside the running states of this rank."""
         for name in self.layers:
@@ -117,7 +132,6 @@ class StatePlan:
             if about and self._ready(name):  # killed while it ended
                 store.delete_state(self._split, name, self.running)
             elif about:
-                self._check_ranks(int(about["world_size"]))
                 yield name, about
 
     def _check_ranks(self, world_size: int) -> None:
@@ -125,11 +139,13 @@ class StatePlan:
             raise StoreError(
                 f"states of split '{self._split}' were begun by {world_size} ranks",
                 f"{self._share.world_size}, as this one was told",
-                "give rank= and world_size= as they were, or delete the split first",
+                "give rank= and world_size= as they were; or complete the split (ncbatch finalize), "
+                "or delete it (ncbatch delete)",
             )
 
     def _ready(self, name: str) -> bool:
-        return self.part in self._stored[name] or not self._wanted[name]
+        stored = self.part in self._stored[name] and not self._overwrite
+        return stored or not self._wanted[name]
 
     def _is_done(self, name: str) -> bool:
         """Whether this rank has nothing left to do for a layer."""

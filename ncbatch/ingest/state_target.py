@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from ncbatch.arrays import Array, first_nonfinite_row, to_numpy
 from ncbatch.errors import DataError, StoreError
-from ncbatch.ingest.deciding import Deciding, beside
+from ncbatch.ingest.deciding import BatchLabels, Deciding, float32_roundoff
 from ncbatch.ingest.fold_memory import FoldPrice, choose_place
 from ncbatch.ingest.folding import LayerFold
 from ncbatch.ingest.head import Head
 from ncbatch.ingest.places import Batch
 from ncbatch.ingest.state_plan import StatePlan
 from ncbatch.ingest.target import Target, wait_for
-from ncbatch.stats import Decisions, MomentsAccumulator
+from ncbatch.stats import Decisions, MomentsAccumulator, Scratch
 from ncbatch.store.row_buffer import checked_labels
 
 if TYPE_CHECKING:
@@ -57,12 +57,16 @@ class StateTarget(Target):
             resume=self._resume, overwrite=self._overwrite,
         )  # fmt: skip
         self._folds: dict[str, LayerFold] = {}
+        self._scratch = Scratch()  # layers are folded one after another
+        self._expected: BatchLabels | None = None
         self._begun, self._on_host = False, True
         self._watch: Head | None = None
         self._position, self._crc, self._unsaved = 0, 0, 0
         self.done = self._plan.done
-        if self.done:
+        if self.done and not self._share.several:
             logger.info("%s is complete: nothing to resume", self._found)
+        elif self.done:
+            logger.info("all of rank %d is in %s: nothing to resume", self._share.rank, self._found)
 
     @property
     def begun(self) -> bool:
@@ -149,10 +153,10 @@ class StateTarget(Target):
         like = self._values(rows[:0])
         fold = LayerFold(self.opened.n_classes, None)
         if "moments" in kinds:
-            fold.moments = MomentsAccumulator(fold.n_classes, int(like.shape[1]), like=like)
+            fold.moments = self._accumulator(int(like.shape[1]), like)
         if "decisions" in kinds:
             assert deciding is not None
-            roundoff = 0.0 if self._on_host else _float32_roundoff()
+            roundoff = 0.0 if self._on_host else float32_roundoff()
             fold.decisions = Decisions.zero(fold.n_classes)
             fold.decider = deciding.decider(name, like, roundoff)
             fold.about = fold.decider.about
@@ -161,6 +165,10 @@ class StateTarget(Target):
             arrays, about = self.opened.state(self._split, name, self._plan.running) or ({}, {})
             fold.restore(arrays, int(about["position"]))
         return fold
+
+    def _accumulator(self, n_features: int, like: Array) -> MomentsAccumulator:
+        k = self.opened.n_classes
+        return MomentsAccumulator(k, n_features, like=like, scratch=self._scratch)
 
     def _check_continues(self, name: str, fold: LayerFold) -> None:
         about = self._plan.saved[name]
@@ -180,35 +188,64 @@ class StateTarget(Target):
 
     # ------------------------------------------------------------------------------------ folding
 
+    def expect(self, batch: Batch) -> None:
+        """Take the labels of the batch that comes, unless its forward pass decides them."""
+        self._expected = None
+        if self._begun and self._labels_given:
+            self._expected = self._checked(batch.labels)
+
+    def receive(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
+        """Fold rows as soon as they are there; those that must wait for the head are given back."""
+        fold = self._folds.get(name)
+        if fold is None:  # its states are stored
+            return None
+        if self._expected is None or fold.awaits_head:
+            return rows
+        self._fold_rows(name, rows, self._expected, None)
+        return None
+
     def append(
         self,
-        features: Mapping[str, torch.Tensor],
+        features: Mapping[str, torch.Tensor | None],
         labels: npt.NDArray[Any],
         decisions: torch.Tensor | None,
     ) -> None:
         """Fold the rows of a batch into every layer that does not hold them yet."""
-        first, n = self._position, len(labels)
-        y = checked_labels(labels, "label", self.opened.n_classes, first).astype(np.int64)
-        for name, fold in self._folds.items():
-            if fold.position >= first + n:
-                continue
-            if fold.position != first:
-                raise self._other_batches()
-            rows = self._values(features[name])
-            bad = first_nonfinite_row(rows)
-            if bad is not None:
-                raise DataError(
-                    f"layer '{name}' row {first + bad} holds NaN or an infinity",
-                    "finite features",
-                    "leave the layer out, or mark such positions by negative labels",
-                )
-            decided: Any = decisions
-            if decisions is not None:
-                decided = to_numpy(decisions) if self._on_host else decisions.to(rows.device)
-            fold.add(rows, beside(rows, y), decided)
-            self._unsaved += n * int(rows.shape[1]) * 4
+        given = self._expected or self._checked(labels)
+        self._expected = None
+        for name in self._folds:
+            rows = features[name]
+            if rows is not None:
+                self._fold_rows(name, rows, given, decisions)
         self._count(labels)
         self._save_if_due()
+
+    def _checked(self, labels: npt.NDArray[Any]) -> BatchLabels:
+        k = self.opened.n_classes
+        return BatchLabels(checked_labels(labels, "label", k, self._position).astype(np.int64))
+
+    def _fold_rows(
+        self, name: str, rows: torch.Tensor, labels: BatchLabels, decisions: torch.Tensor | None
+    ) -> None:
+        """Fold the rows of a batch into a layer, unless it was saved with them in it."""
+        fold, first, n = self._folds[name], self._position, len(labels.values)
+        if fold.position >= first + n:
+            return
+        if fold.position != first:
+            raise self._other_batches()
+        values = self._values(rows)
+        bad = first_nonfinite_row(values)
+        if bad is not None:
+            raise DataError(
+                f"layer '{name}' row {first + bad} holds NaN or an infinity",
+                "finite features",
+                "leave the layer out, or mark such positions by negative labels",
+            )
+        decided: Any = decisions if fold.awaits_head else None
+        if decided is not None:
+            decided = to_numpy(decided) if self._on_host else decided.to(values.device)
+        fold.add(values, labels.beside(values), decided)
+        self._unsaved += n * int(values.shape[1]) * 4
 
     def check_skipped(self, batch: Batch) -> None:
         """Refuse to skip rows that are not the ones folded: other batches would be mixed in."""
@@ -240,8 +277,10 @@ class StateTarget(Target):
         return to_numpy(wide) if self._on_host else wide
 
     def _save_if_due(self) -> None:
+        if self._unsaved < _SAVE_BYTES:  # counting the classes seen waits for the GPU
+            return
         size = sum(fold.running_bytes for fold in self._folds.values())
-        if self._unsaved < max(_SAVE_BYTES, _SAVE_RATIO * size):
+        if self._unsaved < _SAVE_RATIO * size:
             return
         self._unsaved = 0
         for name, fold in self._folds.items():
@@ -289,7 +328,7 @@ class StateTarget(Target):
             fold = LayerFold(self.opened.n_classes, None, about=about["about"])
             if "moments" in about["holds"]:
                 like = arrays["pilots"][:0]
-                fold.moments = MomentsAccumulator(fold.n_classes, like.shape[1], like=like)
+                fold.moments = self._accumulator(int(like.shape[1]), like)
             if "decisions" in about["holds"]:
                 fold.decisions = Decisions.zero(fold.n_classes)
             fold.restore(arrays, int(about["position"]))
@@ -318,10 +357,3 @@ class StateTarget(Target):
         for name in self._places:
             empty = {"class": np.empty(0, np.int64)}
             self.opened.set_state(self._split, name, self._plan.part, empty, about)
-
-
-def _float32_roundoff() -> float:
-    """Give the unit of rounding of the operands of torch's float32 products on a GPU."""
-    import torch
-
-    return {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)

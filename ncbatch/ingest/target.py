@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ncbatch.arrays import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.head import Head
+from ncbatch.ingest.identity import Identity, check_same
 from ncbatch.ingest.places import Batch, Place
 from ncbatch.store import FeatureStore
 from ncbatch.store.commit_records import Share
@@ -44,8 +45,8 @@ class Target:
         The split.
     places : mapping of str to Place
         Where each layer is captured.
-    dtype : str
-        How layers that the store does not declare are stored.
+    dtype : str or None
+        How layers are stored; None for as the store has them, float16 in a new one.
     n_classes : int or None
         K of a store to be made; None for the head's number of outputs.
     share : Share
@@ -54,23 +55,28 @@ class Target:
         What to do with what is there.
     labels_given : bool
         Whether the labels of the batches are those of the samples, and not the head's decisions.
+    identity : mapping of str to str or int, optional
+        What the rows depend on; a dump that goes on must have been begun with the same.
     """
+
+    kind = "moments"  # what is kept
 
     def __init__(
         self,
         store: FeatureStore | str | os.PathLike[str],
         split: str,
         places: Mapping[str, Place],
-        dtype: str,
+        dtype: str | None,
         n_classes: int | None,
         share: Share,
         *,
         resume: bool,
         overwrite: bool,
         labels_given: bool = True,
+        identity: Identity | None = None,
     ) -> None:
         check_name("split", split)
-        if dtype not in DTYPES:
+        if dtype not in (None, *DTYPES):
             raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
         if resume and overwrite:
             raise UsageError("both resume and overwrite", "one of them")
@@ -78,7 +84,7 @@ class Target:
             raise UsageError(
                 "overwrite with several ranks, where the last one would delete the others' work",
                 "one process that deletes before they begin",
-                f"call store.delete_split('{split}') first",
+                f"run 'ncbatch delete' (store.delete_split('{split}')) first",
             )
         self.store = open_if_there(store)
         self._path = store
@@ -87,6 +93,7 @@ class Target:
         if self.store is not None:
             _check_classes(self.store, n_classes)
         self.n_classes = n_classes if self.store is None else self.store.n_classes
+        self._identity = dict(identity or {})
         self.settled = False
         self.done = False
         self._head: str | None = None  # the layer whose predictions are kept
@@ -103,6 +110,28 @@ class Target:
         """Whether `start` was called, or is not needed any more."""
         raise NotImplementedError
 
+    @property
+    def continues(self) -> bool:
+        """Whether this goes on with, or joins, what some process has begun."""
+        from ncbatch.ingest.merging import PART, RUNNING  # which itself needs this module
+
+        if self.store is None or self._overwrite:
+            return False
+        kinds = self.store.state_kinds(self._split)
+        return any(x in self._places and kind.startswith((RUNNING, PART)) for x, kind in kinds)
+
+    def check_identity(self) -> None:
+        """Refuse to go on with what was begun with another model or other data."""
+        if self.store is not None and self.continues:
+            named = f"split '{self._split}' of {self.store.path}"
+            check_same(self.store.begun_with(self._split, self.kind), self._identity, named)
+
+    def record_identity(self) -> None:
+        """Record with what this is begun, unless another rank has: then it must be the same."""
+        self.check_identity()
+        if not self.continues or not self.opened.begun_with(self._split, self.kind):
+            self.opened.set_begun_with(self._split, self.kind, self._identity)
+
     def resume(self, writing: ExitStack) -> int:
         """Go on where an earlier process stopped; gives the samples that were kept already."""
         raise NotImplementedError
@@ -111,9 +140,21 @@ class Target:
         """Begin to keep, once the first batch has told the widths; `writing` ends it."""
         raise NotImplementedError
 
+    def expect(self, batch: Batch) -> None:
+        """Hear of the batch that the model is about to read; by default nothing is done."""
+
+    def receive(self, name: str, rows: torch.Tensor) -> Any:
+        """Take rows of a layer as soon as they are there, while the model still runs.
+
+        Called for every batch after the first one, inside the hook: what is kept of one layer is
+        then no longer on the model's device when the next one runs. What it returns is what
+        `append` gets; by default the rows.
+        """
+        return rows
+
     def append(
         self,
-        features: Mapping[str, torch.Tensor],
+        features: Mapping[str, Any],
         labels: npt.NDArray[Any],
         decisions: torch.Tensor | None,
     ) -> None:
@@ -161,7 +202,7 @@ class Target:
             self.n_classes = int(head.module.out_features)
         widths = {name: int(rows.shape[1]) for name, rows in features.items()}
         assert not isinstance(self._path, FeatureStore)
-        found = found_store(self._path, self.n_classes, widths, self._dtype)
+        found = found_store(self._path, self.n_classes, widths, self._dtype or "float16")
         _check_classes(found, self.n_classes)
         return found
 
@@ -179,7 +220,7 @@ class Target:
                 head.path,
             )
         weight = to_numpy(module.weight[:k])
-        bias = None if module.bias is None else to_numpy(module.bias[:k])
+        bias = None if head.bias is None else to_numpy(head.bias[:k])
         stored = self.opened.classifier(layer)
         if stored is not None:
             if _same(stored[0], weight) and _same(stored[1], bias):

@@ -74,6 +74,37 @@ class RandomAngles:
         """Give the logarithm of the expectation of its exponential, free of overflow."""
         return _log_sum(self.logs + values)
 
+    def log_mean_exp_of(self, n_pairs: int, values: Values) -> float:
+        """Give the logarithm of what the mean over `n_pairs` pairs typically is, near its median.
+
+        Parameters
+        ----------
+        n_pairs : int
+            Counted as independent.
+        values : array (Q,)
+            Logarithms of what is averaged, at the nodes.
+
+        Notes
+        -----
+        The least of the distances is taken at its median, the others at the expectation beyond it.
+        The expectation itself is that of nearer pairs, which hardly any set of so few has, where
+        values rise steeply as the distance falls.
+        """
+        if len(values) == 1:
+            return float(values[0])
+        shares = np.exp(self.logs)
+        reached = np.cumsum(shares)
+        # P(R <= r) at which n pairs have an even chance of none nearer than r.
+        nearest = -math.expm1(math.log(0.5) / n_pairs)
+        first = int(np.searchsorted(reached, nearest, side="right"))
+        beyond = self.logs[first:] + values[first:]
+        beyond[0] += math.log((reached[first] - nearest) / shares[first])
+        others = _log_sum(beyond) - math.log1p(-nearest) + math.log1p(-1.0 / n_pairs)
+        # Values are nearly linear in log P.
+        middles = np.log(np.maximum(reached - 0.5 * shares, np.finfo(np.float64).tiny))
+        at_nearest = float(np.interp(math.log(nearest), middles, values))
+        return float(np.logaddexp(at_nearest - math.log(n_pairs), others))
+
     def apart(self) -> RandomAngles:
         """Give the distribution without coincident directions, which one dimension has."""
         kept = self.squares > 0.0

@@ -203,6 +203,28 @@ class Statistics:
         return scalar(namespace(self.square_norms).sum(self.square_norms)) / self.n_classes
 
     @cached_property
+    def recentred(self) -> bool:
+        """Whether m_G is another point than the unweighted mean of class means."""
+        counts = self.moments.counts
+        return self.weighted and bool(namespace(counts).any(counts != counts[0]))
+
+    @cached_property
+    def unweighted_total(self) -> float:
+        """Sum of |m_c - m|^2, m the unweighted mean of class means.
+
+        Raises
+        ------
+        Undefined
+            When S_B is zero.
+        """
+        total = self.between_trace * self.n_classes
+        if not self.recentred:
+            return total
+        # m_G is among the means, so that the difference loses a factor K of digits at most.
+        apart = mean_of_rows(self.moments.means) - self.global_mean
+        return total - self.n_classes * scalar(namespace(apart).sum(apart * apart))
+
+    @cached_property
     def spectrum(self) -> Spectrum:
         """Eigenpairs of S_B.
 

@@ -3,17 +3,19 @@
 Chance: K class means drawn from N(m, tau^2 I), within-class covariance sigma^2 I, m_G the unweighted
 mean of class means, and V_c and the traces of S_W and S_B as measured. Values hold for any K and D: that
 subtracting m_G correlates the means, and that tr S_B is a measured number, is part of them. A
-classifier by chance has rows whose directions know nothing of the means.
+classifier by chance has rows whose directions know nothing of the means. Where m_G weighs classes of
+unequal size, what is computed from Mc has no value: NaN.
 
 Where a metric is a variance, a standard deviation or a logarithm of a mean over pairs, the value is
-that of the distribution of one pair; K >= 10 classes give the same on average, fewer in few dimensions
-somewhat less.
+that of the distribution of one pair; see ``docs/metrics.md`` for how near K classes come to it. The
+Riesz energies are typical ones, because their expectation is that of pairs that no set has.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import numpy as np
 from scipy.special import betaincinv, betaln, gammaln, polygamma
@@ -24,6 +26,16 @@ from ncbatch.metrics.statistics import Statistics, Undefined
 
 # Degrees of freedom above which the shape of S_B hardly varies, and quantiles taken below.
 _MANY_DEGREES, _QUANTILES = 500, 512
+
+
+def _unless_recentred(value: Callable[[Statistics], float]) -> Callable[[Statistics], float]:
+    """Give NaN where m_G is not the unweighted mean, which `value` takes for granted."""
+
+    @wraps(value)
+    def checked(s: Statistics) -> float:
+        return math.nan if s.recentred else value(s)
+
+    return checked
 
 
 def structure_floor(s: Statistics) -> float:
@@ -41,6 +53,7 @@ def coherence_floor(s: Statistics) -> float:
 # ---------------------------------------------------------------------------------------- NC1
 
 
+@_unless_recentred
 def covariance_ratio(s: Statistics) -> float:
     """Give the expectation of nc1_pinv: that of an inverse Wishart matrix."""
     k, d = s.n_classes, s.n_features
@@ -65,6 +78,7 @@ def directional_cdnv(s: Statistics) -> float:
     return s.within_trace / s.n_features * _inverse_distance(s, 1.0)
 
 
+@_unless_recentred
 def variance_ratio(s: Statistics) -> float:
     """Give the expectation of V_c / |Mc_c|^2, |Mc_c|^2 = (1 - 1/K) tau^2 chi^2_D."""
     k = s.n_classes
@@ -98,6 +112,7 @@ def _inverse_moment(s: Statistics, p: float) -> float:
 # ------------------------------------------------------------------------------- NC2: structure
 
 
+@_unless_recentred
 def etf_error(s: Statistics) -> float:
     """Give the expectation of nc2_etf_err."""
     return _etf_error(s.n_classes, s.n_features)
@@ -125,23 +140,27 @@ def _etf_error(n_classes: int, n_features: int) -> float:
     return float(np.mean(np.sqrt(np.maximum(2.0 - 2.0 * match, 0.0))))
 
 
+@_unless_recentred
 def participation(s: Statistics) -> float:
     """Give 1 / E(|A|^2 / (tr A)^2), A = Mc^T Mc."""
     p, d = s.n_classes - 1, s.n_features
     return (p * d + 2) / (p + d + 1)
 
 
+@_unless_recentred
 def norm_mean(s: Statistics) -> float:
     """E |Mc_c|."""
     return _norm_share(s) * math.sqrt(s.between_trace)
 
 
+@_unless_recentred
 def norm_variance(s: Statistics) -> float:
     """Give the variance of |Mc_c| over classes, of which the mean square is measured."""
     k = s.n_classes
     return _over_classes(s, (1.0 - _norm_share(s) ** 2) * k / (k - 1)) * s.between_trace
 
 
+@_unless_recentred
 def norm_cv(s: Statistics) -> float:
     """Give the standard deviation of |Mc_c| over the mean, less what few classes lose of it."""
     k = s.n_classes
@@ -150,6 +169,7 @@ def norm_cv(s: Statistics) -> float:
     return few * math.sqrt(max(square, 0.0))
 
 
+@_unless_recentred
 def lognorm_variance(s: Statistics) -> float:
     """Var log |Mc_c|, where two classes are correlated by 1/(K-1)^2."""
     share = 1.0 - 1.0 / (s.n_classes - 1) ** 2
@@ -173,41 +193,48 @@ def _norm_share(s: Statistics) -> float:
 # ---------------------------------------------------------------------------------- NC2: angles
 
 
+@_unless_recentred
 def distance_mean(s: Statistics) -> float:
     """E |u_i - u_j|."""
     angles = _angles(s)
     return angles.mean(np.sqrt(angles.squares))
 
 
+@_unless_recentred
 def distance_variance(s: Statistics) -> float:
     """Var |u_i - u_j|."""
     angles = _angles(s)
     return angles.variance(np.sqrt(angles.squares))
 
 
+@_unless_recentred
 def log_mean(s: Statistics) -> float:
     """E log(1/|u_i - u_j|)."""
     angles = _angles(s).apart()
     return angles.mean(-0.5 * np.log(angles.squares))
 
 
+@_unless_recentred
 def log_variance(s: Statistics) -> float:
     """Var log(1/|u_i - u_j|)."""
     angles = _angles(s).apart()
     return angles.variance(-0.5 * np.log(angles.squares))
 
 
+@_unless_recentred
 def riesz_log_mean(s: Statistics) -> float:
-    """Log E |u_i - u_j|^(-s), s = D - 2; its variance is infinite for more than two classes."""
+    """Give the typical log mean of |u_i - u_j|^(-s), s = D - 2; see `log_mean_exp_of`."""
     exponent = s.n_features - 2
     if not exponent:
         raise Undefined("the energy is zero")
     angles = _angles(s).apart()
-    return angles.log_mean_exp(-0.5 * exponent * np.log(angles.squares))
+    energies = -0.5 * exponent * np.log(angles.squares)
+    return angles.log_mean_exp_of(s.n_classes * (s.n_classes - 1) // 2, energies)
 
 
+@_unless_recentred
 def riesz_mean(s: Statistics) -> float:
-    """E sign(s) |u_i - u_j|^(-s)."""
+    """Give the typical mean of sign(s) |u_i - u_j|^(-s)."""
     exponent = s.n_features - 2
     if not exponent:
         return 0.0
@@ -215,24 +242,28 @@ def riesz_mean(s: Statistics) -> float:
     return math.copysign(math.exp(logarithm), exponent) if logarithm < 700.0 else math.inf
 
 
+@_unless_recentred
 def cosine_mean(s: Statistics) -> float:
     """E cos(u_i, u_j)."""
     angles = _angles(s)
     return angles.mean(angles.cosines)
 
 
+@_unless_recentred
 def cosine_std(s: Statistics) -> float:
     """Give the standard deviation of cos(u_i, u_j)."""
     angles = _angles(s)
     return math.sqrt(angles.variance(angles.cosines))
 
 
+@_unless_recentred
 def deviation_mean(s: Statistics) -> float:
     """E |cos(u_i, u_j) + 1/(K-1)|."""
     angles = _angles(s)
     return angles.mean(np.abs(angles.cosines + 1.0 / (s.n_classes - 1)))
 
 
+@_unless_recentred
 def uniformity(s: Statistics) -> float:
     """Log E exp(-2 |u_i - u_j|^2)."""
     angles = _angles(s)
@@ -297,5 +328,5 @@ def _sphere_distance(n_features: int) -> float:
 
 
 def _total(s: Statistics) -> float:
-    """Tr Mc^T Mc."""
-    return s.between_trace * s.n_classes
+    """Tr Mc^T Mc, Mc about the unweighted mean."""
+    return s.unweighted_total

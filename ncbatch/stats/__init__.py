@@ -9,6 +9,7 @@ from ncbatch.stats.pair_tiles import PairTiles, sweep_pairs
 from ncbatch.stats.pairs import PAIR_QUANTITIES, Nearest, PairStats, TopPairs
 from ncbatch.stats.rule import Rule
 from ncbatch.stats.rules import linear_rule, nearest_mean_rule
+from ncbatch.stats.scratch import Scratch
 from ncbatch.stats.seen import SeenMoments
 from ncbatch.stats.tally import Tally
 
@@ -23,6 +24,7 @@ __all__ = [
     "PairStats",
     "PairTiles",
     "Rule",
+    "Scratch",
     "SeenMoments",
     "Tally",
     "TopPairs",

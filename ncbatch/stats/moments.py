@@ -20,6 +20,7 @@ from ncbatch.errors import DataError
 from ncbatch.stats.blocks import check_block, detached
 from ncbatch.stats.folding import Folding, merge_rows
 from ncbatch.stats.saving import NamedArrays
+from ncbatch.stats.scratch import Scratch
 
 Precision: TypeAlias = Literal["exact", "fp32", "tf32"]
 
@@ -237,6 +238,8 @@ class MomentsAccumulator:
     precision : {"exact", "fp32", "tf32"}
         Dtype of residuals and their products, float64 or float32; sums are folded in float64
         either way.
+    scratch : Scratch, optional
+        Shared with accumulators that fold at other times; `peak_bytes` counts it for each.
 
     Notes
     -----
@@ -256,7 +259,9 @@ class MomentsAccumulator:
         like: Array,
         scatter: bool = True,
         precision: Precision = "exact",
+        scratch: Scratch | None = None,
     ) -> None:
+        self._scratch = scratch if scratch is not None else Scratch()
         xp = self._xp = namespace(like)
         self._place = {"device": device(like)}
         self._work = xp.float64 if precision == "exact" else xp.float32
@@ -331,6 +336,11 @@ class MomentsAccumulator:
         block = rows * n_features * 8 * 4 + rows * 64 + n_classes * 24 + 2**20
         finish = min(n_classes, 4096) * n_features * 8 * 5
         return state + products + max(block, finish, compiled)
+
+    @staticmethod
+    def scratch_bytes(n_features: int) -> int:
+        """Price what compiled folds keep in their scratch between blocks, but for K numbers."""
+        return _piece_rows(n_features) * (n_features * 8 + 24) + n_features**2 * 8
 
     def arrays(self) -> dict[str, Array]:
         """Give all that the running state is, to be saved and restored.
@@ -420,7 +430,7 @@ class MomentsAccumulator:
             from ncbatch.stats.moments_kernel import CompiledFolding
 
             rows = _piece_rows(self._sums.shape[1])
-            self._compiled_folding = CompiledFolding(*state, self._work, rows)
+            self._compiled_folding = CompiledFolding(*state, self._work, rows, self._scratch)
         return self._compiled_folding
 
 

@@ -19,6 +19,7 @@ from numba.extending import intrinsic, overload
 
 from ncbatch.arrays import cpu_count, map_threads, row_blocks, symmetric_product
 from ncbatch.errors import DataError
+from ncbatch.stats.scratch import Scratch
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
@@ -242,6 +243,8 @@ class CompiledFolding:
         Of residuals in products; sums are taken in float64.
     block_rows : int
         The most rows of a block, and of a product.
+    scratch : Scratch
+        Where residuals and products are; several that do not run at once may share it.
     """
 
     def __init__(
@@ -253,16 +256,16 @@ class CompiledFolding:
         scatter: npt.NDArray[np.float64] | None,
         work: Any,
         block_rows: int,
+        scratch: Scratch,
     ) -> None:
         self._counts, self._pilots, self._sums, self._traces = counts, pilots, sums, traces
-        self._scatter = scatter
-        n_features = sums.shape[1]
-        kept = 0 if scatter is None else block_rows
-        self._residuals = np.empty((kept, n_features), work)
-        self._product = np.empty((n_features, n_features) if kept else (0, 0), work)
-        self._slots = np.full(counts.shape[0], -1, np.int32)
-        self._present, self._order = np.empty((2, block_rows), np.int64)
-        self._starts = np.empty(block_rows + 1, np.int64)
+        self._scatter, self._work = scatter, work
+        self._block_rows, self._scratch = block_rows, scratch
+
+    @property
+    def _residuals(self) -> npt.NDArray[Any]:
+        kept = 0 if self._scatter is None else self._block_rows
+        return self._scratch.take("residuals", (kept, self._sums.shape[1]), self._work)
 
     def add(self, features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
         """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1, B at most `block_rows`.
@@ -274,10 +277,13 @@ class CompiledFolding:
         """
         rows, labels = as_rows(features), np.ascontiguousarray(labels, np.int64)
         self._check(rows, labels)
-        places = (self._order, self._starts, self._present)
-        n, several = group_rows(
-            labels, self._counts, self._slots, self._present, self._starts, self._order
-        )
+        take, rows_at_most = self._scratch.take, self._block_rows
+        order = take("order", (rows_at_most,), np.int64)
+        starts = take("starts", (rows_at_most + 1,), np.int64)
+        present = take("present", (rows_at_most,), np.int64)
+        slots = take("slots", (self._counts.shape[0],), np.int32, fill=-1)
+        places = (order, starts, present)
+        n, several = group_rows(labels, self._counts, slots, present, starts, order)
         state = (self._counts, self._pilots, self._sums, self._traces, self._residuals)
 
         def fold(part: slice) -> None:
@@ -287,8 +293,8 @@ class CompiledFolding:
             if several < part.stop:
                 begin_classes(rows, *places, max(part.start, several), part.stop, *state[:2])
 
-        in_threads(fold, shares(self._starts[: n + 1]))
-        self._add_product(int(self._starts[several]), 1)
+        in_threads(fold, shares(starts[: n + 1]))
+        self._add_product(int(starts[several]), 1)
 
     def finish(self) -> None:
         """Turn sums into means, and take what the pilots missed off traces and scatter."""
@@ -318,12 +324,13 @@ class CompiledFolding:
         ordered: bool = False,
     ) -> None:
         state = (self._counts, self._pilots, self._sums, self._traces, means)
-        for block in row_blocks(classes.shape[0], self._present.shape[0]):
+        residuals = self._residuals
+        for block in row_blocks(classes.shape[0], self._block_rows):
             ids, rows = classes[block], places[block]
             ends = np.concatenate([[0], np.cumsum(self._counts[ids] > 1)])
 
             def settle(part: slice, ids: Any = ids, rows: Any = rows, ends: Any = ends) -> None:
-                missed = self._residuals[ends[part.start] : ends[part.stop]]
+                missed = residuals[ends[part.start] : ends[part.stop]]
                 settle_classes(ids[part], rows[part], *state, missed)
 
             whole = [slice(0, ids.shape[0])]
@@ -344,7 +351,10 @@ class CompiledFolding:
     def _add_product(self, n_rows: int, sign: int) -> None:
         if self._scatter is None or n_rows == 0:
             return
-        product = symmetric_product(self._residuals[:n_rows], out=self._product)
+        product = symmetric_product(
+            self._residuals[:n_rows],
+            out=self._scratch.take("product", self._scatter.shape, self._work),
+        )
         if sign > 0:
             self._scatter += product
         else:

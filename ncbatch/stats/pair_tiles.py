@@ -23,6 +23,7 @@ from ncbatch.arrays import (
     row_blocks,
     take_rows,
 )
+from ncbatch.stats import pair_outputs
 from ncbatch.stats.pair_arrays import ArrayTiles
 from ncbatch.stats.pair_means import COINCIDENT, LOST_IN_FLOAT64
 from ncbatch.stats.pairs import COSINE_BINS, TOP_PAIRS, PairStats
@@ -241,14 +242,12 @@ class PairTiles(ArrayTiles):
     @cached_property
     def _references(self) -> Array:
         """Numbers near the means, from a sample of the pairs."""
-        from ncbatch.stats import pair_kernel as kernel
-
         some = slice(0, min(self.n_classes, _SAMPLE_CLASSES))
         operand = self._operand(some)
-        out = self._run_kernel(some, operand, some, operand, np.zeros(kernel.N_SUMS))
+        out = self._run_kernel(some, operand, some, operand, np.zeros(pair_outputs.N_SUMS))
         sums, counts = out[0].sum(axis=0), out[1].sum(axis=0)
-        references = np.zeros(kernel.N_SUMS)
-        for column, counted in kernel.REFERENCED.items():
+        references = np.zeros(pair_outputs.N_SUMS)
+        for column, counted in pair_outputs.REFERENCED.items():
             if counts[counted]:
                 references[column] = sums[column] / counts[counted]
         return references
@@ -257,7 +256,7 @@ class PairTiles(ArrayTiles):
         self, rows: slice, a: _Operand, columns: slice, b: _Operand, references: Array
     ) -> tuple[Array, ...]:
         # Compiled code is loaded only where a sweep runs.
-        from ncbatch.stats import pair_kernel as kernel
+        from ncbatch.stats.pair_kernel import sweep_tile
 
         wanted = self.quantities
         gram = a.centred @ b.centred.T
@@ -265,10 +264,10 @@ class PairTiles(ArrayTiles):
         if self.within is not None:
             gram_w = a.within_product @ b.within_product.T
         n_rows, n_columns = gram.shape
-        out = kernel.outputs(n_rows, n_columns, COSINE_BINS, TOP_PAIRS)
+        out = pair_outputs.outputs(n_rows, n_columns, COSINE_BINS, TOP_PAIRS)
         lost = _LOST_IN_FLOAT32 if self._products == np.float32 else LOST_IN_FLOAT64
         coherence = 1.0 / max(self.n_classes - 1, 1)
-        kernel.sweep_tile(
+        sweep_tile(
             gram, gram_w, rows.start, columns.start,
             (a.means, a.within), (b.means, b.within), self.center, *self._vectors,
             (self._dist_exp, self._riesz_exponent, coherence, lost, COINCIDENT),
@@ -287,11 +286,9 @@ class PairTiles(ArrayTiles):
         return out
 
     def _fold_compiled(self, rows: slice, a: _Operand, columns: slice) -> PairStats:
-        from ncbatch.stats import pair_kernel as kernel
-
         b = a if rows == columns else self._operand(columns)
         out = self._run_kernel(rows, a, columns, b, self._references)
-        return kernel.summarise(
+        return pair_outputs.summarise(
             out, self.quantities, self._references, self._riesz_exponent,
             rows.start, columns.start, self.n_classes,
         )  # fmt: skip

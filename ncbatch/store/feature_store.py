@@ -203,14 +203,23 @@ class FeatureStore(StoreHeader):
         group = self._root.get(split)
         return Layout.read(group) if isinstance(group, zarr.Group) else None
 
-    def claim(self, split: str, task: str) -> bool:
-        """Take a task of a split; True for one of the processes that ask, until it is released."""
-        token = str(uuid.uuid4())
+    def claim(self, split: str, task: str, token: str | None = None) -> bool:
+        """Take a task of a split; True for one of the processes that ask, until it is released.
+
+        `token` is what `claimant` tells the others; no two processes may give the same.
+        """
+        token = token or str(uuid.uuid4())
         try:
             group = found_group(found_group(self._root, split), task, {"token": token})
         except KeyError:  # given back while this process looked
             return False
         return group.attrs.get("token") == token
+
+    def claimant(self, split: str, task: str) -> str | None:
+        """Give the token of the process that has taken a task; None when none has."""
+        group = self._root.get(f"{split}/{task}")
+        found = group.attrs.get("token") if isinstance(group, zarr.Group) else None
+        return None if found is None else str(found)
 
     def release(self, split: str, task: str) -> None:
         """Give back a task that was taken."""

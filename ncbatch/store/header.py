@@ -8,6 +8,9 @@ from typing import Any
 import zarr
 
 from ncbatch.store.format import ATTRIBUTE, LayerSpec, read_header
+from ncbatch.store.nodes import found_group
+
+_DUMPED = "ncbatch_dump"  # of a split: beside ATTRIBUTE, which the end of writing replaces
 
 
 class StoreHeader:
@@ -67,6 +70,18 @@ class StoreHeader:
             name: LayerSpec(int(spec["n_features"]), str(spec["dtype"]))
             for name, spec in self._header.get("layers", {}).items()
         }
+
+    def begun_with(self, split: str, kind: str) -> dict[str, Any]:
+        """Give what a dump of rows or moments into a split was begun with, as it was recorded."""
+        group = self._root.get(split)
+        found = group.attrs.get(_DUMPED, {}) if isinstance(group, zarr.Group) else {}
+        return dict(found.get(kind, {})) if isinstance(found, dict) else {}
+
+    def set_begun_with(self, split: str, kind: str, values: Mapping[str, Any]) -> None:
+        """Record what a dump of rows or moments into a split is begun with."""
+        group = found_group(self._root, split)
+        found: Any = group.attrs.get(_DUMPED, {})
+        group.update_attributes({_DUMPED: {**found, kind: dict(values)}})
 
     def describe(
         self,

@@ -38,7 +38,7 @@ def tidy(path: str) -> str:
 def is_there(
     path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
 ) -> bool:
-    """Whether anything is at the place of a store.
+    """Whether anything is at the place of a store; an empty folder is free.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def is_there(
     where = os.fspath(path)
     if not is_remote(where):
         _refuse_options(storage_options)
-        return Path(where).exists()
+        return Path(where).exists() and not _is_empty_folder(Path(where))
     place = _place(where, storage_options)
     return not (isinstance(place, Store) and sync(place.is_empty("")))
 
@@ -164,6 +164,10 @@ def _place(where: str, storage_options: Mapping[str, Any] | None) -> Store | str
         return connect(where, storage_options)
     _refuse_options(storage_options)
     return where if is_remote(where) else os.path.abspath(where)
+
+
+def _is_empty_folder(place: Path) -> bool:
+    return place.is_dir() and next(place.iterdir(), None) is None
 
 
 def _refuse_options(storage_options: Mapping[str, Any] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 import ncbatch as nc
 from ncbatch.errors import BudgetError, DataError, StoreError, UnknownNameError, UsageError
-from ncbatch.ingest import fold_memory, merging, state_target, target
+from ncbatch.ingest import fold_memory, state_target, target, turns
 from ncbatch.ingest.merging import finalize_if_last
+from ncbatch.stats import MomentsAccumulator, Scratch, moments
 from ncbatch.store import FeatureStore
 from tests.conftest import run_here
 from tests.ingest.test_hooks import (
@@ -598,10 +600,28 @@ def test_ranks_that_are_missing_are_named(tmp_path, monkeypatch, folded):
 
 def test_ranks_of_other_jobs_are_refused(tmp_path):
     path = tmp_path / "s.zarr"
-    fold_rank(path, 0, 2)
-    fold_rank(path, 1, 3)
+    store = fold_rank(path, 0, 2)
+    for rank, world_size in ((1, 3), (0, 3), (0, 1)):
+        with pytest.raises(StoreError, match=rf"begun by 2 ranks; expected {world_size}"):
+            fold_rank(path, rank, world_size, resume=True)
+    arrays, about = store.state(SPLIT, "in", "part-0")
+    store.set_state(SPLIT, "in", "part-1", arrays, about | {"world_size": 3})
     with pytest.raises(StoreError, match="states of jobs of 2 and 3 ranks"):
         nc.finalize(path, SPLIT)
+
+
+def test_parts_of_an_earlier_job_are_replaced(tmp_path, folded):
+    path = tmp_path / "s.zarr"
+    fold_rank(path, 0, 2)
+    fold(path, overwrite=True)
+    assert_same_states(FeatureStore.open(path), folded)
+    fold_rank(tmp_path / "t.zarr", 0, 2)
+    answer = run_here("delete", "t.zarr", "--split", "trian", cwd=tmp_path)
+    assert answer.code == 1
+    assert "train" in answer.err
+    assert run_here("delete", "t.zarr", "--split", SPLIT, cwd=tmp_path).code == 0
+    for rank in (0, 1):
+        fold_rank(tmp_path / "t.zarr", rank, 2)
 
 
 def test_a_rank_that_stored_some_of_its_layers_has_not_ended(tmp_path, monkeypatch, folded):
@@ -626,7 +646,7 @@ def test_a_rank_that_stored_some_of_its_layers_has_not_ended(tmp_path, monkeypat
 
 def test_a_merge_that_was_interrupted_is_repeated(tmp_path, monkeypatch, folded):
     original = FeatureStore.delete_state
-    for count in (1, 3, 9):
+    for count in (1, 3, 9, 11):  # 2 ranks of 3 layers, each with two kinds to be deleted
         path, left = tmp_path / f"{count}.zarr", [count]
         for rank in (0, 1):
             fold_rank(path, rank, 2)
@@ -690,16 +710,62 @@ def test_ranks_that_end_at_once_complete_the_split_once(tmp_path, folded):
         assert store.validate() == []
 
 
-def test_a_turn_that_was_not_given_back_is_said(tmp_path, monkeypatch, caplog):
+def test_a_turn_that_was_not_given_back_is_taken_over(tmp_path, monkeypatch, caplog):
     store = fold_rank(tmp_path / "s.zarr", 0, 1)
-    assert store.claim(SPLIT, "finalizing")
-    monkeypatch.setattr(merging, "PATIENCE_S", 0.0)
-    with caplog.at_level(logging.WARNING, "ncbatch"):
-        assert not finalize_if_last(store, SPLIT)
-    assert "run 'ncbatch finalize'" in caplog.text
     nc.finalize(store, SPLIT)
-    store.release(SPLIT, "finalizing")
-    assert finalize_if_last(store, SPLIT)
+    ended = turns._machine() + " 999999999 token"  # no process has such a number
+    for holder, patience in ((ended, 300.0), ("elsewhere 1 token", 0.0)):
+        assert store.claim(SPLIT, "finalizing", holder)
+        monkeypatch.setattr(turns, "PATIENCE_S", patience)
+        with caplog.at_level(logging.WARNING, "ncbatch"):
+            assert finalize_if_last(store, SPLIT)
+        assert "began to complete split 'train'" in caplog.text
+        assert store.claimant(SPLIT, "finalizing") is None
+        caplog.clear()
+    assert store.claim(SPLIT, "finalizing", "elsewhere 1 token")
+    nc.finalize(store, SPLIT)
+    assert store.claimant(SPLIT, "finalizing") is None
+
+
+def test_layers_are_folded_while_the_model_runs(tmp_path, monkeypatch, folded, place):
+    """Only what the model's own decisions are needed for is held until they are there."""
+    held = []
+    append = state_target.StateTarget.append
+
+    def seen(self, features, *args):
+        held.append({name for name, rows in features.items() if rows is not None})
+        append(self, features, *args)
+
+    monkeypatch.setattr(state_target.StateTarget, "append", seen)
+    fold(tmp_path / "s.zarr")
+    assert held == [set(WIDE_LAYERS)] + [set()] * 5
+    held.clear()
+    store = fold(tmp_path / "s.zarr", other_batches(), "test", means="train")
+    assert held[1:] == [{"last"}] * (len(held) - 1)
+    if place == "host":
+        assert_same_states(store, folded, "test")
+
+
+def test_memory_that_layers_share_is_priced(tmp_path):
+    """Of ten layers folded by compiled code one residual buffer is held, as `FoldPrice` says."""
+    d, n, k, layers = 512, 8192, 13, 10
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, d)).astype("f4"), rng.integers(0, k, n)
+    shared = Scratch()
+    MomentsAccumulator(k, d, like=x).add(x, y)  # the compiler is not traced
+    price = fold_memory.FoldPrice.of(
+        k, d, n, n_samples=None, wide=False, moments=True, n_means=0, n_weights=0
+    )
+    tracemalloc.start()
+    folds = [MomentsAccumulator(k, d, like=x, scratch=shared) for _ in range(layers)]
+    for each in folds:
+        each.add(x, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= layers * price.held + price.passing - moments._COMPILER_BYTES
+    for each in folds[1:]:
+        for name, values in each.arrays().items():
+            np.testing.assert_array_equal(values, folds[0].arrays()[name])
 
 
 def test_rows_of_ranks_are_completed_too(tmp_path):

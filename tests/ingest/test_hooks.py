@@ -17,6 +17,8 @@ import pytest
 import ncbatch as nc
 from ncbatch.arrays import to_numpy
 from ncbatch.errors import DataError, StoreError, UnknownNameError, UsageError
+from ncbatch.ingest import capture
+from ncbatch.ingest.places import Batch
 from ncbatch.store import format as store_format
 from ncbatch.store import row_buffer, writing
 
@@ -465,10 +467,12 @@ def test_declared_layers_keep_their_spec(tmp_path):
     again = nc.dump(seeded(Mlp), mlp_batches(), store, "train", ["fc2"])
     assert again is store
     assert store.split("train").spec("fc2").dtype == "float32"
-    with pytest.raises(UsageError, match="several dtypes"):
-        nc.dump(seeded(Mlp), mlp_batches(), store, "test", ["fc2", "act1"])
-    nc.dump(seeded(Mlp), mlp_batches(), store, "test", ["fc2", "act1"], dtype="float32")
+    nc.dump(seeded(Mlp), mlp_batches(), store, "test", ["fc2", "act1"])
     assert store.split("test").layers == ["fc2", "act1"]
+    assert store.split("test").spec("act1").dtype == "float32"  # as what it is written with
+    nc.dump(seeded(Mlp), mlp_batches(), store, "more", ["act2"], dtype="float16")
+    with pytest.raises(UsageError, match="several dtypes: fc2 float32, act2 float16"):
+        nc.dump(seeded(Mlp), mlp_batches(), store, "both", ["fc2", "act2"])
 
 
 def test_layers_are_added_later(tmp_path):
@@ -640,6 +644,116 @@ def test_integer_features_are_refused(tmp_path):
     with pytest.raises(DataError, match="'embed:input' has dtype int64"):
         nc.dump(seeded(Transformer), batches, tmp_path / "s.zarr", "train", ["embed:input"])
     assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_overflow_in_the_first_batch_leaves_no_store(tmp_path, source):
+    batches = [(torch.full((3, 8), 1e6, dtype=source), torch.arange(3))]
+    given = (nn.Identity(), batches, tmp_path / "s.zarr", "train", {"x": ""})
+    with pytest.raises(DataError, match=r"layer 'x' row 0 overflows float16\n.*--dtype"):
+        nc.dump(*given, n_classes=K, head=False)
+    assert list(tmp_path.iterdir()) == []
+    store = nc.dump(*given, n_classes=K, head=False, dtype="float32")
+    assert store.split("train").spec("x").dtype == "float32"
+
+
+def test_a_dtype_that_was_asked_for_replaces_a_declared_one_without_rows(tmp_path):
+    store = nc.FeatureStore.create(tmp_path / "s.zarr", K, {"fc2": 16}, "float16")
+    nc.dump(seeded(Mlp), mlp_batches(), store, "train", ["fc2"], dtype="float32")
+    assert store.split("train").spec("fc2").dtype == "float32"
+    with pytest.raises(UsageError, match="dtype float16 for layer 'fc2'; expected float32, as in"):
+        nc.dump(seeded(Mlp), mlp_batches(), store, "test", ["fc2"], dtype="float16")
+    nc.dump(seeded(Mlp), mlp_batches(), store, "train", ["fc2"], dtype="float16", overwrite=True)
+    assert store.split("train").spec("fc2").dtype == "float16"
+
+
+def test_nan_in_the_first_batch_hides_no_head(tmp_path):
+    model, batches = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, K)), mlp_batches()
+    batches[0][0][3] = torch.nan
+    for number, (layer, head) in enumerate([("1:input", None), ("0", "1")]):
+        path = tmp_path / f"s{number}.zarr"
+        store = nc.dump(model, batches, path, "train", [layer], head=head)
+        assert store.classifiers == [layer]
+        assert store.split("train").head == layer
+
+
+def test_a_cache_made_in_a_dump_serves_in_training(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache = None
+            self.fc = nn.Linear(8, K)
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.arange(float(K))
+            return self.fc(x) * self.cache
+
+    model = Scaled()
+    nc.dump(model, mlp_batches(), tmp_path / "s.zarr", "train", ["fc:input"])
+    model(torch.randn(4, 8)).sum().backward()  # refused for tensors of inference mode
+    assert model.fc.weight.grad is not None
+
+
+def test_rows_are_converted_while_the_model_runs(tmp_path, monkeypatch):
+    held, run = [], capture.Capture.run
+
+    def spied(self, *args):
+        found = run(self, *args)
+        held.append({type(rows) for rows in found.values()})
+        return found
+
+    monkeypatch.setattr(capture.Capture, "run", spied)
+    store = nc.dump(seeded(Mlp), mlp_batches(), tmp_path / "s.zarr", "train", ["fc1", "fc:input"])
+    # The first batch is held, so that the head's input is found among its rows.
+    assert held == [{torch.Tensor}, *[{np.ndarray}] * 3]
+    assert rows_of(store, "fc1").dtype == np.float16
+
+
+def test_positions_go_to_a_device_once_per_batch(monkeypatch):
+    batch = Batch.of(np.array([0, -1, 2]), 0)
+    made, copy = [], torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda x: made.append(1) or copy(x))
+    for _ in range(3):
+        assert batch.select(torch.tensor([5, 6, 7])).tolist() == [5, 7]
+    assert made == [1]
+
+
+def test_a_dump_goes_on_with_the_same_weights_and_data_only(tmp_path, small_chunks):
+    class Stop(Exception):
+        pass
+
+    def stopped():
+        yield from mlp_batches(400)[:8]
+        raise Stop
+
+    def go(batches, model, **options):
+        given = (model, batches, tmp_path / "s.zarr", "train", ["fc1"])
+        return nc.dump(*given, head=False, n_classes=K, **options)
+
+    with pytest.raises(Stop):
+        go(stopped(), seeded(Mlp), identity={"data": "one"})
+    changed = seeded(Mlp)
+    with torch.no_grad():
+        changed.fc1.bias[0] += 1
+    with pytest.raises(StoreError, match="was begun with weights"):
+        go(mlp_batches(400), changed, resume=True)
+    with pytest.raises(StoreError, match="begun with data one; expected two, as this dump was"):
+        go(mlp_batches(400), seeded(Mlp), resume=True, identity={"data": "two"})
+    assert go(mlp_batches(400), seeded(Mlp), resume=True).split("train").n_samples == 400
+
+
+def test_a_bias_outside_of_the_head(tmp_path):
+    model, outside = seeded(Mlp), torch.tensor([0.0, 50.0, 0.0, 0.0, 0.0])
+    given = (model, mlp_batches(), tmp_path / "s.zarr", "train", ["fc:input"])
+    store = nc.dump(*given, head="fc", head_bias=outside)
+    assert set(store.split("train").predictions().tolist()) == {1}
+    own = model.fc.bias.detach()
+    np.testing.assert_array_equal(store.classifier("fc:input")[1], (own + outside).numpy())
+    with pytest.raises(UsageError, match="head_bias without the name of a head"):
+        nc.dump(*given, head_bias=outside, overwrite=True)
+    with pytest.raises(DataError, match=r"a bias of shape \(2,\) for head 'fc'; expected \(5,\)"):
+        nc.dump(*given, head="fc", head_bias=outside[:2], overwrite=True)
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float64])

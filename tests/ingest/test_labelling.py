@@ -10,7 +10,7 @@ import pytest
 from ncbatch.errors import DataError, UsageError
 from ncbatch.ingest import import_features
 from ncbatch.store import FeatureStore
-from tests.conftest import tree
+from tests.conftest import run_here, tree
 from tests.ingest.formats import writers as w
 
 
@@ -104,11 +104,72 @@ def test_flat_token_ids_follow_the_sequences_of_the_features():
 
 def test_sequences_that_differ_are_refused():
     save(x1=features(2), x2=features(4), t1=[1, 2, 3], t2=[4, 5, 6])
-    with pytest.raises(DataError, match=r"sequences 2 x 3 for features of 1 x 2, 1 x 4"):
+    with pytest.raises(DataError, match=r"3 token ids in 't1.npy' for 2 rows in 'x1.npy'"):
         imported(6, features="x*.npy", tokens="t[12].npy", axes="T,D")
     save(x=features(2, 3), t=[[1, 2], [3, 4], [5, 6]])
     with pytest.raises(DataError, match="3 x 2 for features of 2 x 3"):
         imported(6, tokens="t.npy", axes="B,T,D")
+
+
+@pytest.mark.parametrize("what", ["labels", "predictions", "mask", "loss_mask"])
+def test_what_is_transposed_is_refused(what: str):
+    save(x=features(6, 4), y=np.zeros((6, 4), int), z=np.ones((4, 6), int))
+    sources = {"labels": "y.npy", "axes": "B,T,D"} | {what: "z.npy"}
+    with pytest.raises(
+        DataError, match=f"{what.replace('_', ' ')} of sequences 4 x 6 for .* 6 x 4"
+    ):
+        imported(24, **sources)
+    assert not Path("s").exists()
+
+
+@pytest.mark.parametrize("what", ["mask", "loss_mask", "documents"])
+def test_marks_have_the_sequences_of_the_tokens(what: str):
+    save(x=features(6), f=features(2, 3), t=np.arange(6).reshape(2, 3), z=np.ones((3, 2), int))
+    for source in ("x.npy", "f.npy"):
+        with pytest.raises(DataError, match="of sequences 3 x 2 for features of 2 x 3"):
+            imported(6, features=source, tokens="t.npy", **{what: "z.npy"})
+
+
+@pytest.mark.parametrize("what", ["labels", "mask", "predictions"])
+def test_rows_are_compared_file_by_file(what: str):
+    for number, (rows, marks) in enumerate([(4, 2), (2, 4)]):
+        np.savez(f"k{number}.npz", h=features(rows), y=np.zeros(rows, int), z=np.ones(marks, int))
+        np.save(f"z{number}.npy", np.ones(marks, int))
+    for source in (":z", "z?.npy"):
+        sources = {"features": "k?.npz:h", "labels": ":y"} | {what: source}
+        with pytest.raises(DataError, match=rf"2 {what} in '.0.np.*' for 4 rows in 'k0.npz:h'"):
+            imported(6, **sources)
+    assert not Path("s").exists()
+
+
+def test_a_column_of_token_ids_is_no_row_of_sequences():
+    save(x=features(4), t=[[1], [2], [3], [4]], m=[[1], [1], [1], [0]])
+    with pytest.raises(DataError, match="need not be in the order of the text"):
+        imported(4, tokens="t.npy")
+    assert imported(4, tokens="t.npy", mask="m.npy", axes="T,D") == [2, 3, -1, -1]
+
+
+def test_an_import_without_any_sample_is_refused():
+    save(x=features(4), y=[-1, -100, -1, -1], z=[0, 1, 2, 3], m=np.zeros(4, int))
+    save(b=features(4, 1), t=[[1], [2], [3], [4]])
+    for sources in (
+        dict(labels="y.npy"),
+        dict(labels="z.npy", mask="m.npy"),
+        dict(features="b.npy", tokens="t.npy", axes="B,T,D"),
+    ):
+        with pytest.raises(DataError, match="none of the 4 rows is a sample"):
+            imported(4, **sources)
+    assert not Path("s").exists()
+
+
+def test_the_command_line_says_how_many_rows_are_samples(tmp_path: Path):
+    save(x=features(4), y=[0, -1, 1, 0], z=[0, 1, 1, 0])
+    line = ["import", "--layer", "h", "--features", "x.npy", "--split", "train"]
+    done = run_here(*line, "s", "--labels", "y.npy", cwd=tmp_path)
+    assert "3 of 4 rows are samples" in done.out
+    done = run_here(*line, "again", "--labels", "z.npy", cwd=tmp_path)
+    assert done.code == 0
+    assert "samples" not in done.out
 
 
 @pytest.mark.parametrize(
@@ -117,7 +178,10 @@ def test_sequences_that_differ_are_refused():
         (dict(labels="next"), "--labels next without token ids; expected --tokens"),
         (dict(labels="y.npy", tokens="y.npy"), "--tokens without --labels next"),
         (dict(labels="y.npy", documents="y.npy"), "--documents without --labels next"),
-        (dict(labels="y.npy", mask="f.npy"), r"mask of shape \(6,\), float64; expected integers"),
+        (
+            dict(labels="y.npy", mask="f.npy"),
+            r"mask of shape \(6,\), float64; expected integers or booleans of",
+        ),
         (dict(labels="y.npy", mask="short.npy"), "5 mask for 6 rows"),
     ],
 )

@@ -93,6 +93,39 @@ def test_names_and_layers_that_do_not_fit_are_refused_before_anything_is_written
     assert tree(Path()) == before
 
 
+def test_numbers_of_layers_may_have_leading_zeros():
+    flat = X[:, 0].reshape(20, 3)
+    np.savez("a.npz", layer_00=flat, layer_01=-flat, layer_10=2 * flat, y=Y.ravel())
+    done = import_features("s", "train", "h.{}", "a.npz:layer_{}", ":y")
+    assert done.layers == ("h.0", "h.1", "h.10")
+    np.testing.assert_array_equal(stored("h.1"), -flat)
+    np.savez("b.npz", layer_1=flat, layer_01=flat)
+    with pytest.raises(DataError, match=r"'b.npz' holds 'layer_1' and 'layer_01'; expected one"):
+        import_features("t", "train", "h.{}", "b.npz:layer_{}", "y.npy")
+
+
+@pytest.mark.parametrize("later", [{"h_0"}, {"h_0", "h_1", "h_2"}, {"h_0", "h_2"}])
+def test_every_file_holds_the_same_layers(later: set[str]):
+    flat = X[:, 0].reshape(20, 3)
+    np.savez("k0.npz", h_0=flat, h_1=flat, y=Y.ravel())
+    np.savez("k1.npz", y=Y.ravel(), **dict.fromkeys(later, flat))
+    with pytest.raises(DataError, match=r"'k1.npz' holds layers 0.*; expected 0, 1, as 'k0.npz'"):
+        import_features("s", "train", "h.{}", "k?.npz:h_{}", ":y")
+    assert not Path("s").exists()
+
+
+def test_layers_have_the_same_rows_file_by_file():
+    for number, rows in enumerate([(4, 2), (2, 4)]):
+        np.savez(
+            f"k{number}.npz", h_0=X[0, 0, : rows[0]], h_1=X[0, 0, : rows[1]], y=Y[0, : rows[0]]
+        )
+    with pytest.raises(DataError, match=r"2 rows in 'k0.npz:h_1'; expected 4, as in 'k0.npz:h_0'"):
+        import_features("s", "train", "h.{}", "k?.npz:h_{}", ":y")
+    np.savez("turned.npz", h_0=X[:, 0], h_1=X[:, 0].transpose(1, 0, 2), y=Y)
+    with pytest.raises(DataError, match=r"5 x 4 rows in 'turned.npz:h_1'; expected 4 x 5"):
+        import_features("s", "train", "h.{}", "turned.npz:h_{}", ":y", axes="B,T,D")
+
+
 def test_the_command_line_takes_patterns_names_and_axes(folder):
     line = ["import", "s", "--split", "train", "--features", "x.npy", "--labels", "y.npy"]
     done = run_here(*line, "--layer", "h.{}", "--axes", "B,L,T,D", cwd=folder)

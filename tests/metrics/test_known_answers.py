@@ -168,3 +168,31 @@ def test_every_metric_says_what_it_is():
         "nc1_cdnv_directional_exact",
         "nc1_test_to_train",
     ]
+
+
+@pytest.mark.parametrize("K", [10, 40])
+def test_vci_of_normalised_layers_does_not_hang_on_rounding_errors(K: int):
+    """In the direction (1, ..., 1) layer normalisation leaves rounding errors of float32 alone."""
+    D, n = 16, 20
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(K), n)
+    X = 0.5 * rng.normal(size=(K, D))[y] + rng.normal(size=(K * n, D))
+    X = (X - X.mean(axis=1, keepdims=True)).astype(np.float32)
+    X = (X / X.std(axis=1, keepdims=True)).astype(np.float64)
+
+    def index(X, blocks: int) -> float:
+        means = X.reshape(K, n, -1).mean(axis=1)
+        apart = X - means[y]
+        scatter = sum(part.T @ part for part in np.array_split(apart, blocks))
+        traces = (apart**2).reshape(K, -1).sum(axis=1)
+        return CATALOGUE["nc1_vci"].compute(
+            Statistics(Moments(np.full(K, n), means, traces, scatter))
+        )
+
+    values = [index(X, blocks) for blocks in (1, 7, K, K * n)]
+    assert values == pytest.approx([values[0]] * 4, rel=1e-7, abs=0)
+    # The other D - 1 dimensions hold all there is; S_B has rank min(K, D) - 1 in both.
+    others = np.linalg.qr(np.eye(D) - 1 / D)[0][:, : D - 1]
+    full = min(D, K - 1)
+    left = full - min(D - 1, K - 1) * (1 - index(X @ others, 1))
+    assert values[0] == pytest.approx(left / full, rel=1e-4)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ncbatch.errors import DataError
 from ncbatch.ingest.formats.columns import row_shape, to_rows
@@ -85,8 +88,7 @@ def _shard(path: str, key: str | None, table: Table) -> Shard:
     if table.schema.names.count(name) > 1:
         raise DataError(f"'{path}' holds several columns '{name}'", "columns of different names")
     where, n_rows = f"{path}:{name}", table.n_rows()
-    first = next((a for a in table.columns(name, 1) if len(a)), None)
-    shape, dtype = row_shape(pa, where, table.schema.field(name).type, first)
+    shape, dtype = _row_shape(pa, where, name, table)
     check_array(where, (n_rows, *shape), dtype)
 
     def blocks(n: int) -> Blocks:
@@ -99,6 +101,24 @@ def _shard(path: str, key: str | None, table: Table) -> Shard:
             raise DataError(f"'{where}' ends in row {start}", f"{n_rows} rows")
 
     return Shard(where, (n_rows, *shape), dtype, blocks)
+
+
+def _row_shape(
+    pa: Any, where: str, name: str, table: Table
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Find the shape of a row by the first rows whose lists hold something, mostly the first."""
+    kind = table.schema.field(name).type
+    found = row_shape(pa, where, kind, None)
+    if 0 not in found[0]:
+        return found
+    for array in itertools.chain(
+        itertools.islice(table.columns(name, 1), 1), table.columns(name, 64)
+    ):
+        if len(array):
+            found = row_shape(pa, where, kind, array)
+            if 0 not in found[0]:
+                break
+    return found
 
 
 def _parquet(path: str) -> Table:

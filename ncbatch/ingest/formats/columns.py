@@ -44,7 +44,7 @@ def row_shape(
         if pa.types.is_fixed_size_list(kind):
             shape.append(int(kind.list_size))
         else:
-            shape.append(0 if values is None or not len(values) else _length(values[0]))
+            shape.append(0 if values is None else _length(values))
         kind = kind.value_type
         values = None if values is None else values.flatten()
     return tuple(shape), _dtype(pa, where, kind)
@@ -98,8 +98,9 @@ def _is_list(pa: Any, kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def _length(row: Any) -> int:
-    return len(row) if row.is_valid else 0
+def _length(lists: Any) -> int:
+    """Give the length of the first list that holds something; an odd row before it is found later."""
+    return next((len(row) for row in lists if row.is_valid and len(row)), 0)
 
 
 def _dtype(pa: Any, where: str, kind: Any) -> np.dtype[Any]:
@@ -123,6 +124,6 @@ def _check_lengths(where: str, array: Any, length: int, inner: int, start: int) 
         at = int(odd[0])
         raise DataError(
             f"'{where}' has {int(lengths[at])} values in row {start + at // inner}",
-            f"{length}, as in its first row",
+            f"{length}, as in its first row" + (" that holds some" if not lengths[0] else ""),
             "save rows of one length (padded, with a mask), or one row per token",
         )

@@ -18,7 +18,7 @@ from ncbatch.ingest.language.reading import Reading
 from ncbatch.ingest.language.scratch import Column
 from ncbatch.ingest.language.texts import Texts, find_texts
 from ncbatch.ingest.language.token_rows import LARGEST_ID
-from ncbatch.ingest.language.tokenizing import encoder_of
+from ncbatch.ingest.language.tokenizing import encoder_of, vocabulary_of
 from ncbatch.ingest.language.windows import (
     Windows,
     cut_windows,
@@ -202,6 +202,7 @@ def open_corpus(
     max_tokens: int | None = None,
     per_class_cap: int | None = None,
     seed: int = 0,
+    masked: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
     """Read texts into windows of tokens, and decide which positions are samples of which class.
@@ -209,7 +210,7 @@ def open_corpus(
     Parameters
     ----------
     texts : path, or sequence of paths
-        Text files (UTF-8, each one document), ``.jsonl`` files (a document per line), folders that
+        Text files (UTF-8, each one document; a long one is read and tokenized in pieces), ``.jsonl`` files (a document per line), folders that
         ``datasets.save_to_disk`` wrote, other folders of such files, or globs. A document of
         JSON lines or a data set may hold ``input_ids``, with ``attention_mask``, ``loss_mask`` and
         ``labels`` where there are such, in place of text.
@@ -224,7 +225,7 @@ def open_corpus(
         a loss mask of 0. ``given``: the documents' own ``labels``, position by position; where
         they are negative, or the loss mask is 0, there is no sample. ``argmax``: what the model will
         decide; every position is a sample (of class 0 for now) but for those whose next token is
-        masked.
+        masked; for a masked model, those that are masked themselves.
     pack : bool, optional
         Lay all documents one behind the other into full windows, as in pretraining: attention
         then crosses from a document into those before it in the window. By default every document
@@ -242,6 +243,9 @@ def open_corpus(
         the first. Not with ``argmax``.
     seed : int, optional
         Which random draws; a draw depends on the seed and on the position among all tokens only.
+    masked : bool, optional
+        Whether a masked model reads the corpus, whose ``labels`` of -100 and loss masks speak about
+        the position that they stand at.
     progress : Progress, optional
         Told how much of the texts is read.
 
@@ -254,7 +258,8 @@ def open_corpus(
     Raises
     ------
     UsageError
-        When an option makes no sense, or a tokenizer is needed.
+        When an option makes no sense, an excluded id is not in the vocabulary, or a tokenizer is
+        needed.
     DataError
         When there is no text, a document cannot be read, or there is no sample at all.
     UnknownNameError
@@ -266,7 +271,8 @@ def open_corpus(
     sources = find_texts(texts, field)
     encode = encoder_of(tokenizer)
     enough = max_tokens if per_class_cap is None else None
-    reading = Reading(labels, excluded, enough, context if pack else 1)
+    _check_known(excluded, tokenizer)
+    reading = Reading(labels, excluded, enough, context, pack, masked)
     reading.read(sources, encode, progress)
     chosen = None
     if per_class_cap is not None:
@@ -279,6 +285,15 @@ def open_corpus(
         len(reading.ids), len(reading.ends), reading.n_empty, reading.n_token_ids,
         labels, windows, reading.ids, reading.labels,
     )  # fmt: skip
+
+
+def _check_known(excluded: npt.NDArray[np.int32], tokenizer: Any) -> None:
+    """Refuse excluded ids that the tokenizer does not have."""
+    size = vocabulary_of(tokenizer) if len(excluded) else None
+    if size is not None and int(excluded[-1]) >= size:
+        raise UsageError(
+            f"excluded id {int(excluded[-1])}", f"ids of the vocabulary, below {size:,}"
+        )
 
 
 def _checked(

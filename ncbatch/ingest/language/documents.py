@@ -22,11 +22,14 @@ class Document:
         The text; empty when there is none.
     size : int
         Bytes read for it, for progress.
+    goes_on : bool, optional
+        Whether this is only a part of a text, which the next one goes on with.
     """
 
     where: str
     content: str | TokenRow
     size: int
+    goes_on: bool = False
 
 
 class Source(Protocol):

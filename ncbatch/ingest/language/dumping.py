@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ncbatch.engine import Progress
 from ncbatch.errors import BudgetError, OutputError, StoreError, UsageError
 from ncbatch.ingest.capture import device_of
-from ncbatch.ingest.hooks import dump
+from ncbatch.ingest.dump_dtypes import one_dtype, stored_dtypes
+from ncbatch.ingest.hooks import dump, make_target
 from ncbatch.ingest.language.corpus import Texts, open_corpus
 from ncbatch.ingest.language.feed import Feed
+from ncbatch.ingest.language.head_check import with_checked_head
 from ncbatch.ingest.language.loading import open_language_model
 from ncbatch.ingest.language.model import LanguageModel
 from ncbatch.ingest.language.places import choose_places, probe
 from ncbatch.ingest.language.room import Room
-from ncbatch.ingest.merging import finalize_if_last
+from ncbatch.ingest.language.state_room import check_states_room
+from ncbatch.ingest.merging import complete_resumed, finalize_if_last
 from ncbatch.ingest.places import Place
-from ncbatch.ingest.row_target import RowTarget
-from ncbatch.ingest.state_target import StateTarget
+from ncbatch.ingest.target import open_if_there
 from ncbatch.store import FeatureStore
 from ncbatch.store.commit_records import Share
 from ncbatch.store.format import DTYPES, check_name
@@ -100,7 +102,8 @@ def dump_language_model(
     pack, field, exclude, max_tokens, per_class_cap, seed
         As `open_corpus` has them.
     dtype : {"float16", "bfloat16", "float32", "float64"}, optional
-        How hidden states are stored; by default bfloat16 for a model in bfloat16, else float16.
+        How hidden states are stored; by default as the store has or declares them, else bfloat16
+        for a model in bfloat16, else float16.
     model_dtype : {"auto", "float32", "bfloat16", "float16"}, optional
         What the model runs in; by default as it is stored.
     device : str, optional
@@ -144,55 +147,78 @@ def dump_language_model(
     BudgetError
         When the model or a batch does not fit into the memory of its GPU.
     StoreError
-        When the split exists, and nothing says what to do with it.
+        When the split exists, and nothing says what to do with it; when the store holds features
+        of another model or step, or the split was begun with other texts or options.
     """
     check_name("split", split)
-    _check_options(labels, batch_size, dtype, moments, means)
+    _check_options(labels, batch_size, dtype, moments, means, step)
     share = _share(rank, world_size)
     lm = open_language_model(
-        model, tokenizer, revision=revision, model_dtype=model_dtype, device=device,
+        model, tokenizer, revision=revision, model_dtype=model_dtype, device=device, rank=rank,
         trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
     )  # fmt: skip
+    with _full_named(store):
+        lm = with_checked_head(lm)
     lm.check_vocabulary()
     kind = _labels(labels, lm)
     places = choose_places(lm, [layers] if isinstance(layers, str) else layers)
-    stored_dtype = dtype or ("bfloat16" if lm.dtype == "bfloat16" else "float16")
+    called, at = name or lm.name, lm.step if step is None else step
+    opened = open_if_there(store)
+    if opened is not None:
+        _check_described(opened, split, called, at, overwrite)
+    stored_dtype = _stored_dtype(opened, split, places, lm, dtype, moments, overwrite)
     how: dict[str, Any] = {
         "moments": moments, "means": means, "resume": resume, "overwrite": overwrite
     }  # fmt: skip
     complete = _complete(store, split, places, stored_dtype, lm.n_tokens, share, **how)
     if complete is not None:
-        _note(progress, f"split '{split}' of {complete.path} is complete: nothing to resume")
+        _note(progress, complete_resumed(complete, split, share))
         return complete
     corpus = open_corpus(
         texts, lm.tokenizer, context=lm.context(context), labels=kind, pack=pack, field=field,
         exclude=exclude, max_tokens=max_tokens, per_class_cap=per_class_cap, seed=seed,
-        progress=progress,
+        masked=lm.masked, progress=progress,
     )  # fmt: skip
     feed = Feed(lm, corpus, batch_size, share)
+    identity: dict[str, str | int] = {
+        "model": called, "model dtype": lm.dtype, "labels": kind,
+        "texts and windows": corpus.fingerprint[:12], "batch size": batch_size,
+    }  # fmt: skip
     with _full_named(store):
         seen = probe(lm, places, feed.example(), device_of(lm.module))
     if not moments:
         room = Room.needed(store, split, seen.widths, stored_dtype, corpus.n_samples, overwrite)
         room.check()
         _note(progress, str(room))
+    else:
+        n, n_classes = corpus.n_samples, lm.n_tokens
+        # Which classes the model will decide for is not known.
+        n_seen = n_classes
+        if kind != "argmax":
+            n_seen = int((corpus.label_counts(n_classes) > 0).sum())
+        said = check_states_room(store, split, seen.widths, n_seen, n, share.world_size)
+        _note(progress, said)
     with _running(progress, feed, split), _full_named(store):
         done = dump(
             lm.module, feed, store, split, list(places), head=lm.head or False,
-            n_classes=lm.n_tokens, dtype=stored_dtype, argmax_labels=kind == "argmax",
+            head_bias=lm.head_bias, identity=identity, n_classes=lm.n_tokens, dtype=stored_dtype, argmax_labels=kind == "argmax",
             rank=share.rank, world_size=share.world_size, n_samples=corpus.n_samples,
             progress=progress, **how,
         )  # fmt: skip
         if share.rank == 0:  # what all would say alike, written once
-            at = lm.step if step is None else step
-            done.describe(model=name or lm.name, step=at, layers=seen.notes)
+            done.describe(model=called, step=at, layers=seen.notes)
         if share.several:
             finalize_if_last(done, split)
     return done
 
 
 def _check_options(
-    labels: str | None, batch_size: int, dtype: str | None, moments: bool, means: str | None
+    labels: str | None,
+    batch_size: int,
+    dtype: str | None,
+    moments: bool,
+    means: str | None,
+    step: int | None,
 ) -> None:
     """Refuse before a model is loaded what needs no model."""
     if labels not in (None, *LABELS):
@@ -201,8 +227,41 @@ def _check_options(
         raise UsageError(f"batch size {batch_size}", "at least 1")
     if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
+    if step is not None and step < 0:
+        raise UsageError(f"step {step}", "0 or more")
     if means is not None and not moments:
         raise UsageError(f"means '{means}' without moments", "--moments (moments=True) too")
+
+
+def _check_described(
+    store: FeatureStore, split: str, model: str, step: int | None, overwrite: bool
+) -> None:
+    """Refuse another model or step than the store's: its name would then be given to all splits."""
+    if overwrite and {split} >= {*store.splits, *store.state_splits}:
+        return
+    for what, recorded, ours in (("model", store.model, model), ("step", store.step, step)):
+        if recorded is not None and recorded != ours:
+            raise StoreError(
+                f"{store.path} holds features of {what} {recorded}",
+                f"those of {what} {'unknown' if ours is None else ours}, as this dump would store",
+                f"use a store per checkpoint, or say --{'name' if what == 'model' else 'step'} {recorded}",
+            )
+
+
+def _stored_dtype(
+    store: FeatureStore | None,
+    split: str,
+    places: Mapping[str, Place],
+    model: LanguageModel,
+    asked: str | None,
+    moments: bool,
+    overwrite: bool,
+) -> str:
+    """Choose how all layers are stored: as asked, as the store has them, or by the model's dtype."""
+    default = "bfloat16" if model.dtype == "bfloat16" else "float16"
+    if moments:
+        return asked or default
+    return one_dtype(stored_dtypes(store, split, places, asked, default, overwrite=overwrite))
 
 
 def _share(rank: int | None, world_size: int | None) -> Share:
@@ -243,7 +302,7 @@ def _complete(
     """Give the store if nothing is left to resume; refuse what `dump` would, before texts are read."""
     given = (store, split, places, dtype, n_classes, share)
     how: dict[str, Any] = {"n_samples": 1, "resume": resume, "overwrite": overwrite}
-    target = StateTarget(*given, means=means, **how) if moments else RowTarget(*given, **how)
+    target = make_target(given, moments=moments, means=means, **how)
     described = target.done and places.keys() <= target.opened.layer_notes.keys()
     return target.opened if described else None
 

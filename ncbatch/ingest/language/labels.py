@@ -68,7 +68,7 @@ def _or(
 
 
 def position_labels(
-    tokens: Tokens, kind: Kind, excluded: npt.NDArray[np.int32]
+    tokens: Tokens, kind: Kind, excluded: npt.NDArray[np.int32], masked: bool = False
 ) -> npt.NDArray[np.int32]:
     """Give each position its label.
 
@@ -81,6 +81,8 @@ def position_labels(
         for the position. ``argmax``: 0, which stands for what the model will decide.
     excluded : array of int32
         Ids that are no labels.
+    masked : bool, optional
+        Whether the model is a masked one, which speaks about a position itself.
 
     Returns
     -------
@@ -88,7 +90,8 @@ def position_labels(
         -1 where the position is no sample: no attention; with ``given`` a negative label or a
         loss mask of 0 there; with ``next`` the end of a document; with ``next`` and ``argmax`` a
         next token that is masked (no attention, a negative label, a loss mask of 0), for it is
-        the next token that a position of a causal model speaks about.
+        the next token that a position of a causal model speaks about; with ``argmax`` of a masked
+        model a position that is masked so itself.
     """
     if kind == "given":
         labels = np.where(tokens.attended & tokens.kept, tokens.given, -1)
@@ -97,7 +100,9 @@ def position_labels(
         last[np.cumsum(tokens.lengths) - 1] = True
         target = tokens.attended & tokens.kept & (tokens.given >= 0)
         follows = np.roll(target, -1) & ~last
-        if kind == "argmax":
+        if kind == "argmax" and masked:
+            labels = np.where(target, 0, -1)
+        elif kind == "argmax":
             labels = np.where(tokens.attended & (follows | last), 0, -1)
         else:
             labels = np.where(tokens.attended & follows, np.roll(tokens.ids, -1), -1)

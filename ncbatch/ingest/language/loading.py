@@ -68,6 +68,7 @@ def open_language_model(
     revision: str | None = None,
     model_dtype: str | None = None,
     device: str | None = None,
+    rank: int | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> LanguageModel:
@@ -79,6 +80,8 @@ def open_language_model(
         A folder, a name on the Hugging Face hub, or a model of transformers that is loaded.
     tokenizer : path, str or tokenizer, optional
         Another tokenizer than the model's own; needed for a loaded model.
+    rank : int, optional
+        Which of several processes this is, where torchrun does not say: it chooses the GPU.
     revision, model_dtype, device, trust_remote_code, allow_pickle
         As `Origin` has them; none of them for a loaded model.
 
@@ -113,7 +116,7 @@ def open_language_model(
         os.path.expanduser(os.fspath(tokenizer)) if named else path,
         revision,
         dtype,
-        _device(where),
+        _device(where, rank),
         trust_remote_code,
         allow_pickle,
     )
@@ -146,13 +149,14 @@ def _check_there(path: str, what: str) -> None:
         )
 
 
-def _device(device: str) -> str:
-    """Choose where the model goes; each process that torchrun starts has a GPU of its own."""
+def _device(device: str, rank: int | None = None) -> str:
+    """Choose where the model goes; each of several processes has a GPU of its own."""
     import torch
 
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device in ("auto", "cuda") and n:
-        local = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
+        asked_rank = "" if rank is None else str(rank)
+        local = os.environ.get("LOCAL_RANK") or asked_rank or os.environ.get("RANK") or "0"
         return f"cuda:{int(local) % n}" if local.isdecimal() else "cuda:0"
     if device == "auto":
         return "cpu"

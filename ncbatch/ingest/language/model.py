@@ -35,6 +35,8 @@ class LanguageModel:
         Path of the linear module that gives the logits; None where the checkpoint has none.
     masked : bool
         Whether it predicts masked tokens instead of next ones.
+    head_bias : torch.Tensor or None
+        A bias that the model adds to the head's outputs outside of that module.
     """
 
     module: torch.nn.Module
@@ -43,6 +45,7 @@ class LanguageModel:
     step: int | None
     head: str | None
     masked: bool
+    head_bias: torch.Tensor | None = None
 
     @property
     def config(self) -> Any:

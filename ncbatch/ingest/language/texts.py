@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ncbatch.errors import DataError, unknown_name
 from ncbatch.ingest.language.documents import Document, Source, takes_tokens, text_of
+from ncbatch.ingest.language.pieces import PIECE, pieces
 from ncbatch.ingest.language.saved import SavedDataset
 from ncbatch.ingest.language.token_rows import read_token_row
 
@@ -22,7 +24,7 @@ _KINDS = "text files, .jsonl files or a folder written by datasets.save_to_disk"
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text file in UTF-8: one document, read whole."""
+    """A text file in UTF-8: one document, a long one in pieces."""
 
     path: Path
 
@@ -32,18 +34,33 @@ class TextFile:
         return _size(self.path)
 
     def documents(self) -> Iterator[Document]:
-        """Read the only document.
+        """Read the only document, holding a piece of it.
 
         Raises
         ------
         DataError
             When the file cannot be read, or is not UTF-8: names the first byte that is not.
         """
+        n_read = told = 0
+
+        def parts() -> Iterator[str]:
+            nonlocal n_read
+            left = b""  # the beginning of a character
+            with self.path.open("rb") as file:
+                while True:
+                    data = file.read(PIECE)
+                    text, used = _decode(left + data, self.path, n_read - len(left), not data)
+                    left, n_read = (left + data)[used:], n_read + len(data)
+                    yield text
+                    if not data:
+                        return
+
         try:
-            data = self.path.read_bytes()
+            for piece, goes_on in pieces(parts()):
+                yield Document(f"'{self.path}'", piece, n_read - told, goes_on)
+                told = n_read
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        yield Document(f"'{self.path}'", _decoded(data, self.path, 0), len(data))
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class JsonLines:
 
     def _document(self, line: bytes, number: int, start: int) -> Document:
         where = f"line {number} of '{self.path}'"
-        text = _decoded(line, self.path, start)
+        text, _ = _decode(line, self.path, start)
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -206,10 +223,13 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _decoded(data: bytes, path: Path, start: int) -> str:
-    """Decode bytes that stand at `start` of a file; a byte order mark is left out."""
+def _decode(data: bytes, path: Path, start: int, final: bool = True) -> tuple[str, int]:
+    """Decode bytes that stand at `start` of a file; a byte order mark is left out.
+
+    Give how many bytes were used, too: a character may be cut short at the end of what is not `final`.
+    """
     try:
-        text = data.decode("utf-8")
+        text, used = codecs.utf_8_decode(data, "strict", final)
     except UnicodeDecodeError as error:
         at = error.start
         raise DataError(
@@ -217,7 +237,7 @@ def _decoded(data: bytes, path: Path, start: int) -> str:
             "text in UTF-8",
             "convert it (iconv -f latin1 -t utf-8), or leave it out with a glob",
         ) from error
-    return text.removeprefix("\ufeff") if start == 0 else text
+    return text.removeprefix("\ufeff") if start == 0 else text, used
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -249,6 +249,10 @@ COLUMNS = {
     "uneven": ([[1.0, 2.0], [3.0]], r"has 1 values in row 1; expected 2, as in its first row\n.*mask"),
     "null row": ([[1.0, 2.0], None], "has no value in row 1; expected no nulls"),
     "null value": ([[1.0, 2.0], [3.0, None]], "has no value in row 1"),
+    "null first": ([None, [1.0, 2.0]], "has no value in row 0; expected no nulls"),
+    "empty first": ([[], [1.0, 2.0]], "has 0 values in row 0; expected 2, as in its first row that"),
+    "empty for long": ([[]] * 200 + [[1.0, 2.0]], "has 0 values in row 0; expected 2"),
+    "empty inside": ([[[], [1.0]], [[3.0], [4.0]]], "has 0 values in row 0; expected 1"),
     "text": (["a", "b"], "holds values of type string; expected numbers, or lists"),
     "uneven inside": ([[[1.0], [2.0]], [[3.0], [4.0, 5.0]]], "has 2 values in row 1; expected 1"),
 }  # fmt: skip
@@ -260,6 +264,8 @@ def test_a_column_that_is_no_array_names_the_row(tmp_path, case):
     source = save_column(tmp_path / "x.parquet", column)
     with pytest.raises(DataError, match=message):
         list(open_rows(source).batches(9))
+    if "first" in case or "long" in case:
+        assert open_rows(source).row_shape == (2,)
 
 
 RAW = {

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ncbatch.ingest.language.chosen as chosen
+import ncbatch.ingest.language.pieces as pieces
+import ncbatch.ingest.language.texts as texts_module
 import ncbatch.ingest.language.tokenizing as tokenizing
 import ncbatch.ingest.language.windows as windows
 from ncbatch.errors import DataError, NcbatchError, OutputError, UsageError
@@ -246,6 +248,116 @@ def test_texts_are_read_no_further_than_needed(pack: bool, monkeypatch: pytest.M
     assert corpus.n_documents == (2 if pack else 1)
 
 
+# -------------------------------------------------------------------------------------- long texts
+
+
+def long_text(n: int, seed: int = 0) -> str:
+    """Give words in lines, some of which are empty, some longer than a piece."""
+    rng = np.random.default_rng(seed)
+    ends = rng.choice([" ", "\n", "\n\n"], n, p=[0.8, 0.15, 0.05])
+    ends[n // 2 : n // 2 + 60] = " "
+    return "".join(
+        word + end for word, end in zip(rng.choice(list("abcdefghij"), n), ends, strict=True)
+    )
+
+
+def tokens_of(corpus: Corpus) -> list[int]:
+    return [
+        i for batch in corpus.batches(1) for i in batch.input_ids[batch.attention_mask > 0].tolist()
+    ]
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, transformers_tokenizer])
+@pytest.mark.parametrize(("piece", "batch"), [(16, 1), (16, 40), (50, 10**6)])
+@pytest.mark.parametrize("labels", ["next", "argmax"])
+def test_a_long_text_is_tokenized_in_pieces_as_one_document(
+    monkeypatch, make, piece, batch, labels
+):
+    texts = [long_text(400), "a b", "", long_text(50, seed=1)]
+    for number, text in enumerate(texts):
+        Path(f"{number}.txt").write_text(text)
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"context": 7, "labels": labels, "max_tokens": None}
+    whole = open_corpus("*.txt", make(special=True), **options)
+    for module in (pieces, texts_module, tokenizing):
+        monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(tokenizing, "_CHARACTERS", batch)
+    for source in ("*.txt", "a.jsonl"):
+        for pack in (False, True):
+            cut = open_corpus(source, make(special=True), pack=pack, **options)
+            assert tokens_of(cut).count(1) == 3
+            assert (cut.n_documents, cut.n_empty, cut.n_token_ids) == (3, 1, whole.n_token_ids)
+            assert cut.n_tokens == whole.n_tokens
+        assert open_corpus(source, make(special=True), **options).fingerprint == whole.fingerprint
+
+
+def test_a_cut_at_a_line_end_changes_no_token_of_byte_level_merges(monkeypatch):
+    """Merges within words only, as in GPT-2; special tokens by template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lines = [" ".join(f"w{i * k % 41} über" for k in range(1, 9)) for i in range(80)]
+    text = "\n".join(lines)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    Path("a.txt").write_text(text)
+    for module in (pieces, texts_module, tokenizing):
+        monkeypatch.setattr(module, "PIECE", 300)
+    cut = open_corpus("a.txt", tokenizer, context=99)
+    assert tokens_of(cut) == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("most", [1, 6, 7, 8, 29, 398, 400, 401, 402, 403, 404, 450, 10**6])
+def test_the_first_samples_of_a_long_text_have_whole_windows(monkeypatch, most, pack):
+    for number, text in enumerate([long_text(400), "a b", "", long_text(50, seed=1)]):
+        Path(f"{number}.txt").write_text(text)
+    options = {"context": 7, "pack": pack, "max_tokens": most}
+    whole = open_corpus("*.txt", word_tokenizer(special=True), **options)
+    for module in (pieces, texts_module, tokenizing):
+        monkeypatch.setattr(module, "PIECE", 16)
+    monkeypatch.setattr(tokenizing, "_CHARACTERS", 1)
+    cut = open_corpus("*.txt", word_tokenizer(special=True), **options)
+    assert cut.fingerprint == whole.fingerprint
+    assert cut.n_samples == whole.n_samples
+    if most < 30:
+        assert cut.n_tokens < 60 < whole.n_tokens
+
+
+def test_memory_does_not_grow_with_a_text_file(monkeypatch: pytest.MonkeyPatch):
+    lengths = []
+
+    def noted(documents, encode):
+        def counting(texts, special=True):
+            lengths.extend(map(len, texts))
+            return encode(texts, special)
+
+        return original(documents, counting)
+
+    original = tokenizing.tokenized
+    monkeypatch.setattr("ncbatch.ingest.language.reading.tokenized", noted)
+    line = " ".join(["a" * 60, "b", "c" * 60]) + "\n"
+    Path("a.txt").write_text(line * (8 * 2**20 // len(line)))
+    tracemalloc.start()
+    try:
+        corpus = open_corpus("a.txt", word_tokenizer(special=True), context=64)
+        peak = tracemalloc.get_traced_memory()[1]
+        first = open_corpus("a.txt", word_tokenizer(special=True), context=64, max_tokens=10)
+    finally:
+        tracemalloc.stop()
+    assert corpus.n_tokens == 2 + 3 * (8 * 2**20 // len(line))
+    assert peak < 6 * 2**20
+    assert max(lengths) <= pieces.PIECE
+    assert first.n_tokens < corpus.n_tokens / 6
+
+
 # ------------------------------------------------------------------------------- so many per class
 
 
@@ -328,6 +440,16 @@ def test_windows_without_a_chosen_sample_are_left_out():
 def test_options_are_checked_before_anything_is_read(options: dict, message: str):
     with pytest.raises(NcbatchError, match=message):
         open_corpus("nowhere.txt", None, **({"context": 4} | options))
+
+
+def test_excluded_ids_are_those_of_the_tokenizer():
+    Path("a.txt").write_text("a b c")
+    for make in (word_tokenizer, transformers_tokenizer):
+        with pytest.raises(
+            UsageError, match="excluded id 13; expected ids of the vocabulary, below 13"
+        ):
+            open_corpus("a.txt", make(), context=4, exclude=[4, 13])
+        assert open_corpus("a.txt", make(), context=4, exclude=[4, 12]).n_samples == 1
 
 
 def test_no_room_for_temporary_files(monkeypatch: pytest.MonkeyPatch):

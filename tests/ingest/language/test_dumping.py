@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ncbatch.errors import (
     DataError,
     NcbatchError,
     OutputError,
+    StoreError,
     UnknownNameError,
     UsageError,
 )
@@ -261,6 +263,18 @@ def test_a_masked_model_is_asked_for_its_own_decisions(tmp_path: Path, texts: Pa
     assert np.array_equal(store.split("train").predictions(), decided)
 
 
+def test_labels_of_a_masked_model_mark_positions_themselves(tmp_path: Path) -> None:
+    model = make_model("bert")
+    ids, labels = [5, 6, 2, 8, 9, 2, 11], [-100, -100, 7, -100, -100, 10, -100]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"input_ids": ids, "labels": labels}))
+    folder = save_model(tmp_path / "m", "bert", model)
+    store = nc.dump_language_model(folder, tmp_path / "m.jsonl", tmp_path / "s", dtype="float32")
+    with torch.no_grad():
+        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+    stored = rows_of(store, "bert.encoder.layer.0")
+    assert np.array_equal(stored, states[[2, 5]].numpy())
+
+
 def test_unknown_layers_name_the_nearest(tmp_path: Path, texts: Path) -> None:
     folder = save_model(tmp_path / "m", "llama")
     with pytest.raises(UnknownNameError, match=r"no module 'model.layer.1'.*\n.*'model.layers.1'"):
@@ -339,6 +353,126 @@ def test_a_dump_that_was_stopped_goes_on_to_the_same_rows(dumped: Any) -> None:
     for layer in layers_of("neox"):
         assert np.array_equal(as_bits(rows_of(resumed, layer)), as_bits(rows_of(whole, layer)))
     assert (resumed.step, resumed.layer_notes) == (70, whole.layer_notes)
+
+
+def same_head(seed: int) -> Any:
+    """Make models that differ in their blocks only."""
+    model = make_model("neox")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for values in model.gpt_neox.layers.parameters():
+            values.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("labels", ["next", "argmax"])
+def test_a_dump_goes_on_with_the_same_model_texts_and_batches_only(
+    labels: str, tmp_path: Path, texts: Path
+) -> None:
+    def go(model: Any = None, batch_size: int = 2, context: int = 16, **options: Any) -> Any:
+        return nc.dump_language_model(
+            model or same_head(1), texts, tmp_path / "s", tokenizer=transformers_tokenizer(),
+            context=context, batch_size=batch_size, labels=labels, **options,
+        )  # fmt: skip
+
+    with stopping_after(8), pytest.raises(KeyboardInterrupt):
+        go()
+    n = nc.FeatureStore.open(tmp_path / "s").split("train").n_samples
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("weights", {"model": same_head(2)}),
+        ("batch size 2; expected 3,", {"batch_size": 3}),
+        ("texts and windows", {"context": 8}),
+        ("texts and windows", {"max_tokens": 150}),
+        ("model GPTNeoXForCausalLM; expected other,", {"name": "other"}),
+        ("model dtype float32; expected float16", {"model": same_head(1).half()}),
+    ]
+    for message, other in others:
+        with pytest.raises(StoreError, match=f"split 'train' of .* was begun with {message}"):
+            go(resume=True, **other)
+    assert nc.FeatureStore.open(tmp_path / "s").split("train").n_samples == n > 0
+    assert go(resume=True).split("train").finalized
+
+
+def test_moments_go_on_with_the_same_data_only(
+    dumped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncbatch.ingest.state_target._SAVE_BYTES", 1)
+    monkeypatch.setattr("ncbatch.ingest.state_target._SAVE_RATIO", 0)
+    with stopping_after(8), pytest.raises(KeyboardInterrupt):
+        dumped("s", moments=True, labels="argmax")
+    with pytest.raises(StoreError, match="was begun with texts and windows"):
+        dumped("s", moments=True, labels="argmax", resume=True, max_tokens=100)
+    assert dumped("s", moments=True, labels="argmax", resume=True).state_splits == ["train"]
+
+
+def test_ranks_are_given_the_same_data(dumped: Any) -> None:
+    dumped("s", rank=0, world_size=2)
+    with pytest.raises(StoreError, match="was begun with texts and windows"):
+        dumped("s", rank=1, world_size=2, seed=1, per_class_cap=5)
+    assert dumped("s", rank=1, world_size=2).split("train").finalized
+
+
+def test_another_model_or_step_is_not_added_to_a_store(dumped: Any) -> None:
+    dumped("s")
+    with pytest.raises(StoreError) as caught:
+        dumped("s", split="test", step=80)
+    assert "s holds features of step 70; expected those of step 80" in str(caught.value)
+    assert "use a store per checkpoint, or say --step 70" in str(caught.value)
+    assert nc.FeatureStore.open(dumped("s", split="test").path).step == 70
+    with pytest.raises(StoreError, match="features of step 70"):
+        dumped("s", split="test", step=80, overwrite=True)  # train would be called 80, too
+    dumped("t")
+    assert dumped("t", step=80, overwrite=True).step == 80
+
+
+def test_another_name_is_not_given_to_a_store(tmp_path: Path, texts: Path) -> None:
+    def dump_as(name: str, split: str) -> nc.FeatureStore:
+        return nc.dump_language_model(
+            make_model("neox"), texts, tmp_path / "s", split, tokenizer=transformers_tokenizer(),
+            name=name,
+        )  # fmt: skip
+
+    dump_as("one", "train")
+    with pytest.raises(
+        StoreError, match=r"of model one; expected those of model two.*\n.*--name one"
+    ):
+        dump_as("two", "test")
+    assert dump_as("one", "test").model == "one"
+
+
+def test_a_value_that_overflows_leaves_no_store(tmp_path: Path, texts: Path) -> None:
+    model = make_model("neox")
+    with torch.no_grad():
+        model.gpt_neox.layers[2].mlp.dense_4h_to_h.bias.add_(1e6)
+    given = (model, texts, tmp_path / "s")
+    with pytest.raises(DataError, match=r"overflows float16\n.*--dtype bfloat16 or float32"):
+        nc.dump_language_model(*given, tokenizer=transformers_tokenizer())
+    assert not (tmp_path / "s").exists()
+    nc.FeatureStore.create(tmp_path / "s", K, dict.fromkeys(layers_of("neox"), WIDTH), "float16")
+    store = nc.dump_language_model(*given, tokenizer=transformers_tokenizer(), dtype="float32")
+    assert {store.split("train").spec(x).dtype for x in layers_of("neox")} == {"float32"}
+
+
+def test_a_second_split_is_stored_as_the_first(dumped: Any) -> None:
+    dumped("s", dtype="float32")
+    store = dumped("s", split="test", progress=(told := Told()))
+    assert store.split("test").spec("lm_head:input").dtype == "float32"
+    assert any(" as float32; " in note for note in told.notes)
+    with pytest.raises(UsageError, match=r"dtype float16 for layer .*float32, as in split 'te"):
+        dumped("s", split="more", dtype="float16")
+
+
+def test_means_of_rows_and_moments_beside_rows(
+    dumped: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dumped("s")
+    with pytest.raises(StoreError, match=r"holds rows, and no moments .*\n.*--moments"):
+        dumped("s", split="test", moments=True, means="train")
+    store = dumped("s", moments=True)
+    assert "split 'train' has rows of gpt_neox.layers.0:input, " in caplog.text
+    dumped("s", split="test", moments=True, means="train")
+    assert store.state_layers("test", "decisions") == ["lm_head:input"]
 
 
 @contextmanager
@@ -466,6 +600,7 @@ def test_the_estimate_and_its_refusal(dumped: Any, monkeypatch: pytest.MonkeyPat
         ):
             dumped(name)
         assert not Path(store.path).with_name(name).exists()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 2**30))
         dumped(name, moments=True)
     # What is replaced or resumed is there already.
     held = sum(
@@ -526,6 +661,7 @@ def test_options_without_sense(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch size 0; expected at least 1"),
         ({"dtype": "int8"}, "dtype 'int8'; expected one of: float16"),
         ({"means": "train"}, "means 'train' without moments; expected --moments"),
+        ({"step": -3}, "step -3; expected 0 or more"),
         ({"split": "a/b"}, "split name 'a/b'; expected"),
     ):
         with pytest.raises(UsageError, match=message):

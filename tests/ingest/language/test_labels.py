@@ -166,6 +166,18 @@ def test_every_position_waits_for_what_the_model_decides():
     assert labels_of(masked, labels="argmax") == [[-1, 0, 0]]
 
 
+def test_a_masked_model_speaks_about_the_position_itself():
+    ids = [5, 6, 2, 8, 9, 2, 11]
+    masked = row(ids, labels=[-100, -100, 7, -100, -100, 10, -100])
+    options = {"labels": "argmax", "masked": True}
+    assert labels_of(masked, **options) == [[-1, -1, 0, -1, -1, 0, -1]]
+    assert labels_of(row([5, 6, 7], loss_mask=[1, 0, 1]), **options) == [[0, -1, 0]]
+    hole = row([5, 6, 7, 8], attention_mask=[1, 1, 0, 1])
+    assert labels_of(hole, **options) == [[0, 0, -1, 0]]
+    assert labels_of(row([5, 6]), **options) == [[0, 0]]
+    assert labels_of(row([5, 6]), masked=True) == [[6, -1]]
+
+
 def test_labels_that_are_no_mask_of_the_tokens_are_refused():
     shifted = row([5, 6, 7], labels=[6, 7, -100])
     with pytest.raises(

@@ -183,6 +183,24 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_language_model(folder, tmp_path / "gone")
 
 
+@pytest.mark.parametrize(
+    ("environment", "rank", "device"),
+    [({}, None, "cuda:0"), ({}, 3, "cuda:1"), ({"LOCAL_RANK": "0", "RANK": "3"}, 3, "cuda:0")],
+)
+def test_each_rank_has_a_gpu_of_its_own(
+    environment: dict[str, str], rank: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ncbatch.ingest.language.loading import _device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("LOCAL_RANK", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _device("auto", rank) == device
+
+
 def test_an_unknown_name_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:

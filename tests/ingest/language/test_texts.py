@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ncbatch.errors import DataError, UnknownNameError
+from ncbatch.ingest.language import pieces
 from ncbatch.ingest.language.documents import Document
 from ncbatch.ingest.language.texts import Texts, find_texts
 
@@ -44,6 +48,54 @@ def test_a_text_file_is_one_document():
     assert document.content == "one\ntwo\r\n\nüñ \U0001f600"
     assert document.size == Path("a.txt").stat().st_size
     assert "a.txt" in document.where
+
+
+@given(
+    st.text(st.sampled_from("aé\U0001f600 \n\r\t\u3000"), max_size=200),
+    st.sampled_from([2, 3, 8, 30]),
+)
+def test_pieces_make_the_text_and_are_no_longer_than_wanted(text: str, size: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE", size)
+        patch.setattr("ncbatch.ingest.language.texts.PIECE", size)
+        found = list(pieces.pieces_of(text))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.txt"
+            path.write_bytes(text.encode())
+            read = documents(path)
+    assert "".join(piece for piece, _ in found) == text
+    assert [more for _, more in found] == [True] * (len(found) - 1) + [False]
+    assert all(0 < len(piece) <= size for piece, _ in found) or not text
+    assert "".join(document.content for document in read) == text
+    assert not read[-1].goes_on
+    assert sum(document.size for document in read) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("aaaaa\nbb\n\nccc", "aaaaa\n"),  # between two lines, not beside an empty one
+        ("aaaaaa\n\nbbbbb", "aaaaaa\n\n"),
+        ("aaaaa bbb ccc", "aaaaa bbb"),
+        ("aaaaaaaaaaaaa", "aaaaaaaaaa"),
+        ("a\nbbbbb ccccc", "a\nbbbbb"),  # a line end in the first half would make short pieces
+    ],
+)
+def test_a_long_text_is_cut_where_tokens_end(monkeypatch, text: str, first: str):
+    monkeypatch.setattr(pieces, "PIECE", 10)
+    assert next(pieces.pieces_of(text)) == (first, True)
+
+
+@pytest.mark.parametrize("piece", [4, 7, 64])
+@pytest.mark.parametrize("tail", [b"\xe9 more", b"\xc3"])
+def test_a_wrong_byte_is_named_wherever_it_is_read(monkeypatch, piece: int, tail: bytes):
+    monkeypatch.setattr("ncbatch.ingest.language.texts.PIECE", piece)
+    good = "\ufeffüñ € \U0001f600 and so on".encode()
+    write("a.txt", good + tail)
+    with pytest.raises(DataError, match=rf"not UTF-8: byte {len(good)} is 0x{tail[0]:02x}"):
+        contents("a.txt")
+    write("a.txt", good)
+    assert contents("a.txt") == ["üñ € \U0001f600 and so on"]
 
 
 def test_a_byte_order_mark_is_no_text():
