@@ -339,7 +339,7 @@ def peak_of(**arguments) -> tuple[int, int, int, dict[str, float]]:
 
 @pytest.mark.slow
 def test_k_by_d_larger_than_the_budget_works_by_class_blocks(tmp_path):
-    K, D, n = 90_000, 1024, 100_000
+    K, D, n = 104_000, 1024, 110_000
     rng = np.random.default_rng(0)
     store = FeatureStore.create(tmp_path / "s.zarr", K, {"h": D}, "float16")
     y = np.concatenate([np.arange(K), rng.integers(0, K, n - K)])
@@ -348,7 +348,7 @@ def test_k_by_d_larger_than_the_budget_works_by_class_blocks(tmp_path):
             X = rng.standard_normal((10_000, D), np.float32) + (y[start : start + 10_000, None] % 7)
             writer.append({"h": X.astype(np.float16)}, y[start : start + 10_000])
     metrics = ["nc1_pinv", "nc1_quot", "nc2_etf_err", "nc2_norm_mean"]
-    budget = 700 * 2**20
+    budget = 800 * 2**20
     assert budget < K * D * 8
     planned, peak, reads, values = peak_of(stores=str(store.path), metrics=metrics, memory=budget)
     assert peak <= planned <= budget
@@ -378,7 +378,7 @@ def test_the_plan_holds_with_a_classifier_outside_data_and_many_class_blocks(tmp
         "nc5_ood_dev",
         "nc1_test_to_train",
     ]
-    budget = 800 * 2**20  # an interpreter with pyarrow, which pandas loads, holds 150 MiB
+    budget = 840 * 2**20
     planned, peak, reads, values = peak_of(stores=str(store.path), metrics=metrics, memory=budget)
     assert peak <= planned <= budget
     assert reads > 1

@@ -13,7 +13,7 @@ import psutil
 from threadpoolctl import threadpool_info
 
 _PACKAGES = (
-    "ncbatch", "numpy", "scipy", "numba", "zarr", "dask", "distributed", "torch", "scikit-learn",
+    "ncbatch", "numpy", "scipy", "numba", "zarr", "dask", "distributed", "torch", "transformers", "scikit-learn",
     "faiss-cpu", "faiss-gpu-cu12", "flox", "cupy-cuda12x",
 )  # fmt: skip
 
