@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from ncbatch.reads import DecisionsRead, MomentsRead, rows_file
 from ncbatch.stats import Decisions, Moments, SeenMoments
 from ncbatch.store import FeatureStore, LayerSpec
 from ncbatch.store.chunks import read_rows
+from ncbatch.store.names import natural_key
 from ncbatch.store.states import check_arrays
 
 MOMENTS, DECISIONS = "moments", "decisions"
@@ -59,7 +59,7 @@ class SummedSplit:
         notes = self.store.layer_notes
         return sorted(
             self.store.state_layers(self.name, MOMENTS),
-            key=lambda layer: (notes.get(layer, {}).get("depth", 2.0), _natural(layer)),
+            key=lambda layer: (notes.get(layer, {}).get("depth", 2.0), natural_key(layer)),
         )
 
     @property
@@ -268,11 +268,6 @@ class SummedSplit:
 
 _MOMENTS = ("class", "count", "mean", "trace")
 _DECISIONS = tuple(Decisions.__dataclass_fields__)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Order names by the numbers in them: ``h.2`` before ``h.10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _whole(array: zarr.Array[Any]) -> npt.NDArray[Any]:

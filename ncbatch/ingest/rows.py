@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ncbatch.errors import DataError
 from ncbatch.ingest.formats import Blocks, Shard, open_shard, readable
+from ncbatch.store.names import natural_key
 
 _READ_BYTES = 32 * 2**20
 
@@ -167,15 +168,10 @@ def find_paths(source: str, what: str) -> tuple[list[str], str | None]:
         if path and Path(path).exists():
             return [path], key
     for end in [*colons, len(source)]:
-        paths = sorted(glob.glob(source[:end]), key=_natural)
+        paths = sorted(glob.glob(source[:end]), key=natural_key)
         if paths:
             return paths, source[end + 1 :] or None
     raise DataError(f"no {what} at '{source}'", "an existing file, or a glob of shards")
-
-
-def _natural(path: str) -> list[tuple[int, int | str]]:
-    parts = re.split(r"(\d+)", path)
-    return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]
 
 
 def _intact(shard: Shard, what: str, n: int) -> Blocks:

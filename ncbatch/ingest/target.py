@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,7 +35,7 @@ Found = TypeVar("Found")
 PATIENCE_S = 600.0
 
 
-class Target:
+class Target(ABC):
     """The store that a dump fills; `RowTarget` keeps rows in it, `StateTarget` what sums them up.
 
     Parameters
@@ -106,9 +107,9 @@ class Target:
         return self.store
 
     @property
+    @abstractmethod
     def begun(self) -> bool:
         """Whether `start` was called, or is not needed any more."""
-        raise NotImplementedError
 
     @property
     def continues(self) -> bool:
@@ -132,15 +133,15 @@ class Target:
         if not self.continues or not self.opened.begun_with(self._split, self.kind):
             self.opened.set_begun_with(self._split, self.kind, self._identity)
 
+    @abstractmethod
     def resume(self, writing: ExitStack) -> int:
         """Go on where an earlier process stopped; gives the samples that were kept already."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
         """Begin to keep, once the first batch has told the widths; `writing` ends it."""
-        raise NotImplementedError
 
-    def expect(self, batch: Batch) -> None:
+    def expect(self, batch: Batch) -> None:  # noqa: B027 - not every target needs to hear of it
         """Hear of the batch that the model is about to read; by default nothing is done."""
 
     def receive(self, name: str, rows: torch.Tensor) -> Any:
@@ -152,6 +153,7 @@ class Target:
         """
         return rows
 
+    @abstractmethod
     def append(
         self,
         features: Mapping[str, Any],
@@ -159,11 +161,10 @@ class Target:
         decisions: torch.Tensor | None,
     ) -> None:
         """Keep the rows of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_skipped(self, batch: Batch) -> None:
         """Refuse to skip rows that are not the ones kept: other batches would be mixed in."""
-        raise NotImplementedError
 
     def end(self, missing: int, writing: ExitStack) -> None:
         """All batches were given; refuse if `missing` samples of those kept were not among them."""

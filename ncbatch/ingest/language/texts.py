@@ -6,7 +6,6 @@ import codecs
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ncbatch.ingest.language.documents import Document, Source, takes_tokens, te
 from ncbatch.ingest.language.pieces import PIECE, pieces
 from ncbatch.ingest.language.saved import SavedDataset
 from ncbatch.ingest.language.token_rows import read_token_row
+from ncbatch.store.names import natural_key
 
 Texts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _LINES = (".jsonl", ".ndjson")
@@ -210,10 +210,7 @@ def _file(path: Path, field: str) -> Source:
 
 
 def _natural(path: Path) -> list[list[tuple[int, int | str]]]:
-    return [
-        [(1, int(part)) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
-        for name in path.parts
-    ]
+    return [natural_key(name) for name in path.parts]
 
 
 def _size(path: Path) -> int:
