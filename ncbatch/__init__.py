@@ -9,22 +9,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from ncbatch.errors import NcbatchError
+    from ncbatch.ingest import dump, dump_language_model, finalize
+    from ncbatch.measurement.run import measure, plan
+    from ncbatch.results.files import load_results, save_results
+    from ncbatch.states import Decisions, Moments, PairStats
+    from ncbatch.store import FeatureStore
+
 
 _HOMES = {
-    "Decisions": "ncbatch.stats",
+    "Decisions": "ncbatch.states",
     "FeatureStore": "ncbatch.store",
-    "Moments": "ncbatch.stats",
+    "Moments": "ncbatch.states",
     "NcbatchError": "ncbatch.errors",
-    "PairStats": "ncbatch.stats",
+    "PairStats": "ncbatch.states",
     "dump": "ncbatch.ingest",
     "dump_language_model": "ncbatch.ingest",
     "finalize": "ncbatch.ingest",
-    "load_results": "ncbatch.results",
-    "measure": "ncbatch.measurement",
+    "load_results": "ncbatch.results.files",
+    "measure": "ncbatch.measurement.run",
     "metrics": "ncbatch",
-    "plan": "ncbatch.measurement",
-    "save_results": "ncbatch.results",
+    "plan": "ncbatch.measurement.run",
+    "save_results": "ncbatch.results.files",
 }
 
 __all__ = [
@@ -42,15 +49,6 @@ __all__ = [
     "plan",
     "save_results",
 ]
-
-if TYPE_CHECKING:
-    from ncbatch import metrics
-    from ncbatch.errors import NcbatchError
-    from ncbatch.ingest import dump, dump_language_model, finalize
-    from ncbatch.measurement import measure, plan
-    from ncbatch.results import load_results, save_results
-    from ncbatch.stats import Decisions, Moments, PairStats
-    from ncbatch.store import FeatureStore
 
 
 def __getattr__(name: str) -> Any:

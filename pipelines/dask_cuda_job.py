@@ -18,7 +18,7 @@ from rich.console import Console
 
 import ncbatch as nc
 from ncbatch.errors import NcbatchError
-from ncbatch.report import ProgressBar, notes, result_tables
+from ncbatch.results.tables import ProgressBar, notes, result_tables
 
 
 def parse() -> argparse.Namespace:

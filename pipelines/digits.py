@@ -31,8 +31,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
 import ncbatch as nc
-from ncbatch.report import notes, result_tables
-from ncbatch.results import metric_names
+from ncbatch.results.files import metric_names
+from ncbatch.results.tables import notes, result_tables
 
 N_CLASSES, N_TRAIN, N_PATCHES, WIDTH, BATCH = 10, 1297, 500, 256, 163
 LAYERS = {"input": "fc1:input", "hidden1": "act1", "hidden2": "act2", "hidden3": "act3"}

@@ -25,7 +25,7 @@ from plots import depth_tables, only, plot_over_depth, plot_over_training
 from rich.console import Console
 
 import ncbatch as nc
-from ncbatch.report import ProgressBar, notes
+from ncbatch.results.tables import ProgressBar, notes
 
 METRICS = (
     "nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc2_cos_std", "nc2_norm_cv", "nc5_ood_dev",

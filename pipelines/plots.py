@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from rich.table import Table
 
-from ncbatch.cells import metric_names
+from ncbatch.results.dataset import metric_names
 
 # How a yardstick is drawn, and what the legend calls it.
 YARDSTICKS = {

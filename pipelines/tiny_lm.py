@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 import ncbatch as nc
 from ncbatch.ingest.language import TokenBatch, open_corpus
-from ncbatch.report import notes
+from ncbatch.results.tables import notes
 
 ROUNDS = 3  # of timing
 HEAD_METRICS = ("nc3_dual_err", "nc4_agree", "nc4_clf_accuracy")

@@ -445,7 +445,7 @@ def test_an_interrupted_command_says_so(folder, monkeypatch):
     def press(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncbatch.measurement.measure", press)
+    monkeypatch.setattr("ncbatch.measurement.run.measure", press)
     done = run_here("measure", "s", "--out", "r.csv", cwd=folder)
     assert (done.code, done.err.strip()) == (130, "ncbatch: interrupted")
     assert not Path("r.csv").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ncbatch
-from ncbatch.report import metrics_page
+from ncbatch.results.tables import metrics_page
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.stats import MomentsAccumulator, linear_rule, nearest_mean_rule
+from ncbatch.states import MomentsAccumulator, linear_rule, nearest_mean_rule
 
 torch = pytest.importorskip("torch")
 

@@ -9,7 +9,6 @@ from ncbatch.arrays.namespace import (
     scalar,
     to_numpy,
 )
-from ncbatch.arrays.products import row_blocks, symmetric_product, triangular_factor
 from ncbatch.arrays.rows import (
     CentredRows,
     ChosenRows,
@@ -19,7 +18,10 @@ from ncbatch.arrays.rows import (
     float64_blocks,
     mean_of_rows,
     product_rows,
+    row_blocks,
+    symmetric_product,
     take_rows,
+    triangular_factor,
 )
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
 from ncbatch.arrays.threads import cpu_count, map_threads, max_pending, read_ahead, thread_limit

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 import click
 
-from ncbatch import __version__
-from ncbatch.cli import dumping, measuring, storing
+from ncbatch.cli import measurement, stores
 from ncbatch.errors import NcbatchError
+from ncbatch.version import __version__
 
 
 class _Commands(click.Group):
@@ -25,23 +25,23 @@ class _Commands(click.Group):
 def cli() -> None:
     """Measure neural collapse on stored features: out of core, exact, from one read.
 
-    Dump a language model into a store, or import features and the classifier, then measure.
+    Dump a language model into a store, or import features and the classifier, then measurement.
     """
 
 
 for _command in (
-    storing.import_,
-    storing.classifier,
-    dumping.dump,
-    storing.finalize,
-    storing.delete,
-    storing.describe,
-    storing.info,
-    storing.validate,
-    measuring.plan,
-    measuring.measure,
-    measuring.grid,
-    measuring.metrics,
+    stores.import_,
+    stores.classifier,
+    stores.dump,
+    stores.finalize,
+    stores.delete,
+    stores.describe,
+    stores.info,
+    stores.validate,
+    measurement.plan,
+    measurement.measure,
+    measurement.grid,
+    measurement.metrics,
 ):
     cli.add_command(_command)
 

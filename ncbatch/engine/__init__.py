@@ -1,17 +1,10 @@
 """The engine runs passes within a memory budget; it knows nothing of neural collapse."""
 
-from ncbatch.engine.checkpoint import About, Kept, digest
-from ncbatch.engine.packing import Arrays, pack, unpack
-from ncbatch.engine.plan import (
-    Plan,
-    Price,
-    check_budget,
-    cut,
-    format_bytes,
-    memory_budget,
-    resident_bytes,
-)
-from ncbatch.engine.run import Call, Item, Job, Pass, Progress, Step, Sweep, run, run_jobs
+from ncbatch.arrays.named_arrays import Arrays, pack, unpack
+from ncbatch.engine.jobs import Call, Item, Job, Pass, Price, Progress, Step, Sweep, cut
+from ncbatch.engine.kept import About, Kept, digest
+from ncbatch.engine.loop import run, run_jobs
+from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
 
 __all__ = [
     "About",

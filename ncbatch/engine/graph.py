@@ -5,15 +5,104 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncbatch.engine import tasks
-from ncbatch.engine.run import Call, Item, Job, Progress, Step, Sweep, say_changes
-from ncbatch.engine.slots import task_slots
+from ncbatch.arrays import thread_limit
+from ncbatch.arrays.named_arrays import pack, unpack
+from ncbatch.engine.cluster import task_slots, task_threads
+from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep
+from ncbatch.engine.loop import load_state, say_changes
 from ncbatch.errors import WorkerError
+
+# The tasks of a graph: pure functions of a job that carry paths and states, not data.
+
+
+class UnreadableStateError(Exception):
+    """A finished state that is kept, and cannot be read: it counts as absent."""
+
+    def __init__(self, job: int, step: str) -> None:
+        super().__init__(job, step)
+        self.at = (job, step)
+
+
+def same(job: Job) -> Job:
+    """Give a job, which then is in the graph once."""
+    return job
+
+
+def sweep_of(job: Job, name: str) -> Sweep:
+    """Find a sweep of a job by its name."""
+    step = next(step for step in job.steps if step.name == name)
+    assert isinstance(step, Sweep)
+    return step
+
+
+def fold(
+    job: Job, name: str, item: Item, state: Path | None, slots: Mapping[str, int], *given: Any
+) -> Any:
+    """Fold one item, unless it is kept."""
+    step = sweep_of(job, name)
+    work, kept = step.make(*given), step.kept(state)
+    file = f"item-{item.start}-{item.stop}"
+    arrays = None if kept is None else kept.load(file)
+    if arrays is not None:
+        return unpack(work.kind, arrays)
+    with thread_limit(task_threads(slots)):
+        found = work.seal(work.fold(work.start(), item))
+    if kept is not None:
+        kept.save(file, pack(found))
+    return found
+
+
+def empty(job: Job, name: str, *given: Any) -> Any:
+    """Give the state of no items."""
+    work = sweep_of(job, name).make(*given)
+    return work.seal(work.start())
+
+
+def merge(job: Job, name: str, slots: Mapping[str, int], a: Any, b: Any, *given: Any) -> Any:
+    """Combine the states of two sets of items."""
+    with thread_limit(task_threads(slots)):
+        return sweep_of(job, name).make(*given).merge(a, b)
+
+
+def finish(
+    job: Job, name: str, state: Path | None, slots: Mapping[str, int], partial: Any, *given: Any
+) -> Any:
+    """Do what is to be done once with a state of all items, and keep it."""
+    step = sweep_of(job, name)
+    work, kept = step.make(*given), step.kept(state)
+    if kept is not None:  # done before, by a worker that was lost since: others use its files
+        found = load_state(work, kept)
+        if found is not None:
+            return found
+    with thread_limit(task_threads(slots)):
+        found = work.finish(partial)
+    if kept is not None:
+        kept.conclude(pack(found))
+    return found
+
+
+def load(job: Job, j: int, name: str, state: Path, *given: Any) -> Any:
+    """Read a finished state that is kept; `UnreadableStateError` when that cannot be done."""
+    step = sweep_of(job, name)
+    kept = step.finished(state)
+    found = None if kept is None else load_state(step.make(*given), kept)
+    if found is None:
+        raise UnreadableStateError(j, name)
+    return found
+
+
+def call(job: Job, name: str, slots: Mapping[str, int], *given: Any) -> Any:
+    """Compute a step from earlier results."""
+    step = next(step for step in job.steps if step.name == name)
+    assert isinstance(step, Call)
+    with thread_limit(task_threads(slots)):
+        return step.compute(*given)
+
 
 # Seconds between looks at what is done, and those without a scheduler until a run is given up.
 _POLL_SECONDS, _LOST_SECONDS = 0.02, 20.0
@@ -94,7 +183,7 @@ class _Graph:
         self._kept = {
             (j, name): kept
             for (j, name) in self._items
-            if (kept := tasks.sweep_of(jobs[j], name).finished(state)) is not None
+            if (kept := sweep_of(jobs[j], name).finished(state)) is not None
         }
         self._leaves: dict[str, _Leaf] = {}
         self._leaf_futures: list[Any] = []
@@ -142,22 +231,20 @@ class _Graph:
         for step in steps:
             given = [results[name] for name in step.needs]
             if isinstance(step, Call):
-                found = self._submit(tasks.call, step.name, whole, step.name, self._slots, *given)
+                found = self._submit(call, step.name, whole, step.name, self._slots, *given)
             elif (j, step.name) in self._kept:
-                found = self._submit(
-                    tasks.load, step.name, whole, j, step.name, self._state, *given
-                )
+                found = self._submit(load, step.name, whole, j, step.name, self._state, *given)
             else:
                 found = self._submit_sweep(j, step, whole, given)
             results[step.name] = found
         return results
 
     def _whole(self, j: int) -> Any:
-        return self._submit(tasks.same, f"job-{self._jobs[j].name}", self._jobs[j])
+        return self._submit(same, f"job-{self._jobs[j].name}", self._jobs[j])
 
     def _submit_item(self, step: Sweep, whole: Any, item: Item, given: list[Any]) -> Any:
         return self._submit(
-            tasks.fold, step.name, whole, step.name, item, self._state, self._slots, *given
+            fold, step.name, whole, step.name, item, self._state, self._slots, *given
         )
 
     def _submit_sweep(self, j: int, step: Sweep, whole: Any, given: list[Any]) -> Any:
@@ -168,16 +255,16 @@ class _Graph:
             self._leaf_futures.append(future)
             parts.append(future)
         if not parts:
-            parts = [self._submit(tasks.empty, step.name, whole, step.name, *given)]
+            parts = [self._submit(empty, step.name, whole, step.name, *given)]
         while len(parts) > 1:
             parts = [
-                self._submit(tasks.merge, step.name, whole, step.name, self._slots, a, *b, *given)
+                self._submit(merge, step.name, whole, step.name, self._slots, a, *b, *given)
                 if b
                 else a
                 for a, *b in _in_pairs(parts)
             ]
         return self._submit(
-            tasks.finish, step.name, whole, step.name, self._state, self._slots, parts[0], *given
+            finish, step.name, whole, step.name, self._state, self._slots, parts[0], *given
         )
 
     def _submit(self, function: Any, name: str, *arguments: Any) -> Any:
@@ -199,7 +286,7 @@ class _Graph:
         for future in _completed(self._client, futures):
             if future.status == "error":
                 error = future.exception()
-                if isinstance(error, tasks.UnreadableStateError):
+                if isinstance(error, UnreadableStateError):
                     self._kept.pop(error.at).forget()
                     return []  # and build anew
                 if not isinstance(error, KilledWorker):

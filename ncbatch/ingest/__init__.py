@@ -1,10 +1,10 @@
 """Ways into a store: torch models by hooks, language models with their texts, files by import."""
 
-from ncbatch.ingest.files import import_classifier, import_features, read_classes
-from ncbatch.ingest.hooks import dump
-from ncbatch.ingest.language.dumping import dump_language_model
-from ncbatch.ingest.merging import finalize
-from ncbatch.ingest.rows import open_rows
+from ncbatch.ingest.files.imports import import_classifier, import_features, read_classes
+from ncbatch.ingest.files.layers import open_rows
+from ncbatch.ingest.language.dumps import dump_language_model
+from ncbatch.ingest.model.dumps import dump
+from ncbatch.ingest.model.ranks import finalize
 
 __all__ = [
     "dump",

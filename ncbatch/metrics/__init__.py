@@ -4,35 +4,29 @@ The functions take NumPy, CuPy or torch arrays (any array-API library), compute 
 return Python floats, or arrays of the library they were given.
 """
 
-from ncbatch.metrics.alignment import (
-    clf_ncc_agreement,
-    distance_norms,
-    orthogonality_deviation,
-    similarities,
-)
 from ncbatch.metrics.by_class import ClassView
 from ncbatch.metrics.catalogue import CATALOGUE, find_metrics
-from ncbatch.metrics.kernels import (
+from ncbatch.metrics.metric import Metric
+from ncbatch.metrics.reference import (
+    class_dist_norm_vars,
+    clf_ncc_agreement,
+    covariance_ratio,
     dist_kernel,
+    distance_norms,
+    interference_grid,
     kernel_grid,
     kernel_stats,
     log_kernel,
-    riesz_kernel,
-)
-from ncbatch.metrics.metric import Metric
-from ncbatch.metrics.statistics import Statistics, Undefined
-from ncbatch.metrics.structure import (
-    interference_grid,
     mean_norms,
+    orthogonality_deviation,
+    riesz_kernel,
     self_duality_error,
+    similarities,
     simplex_etf_error,
-    structure_error,
-)
-from ncbatch.metrics.variability import (
-    class_dist_norm_vars,
-    covariance_ratio,
     variability_cdnv,
 )
+from ncbatch.metrics.statistics import Statistics, Undefined
+from ncbatch.metrics.structure import structure_error
 
 __all__ = [
     "CATALOGUE",

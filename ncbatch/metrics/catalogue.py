@@ -8,7 +8,7 @@ from ncbatch.errors import unknown_name
 from ncbatch.metrics.metric import Metric
 from ncbatch.metrics.nc1 import NC1
 from ncbatch.metrics.nc2 import NC2
-from ncbatch.metrics.nc3 import NC3
+from ncbatch.metrics.nc3_to_nc5 import NC3
 from ncbatch.metrics.spectra import SPECTRA
 
 CATALOGUE: Mapping[str, Metric] = {m.name: m for m in (*NC1, *NC2, *NC3, *SPECTRA)}

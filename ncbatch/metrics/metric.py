@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ncbatch.arrays import Array, namespace, scalar
 from ncbatch.metrics.statistics import Statistics, Undefined
-from ncbatch.stats.tally import Tally
+from ncbatch.states.pairs.stats import Tally
 
 PAPYAN = "Papyan, Han & Donoho 2020, doi:10.1073/pnas.2015509117"
 HAN = "Han, Papyan & Donoho 2022, arXiv:2106.02073"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 from array_api_compat import device
 
 from ncbatch.arrays import (
     Array,
-    CentredRows,
     as_float64,
     block_rows,
     float64_blocks,
@@ -21,45 +20,9 @@ from ncbatch.arrays import (
     take_rows,
 )
 from ncbatch.errors import DataError
-from ncbatch.metrics.kernels import pair_grid
 
 # Classes of a tile's side where K x K products are summed.
 _LEAST_SIDE, _MOST_SIDE = 256, 1024
-
-
-def mean_norms(
-    M: Array, m_G: Array | float = 0, post_funcs: Sequence[Callable[[Array], Array]] = ()
-) -> Array:
-    """Compute |m_c - m_G| per class, then apply `post_funcs` in turn.
-
-    Parameters
-    ----------
-    M : array (K, D)
-        Class means.
-    m_G : array (D,) or 0, optional
-        Global mean.
-    post_funcs : sequence of callable, optional
-        Functions of an array (K,), such as a logarithm.
-
-    Returns
-    -------
-    array (K,)
-        The norms.
-    """
-    result = namespace(M).sqrt(square_norms(CentredRows(M, m_G)))
-    for apply in post_funcs:
-        result = apply(result)
-    return result
-
-
-def interference_grid(M: Array, m_G: Array | float = 0) -> Array:
-    """Compute the K x K grid of inner products of centred means, of an array in memory."""
-    xp, centred = namespace(M), CentredRows(M, m_G)
-
-    def tile(rows: slice, columns: slice) -> Array:
-        return xp.matmul(centred[rows], xp.matrix_transpose(centred[columns]))
-
-    return pair_grid(centred, tile)
 
 
 def structure_error(A: Array, B: Array) -> float:
@@ -140,35 +103,6 @@ def _products(A: Array, B: Array) -> Iterator[tuple[slice, slice, Array]]:
         for columns in row_blocks(B.shape[0], side):
             b = as_float64(take_rows(B, columns))
             yield rows, columns, xp.matmul(a, xp.matrix_transpose(b))
-
-
-def simplex_etf_error(M: Array, m_G: Array | float = 0) -> float:
-    """Measure how far the Gram matrix of centred means is from a simplex ETF (Kothapalli 2023).
-
-    Parameters
-    ----------
-    M : array (K, D)
-        Class means.
-    m_G : array (D,) or 0, optional
-        Global mean.
-    """
-    centred = CentredRows(M, m_G)
-    return structure_error(centred, centred)
-
-
-def self_duality_error(W: Array, M: Array, m_G: Array | float = 0) -> float:
-    """Measure how far W Mc^T is from a simplex ETF (Kothapalli 2023).
-
-    Parameters
-    ----------
-    W : array (K, D)
-        Classifier rows.
-    M : array (K, D)
-        Class means.
-    m_G : array (D,) or 0, optional
-        Global mean.
-    """
-    return structure_error(W, CentredRows(M, m_G))
 
 
 def square_norms(rows: Array) -> Array:

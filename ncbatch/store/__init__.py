@@ -2,8 +2,7 @@
 
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import FORMAT, LayerSpec
-from ncbatch.store.layer_writing import LayerWriter
 from ncbatch.store.split import Split
-from ncbatch.store.writing import Writer
+from ncbatch.store.writer import LayerWriter, Writer
 
 __all__ = ["FORMAT", "FeatureStore", "LayerSpec", "LayerWriter", "Split", "Writer"]

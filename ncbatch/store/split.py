@@ -6,25 +6,33 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ncbatch.errors import StoreError, unknown_name
+from ncbatch.arrays import cuda_chunk, cuda_meta
+from ncbatch.errors import StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import (
     checksums,
     chunk_fault,
+    chunks_at_once,
+    find_node,
+    map_ahead,
+    open_array,
+    open_arrays,
     present_chunks,
     read_rows,
     stored_chunks,
+    subgroups,
 )
-from ncbatch.store.commit_records import CommitRecord, claimed_blocks, read_records
-from ncbatch.store.fetching import chunks_at_once, map_ahead
-from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec
-from ncbatch.store.layout import Layout
-from ncbatch.store.nodes import find_node, open_array, open_arrays, subgroups
+from ncbatch.store.format import ATTRIBUTE, DTYPES, STAGED, LayerSpec
+from ncbatch.store.ranks import CommitRecord, Layout, claimed_blocks, read_records
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import xarray as xr
 
 
 @dataclass(frozen=True)
@@ -296,3 +304,36 @@ class Split:
         """Hash the stored checksums of the predictions; 32 hexadecimal digits."""
         assert self._prediction is not None
         return checksums(self._prediction).hex()[:32]
+
+
+# Dask and xarray views of a layer.
+
+
+def dask_view(split: Split, layer: str, device: str) -> da.Array:
+    """Give a layer's rows as a Dask array; see `FeatureStore.to_dask`."""
+    import dask.array as da
+
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}'", "cpu or cuda")
+    array = da.from_zarr(split.feature(layer))
+    dtype = np.dtype("float32") if array.dtype == DTYPES["bfloat16"] else array.dtype
+    if device == "cuda":
+        return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
+    return array.astype(dtype)
+
+
+def xarray_view(split: Split, layer: str, store_id: str) -> xr.Dataset:
+    """Give a layer as a Dataset of its samples; see `FeatureStore.to_xarray`."""
+    import xarray as xr
+
+    labels = split.labels()
+    variables: dict[str, Any] = {
+        "feature": (("sample", "unit"), dask_view(split, layer, "cpu")),
+        "label": (("sample",), labels),
+    }
+    if split.head is not None:
+        variables["prediction"] = (("sample",), split.predictions())
+    about = {"store": split.where, "store_id": store_id, "split": split.name, "layer": layer}
+    dataset = xr.Dataset(variables, attrs=about)
+    rows = np.flatnonzero(labels >= 0)
+    return dataset if rows.size == labels.size else dataset.isel(sample=rows)

@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ncbatch.arrays import cuda_kernels, devices, find_device, staging, to_numpy
-from ncbatch.arrays.cuda_kernels import cuda_segment_sum, piece_table
-from ncbatch.arrays.devices import CudaDevice, HostDevice
-from ncbatch.arrays.staging import staged_copies, widened
+from ncbatch.arrays import devices, find_device, to_numpy
+from ncbatch.arrays import devices as staging
+from ncbatch.arrays import segments as cuda_kernels
+from ncbatch.arrays.devices import CudaDevice, HostDevice, staged_copies, widened
+from ncbatch.arrays.segments import cuda_segment_sum, piece_table
 from ncbatch.errors import UsageError
 from tests.arrays.fake_cupy import FakeArray, FakeStream, HostKernel, install_fake_cupy
 

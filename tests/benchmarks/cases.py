@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 import ncbatch as nc
-from ncbatch.engine import run
-from ncbatch.passes import MomentsPass
-from ncbatch.stats import (
+from ncbatch.engine import jobs as run
+from ncbatch.measurement.passes import MomentsPass
+from ncbatch.states import (
     Decisions,
     MomentsAccumulator,
     faiss_nearest_rule,

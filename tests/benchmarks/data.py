@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch import FeatureStore
-from ncbatch.rows import RowSource, count_labels, select_classes
+from ncbatch.measurement.samples import RowSource, count_labels, select_classes
 from tests.benchmarks.case import Shape
 from tests.benchmarks.limits import feature_files, raw_read
 

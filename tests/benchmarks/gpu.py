@@ -13,13 +13,7 @@ import numpy.typing as npt
 
 import ncbatch as nc
 from ncbatch.arrays import Device, find_device
-from ncbatch.stats import (
-    Decisions,
-    MomentsAccumulator,
-    PairTiles,
-    linear_rule,
-    nearest_mean_rule,
-)
+from ncbatch.states import Decisions, MomentsAccumulator, PairTiles, linear_rule, nearest_mean_rule
 from tests.benchmarks.case import Aim, Case, MissingError, Sample, Shape
 from tests.benchmarks.measuring import measured, timed
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine import run
-from ncbatch.passes import MomentsPass
-from ncbatch.stats import Moments, MomentsAccumulator, nearest_mean_rule
+from ncbatch.engine import jobs as run
+from ncbatch.measurement.passes import MomentsPass
+from ncbatch.states import Moments, MomentsAccumulator, nearest_mean_rule
 from tests.benchmarks.case import Aim, Case, MissingError, Sample, Shape
 from tests.benchmarks.data import (
     FULL,

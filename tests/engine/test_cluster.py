@@ -19,11 +19,12 @@ from distributed import Client
 from distributed.client import default_client
 from distributed.security import Security
 
-from ncbatch import __version__
+from ncbatch.engine import cluster as local
 from ncbatch.engine import cluster as opening
-from ncbatch.engine import local, slots
+from ncbatch.engine import cluster as slots
 from ncbatch.engine.cluster import open_cluster, task_slots, task_threads
 from ncbatch.errors import UsageError, WorkerError
+from ncbatch.version import __version__
 from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
 
 PROCESSORS = len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ from ncbatch.engine.graph import run_graph
 from ncbatch.errors import WorkerError
 from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
 from tests.engine.counting import Counting
-from tests.engine.test_run import NUMBERS, Recorder, _give, _text
+from tests.engine.test_loop import NUMBERS, Recorder, _give, _text
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 N = 24

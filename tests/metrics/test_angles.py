@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import polygamma, psi
 
-from ncbatch.metrics.angles import RandomAngles
+from ncbatch.metrics.yardsticks import RandomAngles
 
 
 def draws(K: int, D: int, n: int) -> np.ndarray:

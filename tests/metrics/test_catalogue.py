@@ -8,8 +8,8 @@ import pytest
 import ncbatch as nc
 from ncbatch.metrics import CATALOGUE
 from tests import oracles
+from tests.measurement.test_values import make_store, outside
 from tests.strategies import REGIMES, Features, random_rotation
-from tests.test_measurement import make_store, outside
 
 # Metrics of uncentred features: what a translation of them changes.
 UNCENTRED = {"nc3_bias", "nc4_agree", "nc4_clf_accuracy", "nc5_ood_dev", "spec_rankme"}

@@ -6,9 +6,9 @@ import xarray as xr
 from sklearn.datasets import load_digits
 
 import ncbatch as nc
-from ncbatch.measurement import PRESETS
+from ncbatch.measurement.options import PRESETS
+from tests.measurement.test_values import make_store
 from tests.strategies import Features
-from tests.test_measurement import make_store
 
 
 def digits():

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import ncbatch as nc
 from tests import oracles
+from tests.measurement.test_values import make_store, outside
 from tests.strategies import REGIMES, Features, feature_sets
-from tests.test_measurement import make_store, outside
 
 
 def expected(data: Features, W, b, *, weighted=False, dist_exp=1.0, **filters) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from ncbatch.arrays import CentredRows, StoredRows
 from ncbatch.metrics import CATALOGUE, ClassView, Statistics, Undefined, structure_error
 from ncbatch.metrics.structure import symmetric_sum
-from ncbatch.stats import (
+from ncbatch.states import (
     Decisions,
     DirectionalVariance,
     Moments,

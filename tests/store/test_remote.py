@@ -23,20 +23,14 @@ import pytest
 
 import ncbatch as nc
 from ncbatch.engine import Item
-from ncbatch.errors import (
-    CorruptionError,
-    DataError,
-    StoreError,
-    UnknownNameError,
-    UsageError,
-)
-from ncbatch.rows import RowSource
+from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError, UsageError
+from ncbatch.measurement.samples import RowSource
 from ncbatch.store import FeatureStore
 from tests.conftest import make_toy
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
-object_store = pytest.importorskip("ncbatch.store.object_store")
+object_store = pytest.importorskip("ncbatch.store.place")
 pytest.importorskip("obstore")
 
 BUCKET = "features"
@@ -479,7 +473,9 @@ def asked(monkeypatch) -> list[str]:
 
 def test_a_pass_reads_every_chunk_once(both, monkeypatch, asked):
     _, store = both
-    monkeypatch.setattr("ncbatch.rows.BLOCK_BYTES", 1)  # several blocks of rows per chunk ...
+    monkeypatch.setattr(
+        "ncbatch.measurement.samples.BLOCK_BYTES", 1
+    )  # several blocks of rows per chunk ...
     source = RowSource(store.split("train"), "a")
     monkeypatch.setattr(RowSource, "block_rows", 10)
     asked.clear()

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError, UsageError
 from ncbatch.store import FeatureStore
-from ncbatch.store.commit_records import CommitRecord, Share
-from ncbatch.store.writing import Writer
+from ncbatch.store.ranks import CommitRecord, Share
+from ncbatch.store.writer import Writer
 from tests.conftest import tree
 
 K = 5

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 
 from ncbatch.errors import DataError, StoreError, UnknownNameError, UsageError
 from ncbatch.store import FeatureStore
-from ncbatch.store.writing import Writer
+from ncbatch.store.writer import Writer
 from tests.conftest import make_toy, tree
 from tests.strategies import partitions
 

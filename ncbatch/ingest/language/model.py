@@ -2,15 +2,107 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import os
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ncbatch.errors import DataError, UsageError
+from ncbatch.errors import BudgetError, DataError, NcbatchError, UsageError
+from ncbatch.ingest.model.capture import device_of
 
 if TYPE_CHECKING:
     import torch
+
+
+# What kind of model a checkpoint holds, and whether its head was trained.
+
+
+def check_kind(config: Any, path: str) -> None:
+    """Refuse what reads with an encoder and predicts with a decoder.
+
+    Raises
+    ------
+    DataError
+        Names the model.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(
+            f"model '{path}' is an encoder with a decoder", "a causal or a masked language model"
+        )
+
+
+def kind_of(names: tuple[str, ...], config: Any) -> Literal["causal", "masked"]:
+    """Say by the names of classes, else by the type of the model, what it predicts."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    for name in names:
+        if name.endswith("ForMaskedLM"):
+            return "masked"
+        if name.endswith(("ForCausalLM", "LMHeadModel")) and "WithLMHead" not in name:
+            return "causal"
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    decodes = getattr(config, "is_decoder", False)
+    return "masked" if masked and not (causal and decodes) else "causal"
+
+
+def has_head(name: str) -> bool:
+    """Whether a model class of this name ends in logits over tokens."""
+    from transformers.models.auto import modeling_auto
+
+    known: set[str] = set()
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    ):
+        for names in mapping.values():
+            known.update([names] if isinstance(names, str) else names)
+    ends = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")  # those that bring their own code
+    return name in known or name.endswith(ends)
+
+
+def without_random_weights(module: Any, info: Mapping[str, Any], path: str) -> Any:
+    """Give the model without its head, if the checkpoint lacks weights of that.
+
+    Weights that a checkpoint lacks are drawn at random: as a classifier they would say nothing.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    lacking = set(info["missing_keys"]) & parameters.keys()
+    stored = {id(value) for name, value in parameters.items() if name not in lacking}
+    lacking = {name for name in lacking if id(parameters[name]) not in stored}  # not tied
+    base = module.base_model
+    inside = {id(value) for value in base.parameters()}
+    broken = sorted(
+        name
+        for name in lacking
+        if id(parameters[name]) in inside and "pooler" not in name.split(".")
+    )
+    if broken:
+        raise DataError(
+            f"model '{path}' lacks {len(broken)} weights, such as '{broken[0]}'",
+            "a checkpoint of the whole model",
+        )
+    outside = any(id(parameters[name]) not in inside for name in lacking)
+    return base if outside else module
+
+
+def head_of(module: Any) -> str | None:
+    """Find the path of the module that gives the logits."""
+    head = module.get_output_embeddings()
+    if head is None:
+        return None
+    return next((path for path, found in module.named_modules() if found is head), None)
+
 
 _LONGEST = 2048  # tokens of a window unless asked for: attention over more is seldom wanted
 _STEP = re.compile(r"(?:^|[-_./])(?:checkpoint|global_?step|step|iter)[-_]?(\d+)(?![\d.]*[kKmMbB])")
@@ -150,3 +242,427 @@ def step_of(*names: str | None) -> int | None:
         if found:
             return int(found[-1])
     return None
+
+
+# Loading a causal or masked Hugging Face language model; weights drawn at random never become its head.
+
+
+logger = logging.getLogger("ncbatch")
+
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model and its tokenizer come from, and how they are loaded.
+
+    Attributes
+    ----------
+    path : str
+        A local folder, or a name on the Hugging Face hub.
+    tokenizer : str
+        Where the tokenizer is; mostly `path`.
+    revision : str or None
+        Branch, tag or commit on the hub.
+    model_dtype : str
+        One of `MODEL_DTYPES`; auto: as stored.
+    device : str
+        Where the model goes.
+    trust_remote_code : bool
+        Run code that comes with the model.
+    allow_pickle : bool
+        Read weights that are pickled where there are no safetensors.
+    """
+
+    path: str
+    tokenizer: str
+    revision: str | None = None
+    model_dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+def open_language_model(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    tokenizer: Any = None,
+    *,
+    revision: str | None = None,
+    model_dtype: str | None = None,
+    device: str | None = None,
+    rank: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> LanguageModel:
+    """Load a model and its tokenizer, or take loaded ones.
+
+    Parameters
+    ----------
+    model : path, str or torch.nn.Module
+        A folder, a name on the Hugging Face hub, or a model of transformers that is loaded.
+    tokenizer : path, str or tokenizer, optional
+        Another tokenizer than the model's own; needed for a loaded model.
+    rank : int, optional
+        Which of several processes this is, where torchrun does not say: it chooses the GPU.
+    revision, model_dtype, device, trust_remote_code, allow_pickle
+        As `Origin` has them; none of them for a loaded model.
+
+    Returns
+    -------
+    LanguageModel
+        The model, without a head where the checkpoint has no weights for one; a warning says so.
+
+    Raises
+    ------
+    UsageError
+        When transformers is missing, or options make no sense.
+    DataError
+        When the model or the tokenizer is not there, cannot be read, or is of another kind.
+    """
+    dtype, where = model_dtype or "auto", device or "auto"
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"model dtype '{dtype}'", "one of: " + ", ".join(MODEL_DTYPES))
+    _check_transformers()
+    if not isinstance(model, str | os.PathLike):
+        given = (revision, trust_remote_code or None, allow_pickle or None)
+        if dtype != "auto" or where != "auto" or any(given):
+            raise UsageError(
+                "a loaded model, and options of loading",
+                "the model with the dtype and on the device that it shall have",
+            )
+        return _taken(model, tokenizer)
+    path = os.path.expanduser(os.fspath(model))
+    named = isinstance(tokenizer, str | os.PathLike)
+    origin = Origin(
+        path,
+        os.path.expanduser(os.fspath(tokenizer)) if named else path,
+        revision,
+        dtype,
+        _device(where, rank),
+        trust_remote_code,
+        allow_pickle,
+    )
+    _check_there(origin.path, "model")
+    with _quietly():
+        config = _load_config(origin)
+        # Before the weights: what is wrong with it shows sooner.
+        tokens = tokenizer if tokenizer is not None and not named else _load_tokenizer(origin)
+        return _load(origin, config, tokens)
+
+
+def _check_transformers() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "no transformers here", "", 'pip install "ncbatch[hf]" to run language models'
+        ) from error
+
+
+def _check_there(path: str, what: str) -> None:
+    """Tell a path where nothing is from a name on the hub, which has one slash at most."""
+    place = Path(path)
+    looks_local = place.is_absolute() or path.startswith(".") or len(place.parts) > 2
+    checkpoint = place.parent.is_dir() and is_step(place.name)
+    if (looks_local or checkpoint) and not place.exists():
+        raise DataError(
+            f"no {what} at '{path}': nothing is there", "a folder, or a name on the hub"
+        )
+
+
+def _device(device: str, rank: int | None = None) -> str:
+    """Choose where the model goes; each of several processes has a GPU of its own."""
+    import torch
+
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device in ("auto", "cuda") and n:
+        asked_rank = "" if rank is None else str(rank)
+        local = os.environ.get("LOCAL_RANK") or asked_rank or os.environ.get("RANK") or "0"
+        return f"cuda:{int(local) % n}" if local.isdecimal() else "cuda:0"
+    if device == "auto":
+        return "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device '{device}'", "auto, cpu, cuda or cuda:N") from error
+    if asked.type == "cuda" and (asked.index or 0) >= n:
+        raise UsageError(f"device '{device}'", f"one of the {n} CUDA devices that torch finds here")
+    return device
+
+
+def _taken(module: Any, tokenizer: Any) -> LanguageModel:
+    """Take a model that is loaded as it is."""
+    import torch
+
+    if not isinstance(module, torch.nn.Module) or not hasattr(module, "config"):
+        raise UsageError(
+            f"a model of type {type(module).__name__}",
+            "a path, a name on the hub, or a model of transformers",
+        )
+    if isinstance(tokenizer, str | os.PathLike):
+        path = os.path.expanduser(os.fspath(tokenizer))
+        with _quietly():
+            tokenizer = _load_tokenizer(Origin(path, path))
+    if tokenizer is None:
+        raise UsageError("a loaded model without tokenizer", "tokenizer=")
+    config: Any = module.config
+    path = getattr(config, "_name_or_path", "") or ""
+    check_kind(config, path or type(module).__name__)
+    kind = kind_of((type(module).__name__,), config)
+    name = name_of(path) if path else type(module).__name__
+    return _warned(
+        LanguageModel(module, tokenizer, name, step_of(path), head_of(module), kind == "masked")
+    )
+
+
+def _load_tokenizer(origin: Origin) -> Any:
+    from transformers import AutoTokenizer
+
+    _check_there(origin.tokenizer, "tokenizer")
+    with _readable("tokenizer", origin.tokenizer, "--tokenizer (tokenizer=) names another one"):
+        return AutoTokenizer.from_pretrained(
+            origin.tokenizer,
+            revision=origin.revision if origin.tokenizer == origin.path else None,
+            trust_remote_code=origin.trust_remote_code,
+        )
+
+
+def _load_config(origin: Origin) -> Any:
+    from transformers import AutoConfig
+
+    with _readable("model", origin.path):
+        config = AutoConfig.from_pretrained(
+            origin.path, revision=origin.revision, trust_remote_code=origin.trust_remote_code
+        )
+    check_kind(config, origin.path)
+    return config
+
+
+def _load(origin: Origin, config: Any, tokenizer: Any) -> LanguageModel:
+    """Load the weights, with the class that has the head they were trained with."""
+    import transformers
+
+    names = tuple(getattr(config, "architectures", None) or ())
+    kind = kind_of(names, config)
+    auto: Any = transformers.AutoModel
+    if not names or any(map(has_head, names)):
+        auto = (
+            transformers.AutoModelForMaskedLM
+            if kind == "masked"
+            else transformers.AutoModelForCausalLM
+        )
+    with _readable("model", origin.path, _remedy(origin)):
+        module, info = auto.from_pretrained(
+            origin.path,
+            revision=origin.revision,
+            trust_remote_code=origin.trust_remote_code,
+            **_dtype_option(origin.model_dtype),
+            use_safetensors=None if origin.allow_pickle else True,
+            output_loading_info=True,
+        )
+    module = without_random_weights(module, info, origin.path)
+    _move(module, origin.device)
+    step = step_of(origin.path, origin.revision)
+    return _warned(
+        LanguageModel(
+            module, tokenizer, name_of(origin.path), step, head_of(module), kind == "masked"
+        )
+    )
+
+
+def _dtype_option(dtype: str) -> dict[str, Any]:
+    """Name the option as this version of transformers does: ``torch_dtype`` before 4.56."""
+    import torch
+    import transformers
+
+    major, minor = (int(n) for n in transformers.__version__.split(".")[:2])
+    value = dtype if dtype == "auto" else getattr(torch, dtype)
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": value}
+
+
+def _warned(model: LanguageModel) -> LanguageModel:
+    if model.head is None:
+        logger.warning(
+            "%s has no head that was trained: no classifier is stored, NC3 and NC4 are left out",
+            model.name,
+        )
+    return model
+
+
+def _move(module: Any, device: str) -> None:
+    import torch
+
+    try:
+        module.to(device)
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the model does not fit on {device}",
+            "",
+            "take a smaller model dtype, or load it over several GPUs yourself and give it to "
+            "nc.dump_language_model",
+        ) from error
+
+
+def _remedy(origin: Origin) -> str:
+    """Say what helps where weights are there, but pickled."""
+    if origin.allow_pickle:
+        return ""
+    place = Path(origin.path)
+    if place.is_dir() and (any(place.glob("*.safetensors")) or not any(place.glob("*.bin"))):
+        return ""
+    return "--allow-pickle (allow_pickle=True) reads pickled weights, from a source you trust"
+
+
+@contextmanager
+def _readable(what: str, path: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises for what it cannot load into an error of a line or two."""
+    try:
+        yield
+    except (NcbatchError, MemoryError):
+        raise
+    except Exception as error:  # it raises kinds of its own, and of the libraries below it
+        reason = re.split(r"(?<=\.)\s|\n", str(error).strip())[0].rstrip(".")
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own"
+            remedy = (
+                "--trust-remote-code (trust_remote_code=True) runs that, from a source you trust"
+            )
+        elif "couldn't connect" in str(error) or "offline mode" in str(error):
+            reason = "it is neither a folder nor on this machine, and the hub cannot be reached"
+            remedy = "give the path of a folder, or download it first"
+        elif "not a valid model identifier" in str(error):
+            reason, remedy = "it is neither a folder nor a name on the hub", ""
+        raise DataError(f"{what} '{path}' cannot be loaded: {reason}", "", remedy) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from reporting what is said here, and its bars to terminals."""
+    from transformers.utils import logging as reports
+
+    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    if not sys.stderr.isatty():
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        if bars:
+            reports.enable_progress_bar()
+
+
+# Whether the linear module that a model calls its head gives its logits, and what is added outside of it.
+
+
+_PROBE_TOKENS = 16
+_ROUNDINGS = 64  # a cap or a scale of logits rounds several times
+
+
+def with_checked_head(model: LanguageModel) -> LanguageModel:
+    """Compare the outputs of the head with the logits of the model, for a few tokens.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        The model.
+
+    Returns
+    -------
+    LanguageModel
+        The model as it is where the head's outputs are the logits, or rank the classes of each row
+        alike (scaled or capped logits); with the bias that is added outside of the head; or, with
+        a warning, without a head.
+    """
+    import torch
+
+    if model.head is None:
+        return model
+    if not isinstance(model.module.get_submodule(model.head), torch.nn.Linear):
+        return _without_head(model, "is no torch.nn.Linear")
+    outputs, logits = _run(model)
+    if len(outputs) != 1:
+        return _without_head(model, "runs never or several times in a pass")
+    if logits is None:
+        return model  # nothing to compare with
+    found = outputs[0].to(logits.device)  # of several, where the model is spread over GPUs
+    if found.shape != logits.shape:
+        return _without_head(model, "does not give the logits")
+    if torch.equal(found, logits):
+        return model
+    bias = _outside(model.module, found, logits)
+    if bias is not None:
+        return replace(model, head_bias=bias)
+    if _rank_alike(found, logits):
+        return model
+    return _without_head(model, "does not give the logits")
+
+
+def _run(model: LanguageModel) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Give what the head gave, call by call, and the logits."""
+    import torch
+
+    outputs: list[torch.Tensor] = []
+    assert model.head is not None
+    module = model.module
+    modes = [(part, part.training) for part in module.modules()]
+    # A copy: the model may work in place on what its head gave.
+    handle = module.get_submodule(model.head).register_forward_hook(
+        lambda _, __, out: outputs.append(out.clone())
+    )
+    ids = torch.tensor([_ids(model)], device=device_of(module))
+    takes = inspect.signature(module.forward).parameters
+    cache = {"use_cache": False} if "use_cache" in takes else {}
+    try:
+        module.eval()
+        with torch.no_grad():
+            out: Any = module(input_ids=ids, attention_mask=torch.ones_like(ids), **cache)
+    finally:
+        handle.remove()
+        for part, mode in modes:
+            part.training = mode
+    return outputs, getattr(out, "logits", None)
+
+
+def _ids(model: LanguageModel) -> list[int]:
+    """Choose tokens from all over the vocabulary; special ones may ask for more than text."""
+    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    n = min(model.n_tokens, model.n_embeddings)
+    step = max(n // (2 * _PROBE_TOKENS), 1)
+    ids = [i for i in range(0, n, step) if i not in special] or [0]
+    return ids[:: max(len(ids) // _PROBE_TOKENS, 1)][: min(_PROBE_TOKENS, model.context(None))]
+
+
+def _outside(module: Any, found: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+    """Find the parameter or buffer that was added to the head's outputs."""
+    import torch
+
+    for tensors in (module.parameters(), module.buffers()):
+        for values in tensors:
+            if tuple(values.shape) != tuple(logits.shape[-1:]) or not values.is_floating_point():
+                continue
+            added = found + values.detach().to(found.device)
+            if added.dtype == logits.dtype and torch.equal(added, logits):
+                return values.detach()
+    return None
+
+
+def _rank_alike(found: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether the logits of each row grow with the outputs, and the same class wins."""
+    import torch
+
+    order = found.argsort(-1)
+    sorted_logits = logits.gather(-1, order).float()
+    unit = torch.finfo(logits.dtype).eps * logits.abs().amax(-1, keepdim=True).float()
+    if not bool((sorted_logits.diff(dim=-1) >= -_ROUNDINGS * unit).all()):
+        return False
+    return bool(torch.equal(found.argmax(-1), logits.argmax(-1)))
+
+
+def _without_head(model: LanguageModel, why: str) -> LanguageModel:
+    logger.warning(
+        "module '%s' of %s %s: no classifier is stored, NC3 and NC4 are left out",
+        model.head, model.name, why,
+    )  # fmt: skip
+    return replace(model, head=None)

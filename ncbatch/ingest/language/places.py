@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ncbatch.errors import DataError
-from ncbatch.ingest.capture import capturing
-from ncbatch.ingest.head import Head
 from ncbatch.ingest.language.model import LanguageModel
-from ncbatch.ingest.places import Batch, Place, find_places
+from ncbatch.ingest.model.capture import capturing
+from ncbatch.ingest.model.head import Head
+from ncbatch.ingest.model.places import Batch, Place, find_places
 
 if TYPE_CHECKING:
     import torch
+
 
 logger = logging.getLogger("ncbatch")
 

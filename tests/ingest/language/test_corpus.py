@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ncbatch.ingest.language.chosen as chosen
-import ncbatch.ingest.language.pieces as pieces
+import ncbatch.ingest.language.corpus as chosen
+import ncbatch.ingest.language.corpus as windows
+import ncbatch.ingest.language.texts as pieces
 import ncbatch.ingest.language.texts as texts_module
-import ncbatch.ingest.language.tokenizing as tokenizing
-import ncbatch.ingest.language.windows as windows
+import ncbatch.ingest.language.texts as tokenizing
 from ncbatch.errors import DataError, NcbatchError, OutputError, UsageError
 from ncbatch.ingest.language import Corpus, open_corpus
-from ncbatch.ingest.language.scratch import Column
+from ncbatch.ingest.language.corpus import Column
 from tests.ingest.language.tokenizers import transformers_tokenizer, word_tokenizer
 
 
@@ -342,7 +342,7 @@ def test_memory_does_not_grow_with_a_text_file(monkeypatch: pytest.MonkeyPatch):
         return original(documents, counting)
 
     original = tokenizing.tokenized
-    monkeypatch.setattr("ncbatch.ingest.language.reading.tokenized", noted)
+    monkeypatch.setattr("ncbatch.ingest.language.corpus.tokenized", noted)
     line = " ".join(["a" * 60, "b", "c" * 60]) + "\n"
     Path("a.txt").write_text(line * (8 * 2**20 // len(line)))
     tracemalloc.start()

@@ -13,8 +13,7 @@ import transformers
 import ncbatch as nc
 from ncbatch.errors import UsageError
 from ncbatch.ingest.language import open_corpus
-from ncbatch.ingest.language.head_check import with_checked_head
-from ncbatch.ingest.language.loading import open_language_model
+from ncbatch.ingest.language.model import open_language_model, with_checked_head
 from tests.ingest.language.models import LONGEST, SHAPE, K, make_model, write_texts
 from tests.ingest.language.tokenizers import transformers_tokenizer
 

@@ -14,8 +14,7 @@ import transformers
 from transformers import T5Config
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.ingest.language.loading import open_language_model
-from ncbatch.ingest.language.model import LanguageModel, name_of, step_of
+from ncbatch.ingest.language.model import LanguageModel, name_of, open_language_model, step_of
 from tests.ingest.language.models import HEADS, LONGEST, SHAPE, K, make_model, save_model
 from tests.ingest.language.tokenizers import transformers_tokenizer
 
@@ -99,7 +98,7 @@ def test_dtypes(tmp_path: Path) -> None:
 def test_the_option_is_named_as_transformers_names_it(
     version: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ncbatch.ingest.language.loading import _dtype_option
+    from ncbatch.ingest.language.model import _dtype_option
 
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     assert _dtype_option("float16") == {name: torch.float16}
@@ -190,7 +189,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_each_rank_has_a_gpu_of_its_own(
     environment: dict[str, str], rank: int | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ncbatch.ingest.language.loading import _device
+    from ncbatch.ingest.language.model import _device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

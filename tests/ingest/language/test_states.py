@@ -12,8 +12,8 @@ import pytest
 
 import ncbatch as nc
 from ncbatch.errors import OutputError, StoreError
-from ncbatch.ingest.language import dumping
-from ncbatch.ingest.language.state_room import states_bytes
+from ncbatch.ingest.language import dumps as dumping
+from ncbatch.ingest.model.room import states_bytes
 from tests.conftest import run_here
 from tests.ingest.language.models import layers_of, make_model, write_texts
 from tests.ingest.language.tokenizers import transformers_tokenizer

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncbatch.errors import DataError, UnknownNameError
-from ncbatch.ingest.language import pieces
-from ncbatch.ingest.language.documents import Document
-from ncbatch.ingest.language.texts import Texts, find_texts
+from ncbatch.ingest.language import texts as pieces
+from ncbatch.ingest.language.texts import Document, Texts, find_texts
 
 
 @pytest.fixture(autouse=True)

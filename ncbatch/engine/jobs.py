@@ -1,0 +1,214 @@
+"""Running passes: fold their items, in order, into one state; and jobs, in a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+
+from ncbatch.arrays.named_arrays import Arrays
+from ncbatch.engine.kept import About, Kept, find_finished
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a step of a run costs.
+
+    Attributes
+    ----------
+    step : str
+        What it does.
+    peak_bytes : int
+        Bytes of host memory that a worker holds at once, beside the interpreter.
+    device_bytes : int
+        The same of GPU memory.
+    bytes_read : int
+        Bytes read from stores, over all reads.
+    flops : int
+        Floating-point operations of its products; a multiply-add counts as two.
+    n_items : int
+        Items, the unit of resume and balance.
+    block_rows, tile_classes : int
+        Rows of a block, classes of a tile's side; 0 where there are none.
+    n_reads : int
+        How often the data is read: once per class block.
+    disk_bytes : int
+        Bytes of files that are needed beside memory.
+    """
+
+    step: str
+    peak_bytes: int
+    device_bytes: int = 0
+    bytes_read: int = 0
+    flops: int = 0
+    n_items: int = 0
+    block_rows: int = 0
+    tile_classes: int = 0
+    n_reads: int = 0
+    disk_bytes: int = 0
+
+
+def cut(start: int, stop: int, grain: int, most: int, parts: int) -> Iterable[tuple[int, int]]:
+    """Cut a range into about `parts` pieces of whole grains, none of more than `most` grains.
+
+    Examples
+    --------
+    >>> list(cut(0, 10, 2, most=4, parts=2))
+    [(0, 6), (6, 10)]
+    """
+    grains = -(-(stop - start) // grain)
+    length = min(max(-(-grains // parts), 1), most) * grain
+    for first in range(start, stop, length):
+        yield first, min(first + length, stop)
+
+
+Accumulator = TypeVar("Accumulator")
+Partial = TypeVar("Partial")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of a pass: a range of rows, or of tiles, and the size of its work.
+
+    Attributes
+    ----------
+    start, stop : int
+        The range.
+    size : int
+        What progress counts, such as bytes to read.
+    """
+
+    start: int
+    stop: int
+    size: int
+
+
+class Pass(Protocol[Accumulator, Partial]):
+    """One sweep over data that produces a state.
+
+    Items are folded into an accumulator on the device; sealed, it is a state that is compact, can
+    be merged and can be packed (`ncbatch.engine.packing.pack`), of type `kind`.
+    """
+
+    kind: ClassVar[Any]  # the type of the sealed state
+
+    def start(self) -> Accumulator:
+        """Make what items are folded into."""
+        ...
+
+    def fold(self, accumulator: Accumulator, item: Item) -> Accumulator:
+        """Load an item and fold it in; the accumulator may be changed and given back."""
+        ...
+
+    def seal(self, accumulator: Accumulator) -> Partial:
+        """Turn the accumulator, which is spent then, into a state."""
+        ...
+
+    def merge(self, a: Partial, b: Partial) -> Partial:
+        """Combine the states of two disjoint sets of items; neither operand changes."""
+        ...
+
+    def finish(self, partial: Partial) -> Partial:
+        """Do what is to be done once, when all items are in."""
+        ...
+
+    def save(self, accumulator: Accumulator) -> Arrays:
+        """Give all that an accumulator is, as named arrays."""
+        ...
+
+    def restore(self, arrays: Arrays) -> Accumulator:
+        """Make an accumulator that goes on, to the bit, where `save` was called."""
+        ...
+
+
+class Progress(Protocol):
+    """Something that shows how far a run is."""
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        """Start a pass of `total` units."""
+        ...
+
+    def advance(self, size: int) -> None:
+        """Count `size` units as done."""
+        ...
+
+    def end(self) -> None:
+        """End the pass, done or given up."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Tell the user something."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A step of a job that reads data: a pass, made from the results of earlier steps.
+
+    Attributes
+    ----------
+    name : str
+        Names the result within its job.
+    label : str
+        What it does, for a person.
+    make : callable
+        ``make(*results of needs) -> Pass``; picklable.
+    items : sequence of Item
+        Its parts, which depend on the data and the options only.
+    grain : int
+        Rows or tiles that an item cannot be cut below.
+    needs : tuple of str
+        Names of the steps whose results `make` takes.
+    unit : str
+        What `Item.size` counts: ``B`` for bytes, otherwise a noun.
+    about : mapping
+        What the result depends on, for kept states.
+    """
+
+    name: str
+    label: str
+    make: Callable[..., Pass[Any, Any]]
+    items: Sequence[Item]
+    grain: int = 1
+    needs: tuple[str, ...] = ()
+    unit: str = "B"
+    about: About = field(default_factory=dict)
+
+    def kept(self, root: Path | None) -> Kept | None:
+        """Give the place of its kept work."""
+        return None if root is None else Kept(root, self.about)
+
+    def finished(self, root: Path | None) -> Kept | None:
+        """Find kept work that holds the result."""
+        return None if root is None else find_finished(root, self.about)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A step of a job that computes from earlier results only.
+
+    Attributes
+    ----------
+    name : str
+        Names the result within its job.
+    compute : callable
+        ``compute(*results of needs)``; picklable.
+    needs : tuple of str
+        Names of the steps whose results it takes.
+    """
+
+    name: str
+    compute: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+
+
+Step: TypeAlias = Sweep | Call
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps in order of their needs; the last one's result is the job's."""
+
+    name: str
+    steps: tuple[Step, ...]

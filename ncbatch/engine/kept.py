@@ -1,0 +1,170 @@
+"""Kept states: finished work in atomic files, keyed by what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ncbatch.arrays.named_arrays import Arrays
+from ncbatch.errors import OutputError
+
+# What a state was made from, flat. "state" and "place" say of what it is; "holds" lists parts, and a
+# state that holds more serves as well; all else must be equal.
+About: TypeAlias = Mapping[str, Any]
+
+_ABOUT = "about.json"
+_SUBJECT = ("state", "place", "class_block")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept work of one pass: a folder of its own, named by a hash of `about`.
+
+    Every file in it is complete or absent: it is written under another name, flushed and renamed.
+    A file that cannot be read counts as absent.
+
+    Attributes
+    ----------
+    root : Path
+        The directory given with ``--state``.
+    about : mapping of str to number, str or None
+        What the state is of (``state`` and ``place``) and what it depends on.
+    """
+
+    root: Path
+    about: About
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.root / f"{self.about['state']}-{digest(self.about)}"
+
+    def has(self, name: str) -> bool:
+        """Whether a file of that name is kept."""
+        return (self.folder / f"{name}.npz").exists()
+
+    def load(self, name: str) -> Arrays | None:
+        """Read what was saved under a name; None when it is missing or damaged."""
+        try:
+            path = self.folder / f"{name}.npz"
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def save(self, name: str, arrays: Arrays) -> None:
+        """Keep arrays under a name.
+
+        Raises
+        ------
+        OutputError
+            When they cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / _ABOUT).exists():
+                text = json.dumps(dict(self.about), indent=1, default=str)
+                with _Atomic(self.folder / _ABOUT) as file:
+                    file.write(text.encode())
+            with _Atomic(self.folder / f"{name}.npz") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+        except OSError as error:
+            raise OutputError(
+                f"work cannot be kept in '{self.root}': {error.strerror or error}",
+                "a directory with room to write to",
+            ) from error
+
+    def conclude(self, arrays: Arrays) -> None:
+        """Keep the finished state, and delete all that it replaces, left-overs of kills too."""
+        self.save("state", arrays)
+        needed = {a.tobytes().decode() for name, a in arrays.items() if name.endswith(".path")}
+        for path in self.folder.iterdir():
+            if path.name not in (_ABOUT, "state.npz") and str(path) not in needed:
+                path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Delete the finished state, which cannot be used."""
+        (self.folder / "state.npz").unlink(missing_ok=True)
+
+    def changes(self) -> str | None:
+        """Say why earlier work on the same subject does not serve; None when there is none.
+
+        Returns
+        -------
+        str or None
+            Such as ``"precision was exact, is fp32"``.
+        """
+        found = [
+            _difference(about, self.about)
+            for about in _all(self.root)
+            if all(about.get(name) == self.about.get(name) for name in _SUBJECT)
+        ]
+        return min(found, key=len) if found else None
+
+
+def find_finished(root: Path, about: About) -> Kept | None:
+    """Find a finished state that is, or holds, what `about` describes."""
+    same = Kept(root, about)
+    if same.has("state"):
+        return same
+    for other in _all(root) if "holds" in about else ():
+        wider = set(about["holds"]) <= set(other.get("holds", ()))
+        if wider and digest({**other, "holds": 0}) == digest({**about, "holds": 0}):
+            kept = Kept(root, other)
+            if kept.has("state"):
+                return kept
+    return None
+
+
+def digest(about: About) -> str:
+    """Hash what a state depends on, wherever it lies; 16 hexadecimal digits."""
+    found = {name: value for name, value in about.items() if name != "place"}
+    text = json.dumps(found, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _all(root: Path) -> Iterator[About]:
+    for path in sorted(root.glob(f"*/{_ABOUT}")):
+        try:
+            yield json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+
+
+def _difference(earlier: About, now: About) -> str:
+    names = [name for name in now if earlier.get(name) != now[name]]
+    if any(name.endswith("fingerprint") for name in names):
+        return "the stored data or the classes used changed"
+    return "; ".join(f"{n.replace('_', ' ')} was {earlier.get(n)}, is {now[n]}" for n in names)
+
+
+class _Atomic:
+    """A file that takes its name when it is complete and on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+    def __enter__(self) -> Any:
+        self._file = self._partial.open("wb")
+        return self._file
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self._path)
+        finally:
+            self._partial.unlink(missing_ok=True)

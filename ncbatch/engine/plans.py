@@ -1,0 +1,166 @@
+"""Plans: what a run reads, computes and holds, in integers, known before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import psutil
+from dask.utils import format_bytes, parse_bytes
+
+from ncbatch.engine.jobs import Price
+from ncbatch.errors import BudgetError, UsageError
+
+__all__ = ["Plan", "Price", "check_budget", "format_bytes", "memory_budget", "resident_bytes"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run; prints itself as a table.
+
+    Attributes
+    ----------
+    prices : sequence of Price
+        The steps, in order.
+    base_bytes : int
+        What a worker's interpreter holds before the first.
+    budget : int
+        Bytes that a worker may hold.
+    at_once : int
+        Steps that a worker runs at once, each at its own peak.
+    notes : sequence of str
+        What the plan decided, for a person.
+    """
+
+    prices: Sequence[Price]
+    base_bytes: int
+    budget: int
+    at_once: int = 1
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident bytes of a worker at its peak."""
+        dearest = max((price.peak_bytes for price in self.prices), default=0)
+        return self.base_bytes + self.at_once * dearest
+
+    @property
+    def device_bytes(self) -> int:
+        """GPU memory of a worker at its peak."""
+        return max((price.device_bytes for price in self.prices), default=0)
+
+    @property
+    def items(self) -> int:
+        """Items of all steps."""
+        return sum(price.n_items for price in self.prices)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from stores."""
+        return sum(price.bytes_read for price in self.prices)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all products."""
+        return sum(price.flops for price in self.prices)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of files that are needed beside memory."""
+        return sum(price.disk_bytes for price in self.prices)
+
+    def __str__(self) -> str:
+        head = ("step", "reads", "items", "block rows", "tile", "read", "FLOP", "peak", "GPU peak")
+        rows = [head, *(_cells(price, self.base_bytes) for price in self.prices)]
+        total = ("all", "", f"{self.items:,}", "", "", format_bytes(self.bytes_read),
+                 f"{self.flops:.2e}", format_bytes(self.peak_bytes), _size(self.device_bytes))  # fmt: skip
+        rows.append(total)
+        used = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
+        widths = {i: max(len(row[i]) for row in rows) for i in used}
+        lines = [
+            "  ".join(
+                row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used
+            ).rstrip()
+            for row in rows
+        ]
+        lines.append(
+            f"peak memory of a worker: {format_bytes(self.peak_bytes)}, "
+            f"the interpreter's {format_bytes(self.base_bytes)} included, "
+            f"of {format_bytes(self.budget)} allowed"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def _cells(price: Price, base: int) -> tuple[str, ...]:
+    return (
+        price.step, f"{price.n_reads:,}" if price.n_reads else "",
+        f"{price.n_items:,}" if price.n_items else "",
+        f"{price.block_rows:,}" if price.block_rows else "",
+        f"{price.tile_classes:,}" if price.tile_classes else "",
+        _size(price.bytes_read), f"{price.flops:.2e}" if price.flops else "",
+        format_bytes(base + price.peak_bytes), _size(price.device_bytes),
+    )  # fmt: skip
+
+
+def _size(n_bytes: int) -> str:
+    return format_bytes(n_bytes) if n_bytes else ""
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now, libraries included."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_budget(text: str | int | None) -> int:
+    """Read a budget such as ``"8GiB"``; without one, what the machine has left.
+
+    Returns
+    -------
+    int
+        Total resident bytes that the process may reach.
+
+    Raises
+    ------
+    UsageError
+        When the text is no size.
+
+    Examples
+    --------
+    >>> memory_budget("2GiB")
+    2147483648
+    """
+    if text is None:
+        return resident_bytes() + int(psutil.virtual_memory().available)
+    try:
+        budget = int(parse_bytes(text))
+    except ValueError as error:
+        raise UsageError(f"memory '{text}'", "a size such as 8GiB or 500MB") from error
+    if budget <= 0:
+        raise UsageError(f"memory '{text}'", "a size above zero")
+    return budget
+
+
+def _rounded_up(n_bytes: int) -> str:
+    """Name a budget that holds when the interpreter's own share differs by a few MiB."""
+    step = 16 * 2**20
+    return f"{(n_bytes // step + 2) * step // 2**20}MiB"
+
+
+def check_budget(plan: Plan) -> None:
+    """Refuse a plan of which a step does not fit; steps run one after the other.
+
+    Raises
+    ------
+    BudgetError
+        Names the step and the smallest budget that would work.
+    """
+    if plan.peak_bytes <= plan.budget:
+        return
+    dearest = max(plan.prices, key=lambda price: price.peak_bytes)
+    at_once = f", {plan.at_once} at once," if plan.at_once > 1 else ""
+    raise BudgetError(
+        f"{dearest.step}{at_once} needs {format_bytes(plan.peak_bytes)} resident, the interpreter's "
+        f"{format_bytes(plan.base_bytes)} included",
+        f"at most {format_bytes(plan.budget)}",
+        f"give at least --memory {_rounded_up(plan.peak_bytes)}, or measure fewer metrics",
+    )

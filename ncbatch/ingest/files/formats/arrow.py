@@ -1,0 +1,323 @@
+"""Columns of Parquet and Arrow files, and of folders of ``datasets.save_to_disk``; read batch by batch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncbatch.errors import DataError
+from ncbatch.ingest.files.formats.shard import (
+    Block,
+    Blocks,
+    Shard,
+    check_array,
+    choose_key,
+    library,
+)
+
+# Arrow columns as arrays: scalars, and lists of one length, nested or not.
+
+
+def row_shape(
+    pa: Any, where: str, kind: Any, first: Any | None
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Find the shape of one row of a column, and the dtype of its values.
+
+    Parameters
+    ----------
+    pa : module
+        ``pyarrow``.
+    where : str
+        The column, for messages.
+    kind : pyarrow.DataType
+        The column's type.
+    first : pyarrow.Array or None
+        Rows of it, whose lists tell the lengths that the type leaves open.
+
+    Raises
+    ------
+    DataError
+        When values are no numbers.
+    """
+    if isinstance(kind, pa.FixedShapeTensorType):
+        if kind.permutation not in (None, list(range(len(kind.shape)))):
+            raise DataError(f"'{where}' holds permuted tensors", "tensors stored by rows")
+        return tuple(kind.shape), _dtype(pa, where, kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        storage = None if first is None else getattr(first, "storage", first)
+        return row_shape(pa, where, kind.storage_type, storage)
+    shape: list[int] = []
+    values = first
+    while _is_list(pa, kind):
+        if pa.types.is_fixed_size_list(kind):
+            shape.append(int(kind.list_size))
+        else:
+            shape.append(0 if values is None else _length(values))
+        kind = kind.value_type
+        values = None if values is None else values.flatten()
+    return tuple(shape), _dtype(pa, where, kind)
+
+
+def to_rows(pa: Any, where: str, array: Any, shape: tuple[int, ...], start: int) -> Block:
+    """Copy rows of a column to NumPy.
+
+    Parameters
+    ----------
+    pa : module
+        ``pyarrow``.
+    where : str
+        The column, for messages.
+    array : pyarrow.Array
+        Some of its rows.
+    shape : tuple of int
+        What every row must have.
+    start : int
+        Number of the first row, for messages.
+
+    Raises
+    ------
+    DataError
+        When a row has another shape or values are missing; named by row.
+    """
+    n = len(array)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if isinstance(array.type, pa.FixedSizeListType) and len(shape) > 1:
+        if not _is_list(pa, array.type.value_type):  # a tensor, whose values lie flat
+            shape_of_lists: tuple[int, ...] = (int(np.prod(shape)),)
+        else:
+            shape_of_lists = shape
+    else:
+        shape_of_lists = shape
+    inner = 1  # lists of this depth in one row
+    for length in shape_of_lists:
+        _refuse_missing(where, array, inner, start)
+        if not pa.types.is_fixed_size_list(array.type):
+            _check_lengths(where, array, length, inner, start)
+        array = array.flatten()
+        inner *= max(length, 1)
+    _refuse_missing(where, array, inner, start)
+    values = array.to_numpy(zero_copy_only=False)
+    return np.array(values).reshape(n, *shape)
+
+
+def _is_list(pa: Any, kind: Any) -> bool:
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _length(lists: Any) -> int:
+    """Give the length of the first list that holds something; an odd row before it is found later."""
+    return next((len(row) for row in lists if row.is_valid and len(row)), 0)
+
+
+def _dtype(pa: Any, where: str, kind: Any) -> np.dtype[Any]:
+    known = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if not known:
+        raise DataError(f"'{where}' holds values of type {kind}", "numbers, or lists of numbers")
+    dtype: np.dtype[Any] = np.dtype(kind.to_pandas_dtype())
+    return dtype
+
+
+def _refuse_missing(where: str, array: Any, inner: int, start: int) -> None:
+    if array.null_count:
+        missing = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(f"'{where}' has no value in row {start + missing // inner}", "no nulls")
+
+
+def _check_lengths(where: str, array: Any, length: int, inner: int, start: int) -> None:
+    lengths = np.diff(array.offsets.to_numpy(zero_copy_only=False))
+    odd = np.flatnonzero(lengths != length)
+    if odd.size:
+        at = int(odd[0])
+        raise DataError(
+            f"'{where}' has {int(lengths[at])} values in row {start + at // inner}",
+            f"{length}, as in its first row" + (" that holds some" if not lengths[0] else ""),
+            "save rows of one length (padded, with a mask), or one row per token",
+        )
+
+
+_FILE_MAGIC = b"ARROW1"
+Columns = Iterator[Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in one or several files.
+
+    Attributes
+    ----------
+    schema : pyarrow.Schema
+        Its columns.
+    n_rows : callable
+        Counts its rows.
+    columns : callable
+        ``columns(name, n)`` gives the arrays of a column in order, where it can n rows at a time.
+    """
+
+    schema: Any
+    n_rows: Callable[[], int]
+    columns: Callable[[str, int], Columns]
+
+
+def parquet_keys(path: str) -> list[str]:
+    """Name the columns of a Parquet file."""
+    return list(_parquet(path).schema.names)
+
+
+def open_parquet(path: str, key: str | None, what: str) -> Shard:
+    """Open a column of a Parquet file."""
+    return _shard(path, key, _parquet(path))
+
+
+def arrow_keys(path: str) -> list[str]:
+    """Name the columns of an Arrow or Feather file."""
+    return list(_arrow(path).schema.names)
+
+
+def open_arrow(path: str, key: str | None, what: str) -> Shard:
+    """Open a column of an Arrow file, of the file or the stream format (Feather is the former)."""
+    return _shard(path, key, _arrow(path))
+
+
+def dataset_keys(path: str) -> list[str]:
+    """Name the columns of a folder of ``datasets.save_to_disk``."""
+    return list(_arrow(_dataset_files(path)[0]).schema.names)
+
+
+def open_dataset(path: str, key: str | None, what: str) -> Shard:
+    """Open a column of a folder that ``datasets.save_to_disk`` made, over all its files."""
+    tables = [_arrow(file) for file in _dataset_files(path)]
+
+    def columns(name: str, n: int) -> Columns:
+        for table in tables:
+            yield from table.columns(name, n)
+
+    def n_rows() -> int:
+        return sum(table.n_rows() for table in tables)
+
+    return _shard(path, key, Table(tables[0].schema, n_rows, columns))
+
+
+def is_dataset(path: str) -> bool:
+    """Tell whether a folder was made by ``datasets.save_to_disk``."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _shard(path: str, key: str | None, table: Table) -> Shard:
+    pa = library("pyarrow", "files", path)
+    name = choose_key(path, key, table.schema.names, "column")
+    if table.schema.names.count(name) > 1:
+        raise DataError(f"'{path}' holds several columns '{name}'", "columns of different names")
+    where, n_rows = f"{path}:{name}", table.n_rows()
+    shape, dtype = _row_shape(pa, where, name, table)
+    check_array(where, (n_rows, *shape), dtype)
+
+    def blocks(n: int) -> Blocks:
+        start = 0
+        for array in table.columns(name, n):
+            for part in range(0, len(array), n):
+                yield to_rows(pa, where, array.slice(part, n), shape, start + part)
+            start += len(array)
+        if start != n_rows:
+            raise DataError(f"'{where}' ends in row {start}", f"{n_rows} rows")
+
+    return Shard(where, (n_rows, *shape), dtype, blocks)
+
+
+def _row_shape(
+    pa: Any, where: str, name: str, table: Table
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Find the shape of a row by the first rows whose lists hold something, mostly the first."""
+    kind = table.schema.field(name).type
+    found = row_shape(pa, where, kind, None)
+    if 0 not in found[0]:
+        return found
+    for array in itertools.chain(
+        itertools.islice(table.columns(name, 1), 1), table.columns(name, 64)
+    ):
+        if len(array):
+            found = row_shape(pa, where, kind, array)
+            if 0 not in found[0]:
+                break
+    return found
+
+
+def _parquet(path: str) -> Table:
+    parquet = library("pyarrow.parquet", "files", path)
+
+    def columns(name: str, n: int) -> Columns:
+        # Not buffered ahead: a row group may be larger than memory.
+        with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=n, columns=[name]):
+                yield batch.column(batch.schema.get_field_index(name))
+
+    with parquet.ParquetFile(path) as file:
+        rows, schema = int(file.metadata.num_rows), file.schema_arrow
+    return Table(schema, lambda: rows, columns)
+
+
+def _arrow(path: str) -> Table:
+    pa = library("pyarrow", "files", path)
+    library("pyarrow.ipc", "files", path)
+    with open(path, "rb") as plain:
+        in_order = plain.read(len(_FILE_MAGIC)) != _FILE_MAGIC
+    with pa.OSFile(path) as file:
+        reader = pa.ipc.open_stream(file) if in_order else pa.ipc.open_file(file)
+        schema = reader.schema
+
+    def batches(source: Any, name: str) -> Iterator[Any]:
+        field = [schema.names.index(name)]
+        options = pa.ipc.IpcReadOptions(included_fields=field, use_threads=False)
+        if in_order:
+            yield from pa.ipc.open_stream(source, options=options)
+            return
+        found = pa.ipc.open_file(source, options=options)
+        for number in range(found.num_record_batches):
+            yield found.get_batch(number)
+
+    def n_rows() -> int:
+        if not in_order:  # from the metadata
+            found = library("pyarrow.dataset", "files", path).dataset(path, format="ipc")
+            return int(found.count_rows())
+        # A map, so that no value is touched unless it is compressed.
+        with pa.memory_map(path) as source:
+            return sum(batch.num_rows for batch in batches(source, schema.names[0]))
+
+    def columns(name: str, n: int) -> Columns:
+        # Not a map, whose pages would stay: one record batch is held, in memory of its own.
+        with pa.OSFile(path) as source:
+            for batch in batches(source, name):
+                yield batch.column(0)
+
+    return Table(schema, n_rows, columns)
+
+
+def _dataset_files(path: str) -> list[str]:
+    """Name the Arrow files of a folder of ``datasets.save_to_disk``, in order."""
+    folder = Path(path)
+    if not (folder / "state.json").is_file():
+        found = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
+        splits = [str(name) for name in found.get("splits", [])]
+        raise DataError(
+            f"'{path}' holds the data sets {', '.join(splits)}",
+            "one of them",
+            f"write '{folder / splits[0]}:COLUMN'" if splits else "",
+        )
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"'{path}' was saved with an order of its own for its rows (an indices mapping)",
+            "rows saved in order",
+            f"datasets.load_from_disk('{path}').flatten_indices().save_to_disk('{path}-flat')",
+        )
+    files = [str(folder / str(file["filename"])) for file in state.get("_data_files", [])]
+    if not files:
+        raise DataError(f"'{path}' names no data files", "a folder of datasets.save_to_disk")
+    return files

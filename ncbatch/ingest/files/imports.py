@@ -1,0 +1,462 @@
+"""Import: files of features, labels and predictions into a store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ncbatch.engine import Progress
+from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
+from ncbatch.ingest.files.labels import Sources, masked_labels
+from ncbatch.ingest.files.layers import Layers, RowStream, open_rows, read_rows_of
+from ncbatch.store import FeatureStore, LayerWriter, Split, Writer
+from ncbatch.store.format import DTYPES, check_name
+from ncbatch.store.place import delete_store, is_remote, is_there
+
+# What is checked of labels and predictions before an import writes anything.
+
+
+def check_classes(
+    store: FeatureStore | None, y: RowStream | None, p: RowStream | None, n_classes: int | None
+) -> tuple[int, int]:
+    """Check every label and prediction against K.
+
+    Parameters
+    ----------
+    store : FeatureStore or None
+        Where rows go; None for a new one.
+    y, p : RowStream or None
+        Labels and predictions (N,).
+    n_classes : int or None
+        K as the user gives it.
+
+    Returns
+    -------
+    tuple of int
+        K, and how many labels are not negative.
+
+    Raises
+    ------
+    DataError
+        When one is K or more, named by row, or no label is a class.
+    """
+    if store is not None:
+        k: int | None = store.n_classes
+        if n_classes is not None and n_classes != k:
+            raise DataError(f"--classes {n_classes}", f"{k}, as recorded in {store.path}")
+    else:
+        k = n_classes
+    n_samples = 0
+    for stream in (y, p):
+        if stream is None:
+            continue
+        row, top, count = _largest(stream)
+        if stream is y:
+            n_samples = count
+            _check_samples(stream, count)
+        if k is None:
+            k = max(top + 1, 1)
+        if top >= k:
+            raise DataError(
+                f"{stream.what.removesuffix('s')} {top} in {stream.row_of(row)}",
+                f"{stream.what} below {k}, the number of classes",
+                "give a larger --classes" if store is None else "",
+            )
+    assert k is not None
+    return k, n_samples
+
+
+def _check_samples(labels: RowStream, n_samples: int) -> None:
+    if not n_samples:
+        raise DataError(
+            f"none of the {labels.n_rows} rows is a sample",
+            "a label from 0 on that no mask leaves out",
+            "the last token of a sequence has no next one, and negative labels mark no samples",
+        )
+
+
+def _largest(stream: RowStream) -> tuple[int, int, int]:
+    """Find the first row of the largest value, the value, and how many are not negative."""
+    at, top, start, count = 0, -1, 0, 0
+    for block in stream.batches(read_rows_of(stream.dtype.itemsize)):
+        if len(block) and int(block.max()) > top:
+            top = int(block.max())
+            at = start + int(block.argmax())
+        count += int(np.count_nonzero(block >= 0))
+        start += len(block)
+    return at, top, count
+
+
+def check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
+    """Compare rows and their labels with the split that they are added to.
+
+    Raises
+    ------
+    DataError
+        When there are more or fewer, or a label differs; named by row.
+    """
+    if rows.n_rows != target.n_rows:
+        raise DataError(
+            f"{rows.n_rows} rows of features", f"{target.n_rows}, the rows of split '{target.name}'"
+        )
+    start = 0
+    for block in y.batches(read_rows_of(8)) if y is not None else ():
+        stored = target.labels(start, start + len(block))
+        differ = np.flatnonzero(np.where(block < 0, -1, block) != stored)
+        if differ.size:
+            row = int(differ[0])
+            assert y is not None
+            raise DataError(
+                f"label {int(block[row])} in {y.row_of(start + row)}",
+                f"{int(stored[row])}, as stored in split '{target.name}'",
+                "give rows in the stored order, or import into another split",
+            )
+        start += len(block)
+
+
+# What an import leaves when it fails: the store as it was.
+
+
+@contextmanager
+def undone_on_failure(path: str, split: str | None, overwrite: bool) -> Iterator[None]:
+    """Delete what the import made when it fails: the new store with its folders, or the new split.
+
+    An interrupted split that is to be replaced is moved beside the store until the new one is in,
+    where the store is a folder; it comes back when the import fails.
+
+    Parameters
+    ----------
+    path : str
+        The store, which need not exist.
+    split : str or None
+        The split that is written anew; None where layers are added to a complete one.
+    overwrite : bool
+        Whether the split may be there.
+    """
+    if is_remote(path):
+        with _undone_remotely(path, split):
+            yield
+        return
+    store = Path(path).absolute()
+    created = [place for place in (store, *store.parents) if not place.exists()]
+    home = store / split if split is not None else None
+    aside = store.with_name(f".{store.name}.{split}.{os.getpid()}")
+    began = home is not None and home.exists()
+    if home is not None and began and overwrite:
+        home.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if created:
+            shutil.rmtree(store, ignore_errors=True)
+            with suppress(OSError):  # a folder that is not there, or that another process uses
+                for folder in created[1:]:
+                    folder.rmdir()
+        elif home is not None and (overwrite or not began):
+            shutil.rmtree(home, ignore_errors=True)
+            if began:
+                aside.rename(home)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _undone_remotely(path: str, split: str | None) -> Iterator[None]:
+    """Delete the new store or the new split of an object store when the import fails."""
+    created = not is_there(path)
+    began = split is not None and not created and split in FeatureStore.open(path).splits
+    try:
+        yield
+    except BaseException:
+        if created and is_there(path):
+            FeatureStore.open(path)  # never delete what is no store
+            delete_store(path)
+        elif split is not None and not created and not began:
+            FeatureStore.open(path).delete_split(split)
+        raise
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote.
+
+    Attributes
+    ----------
+    store : FeatureStore
+        Where it went.
+    layers : tuple of str
+        The layers that were written.
+    features : RowStream
+        Where it came from, shard by shard; of several layers in arrays of their own, the first.
+    axes : tuple of str
+        What the axes of the files were taken for.
+    n_classes : int
+        K of the store.
+    n_samples : int
+        Rows that are samples: those whose label is not negative.
+    created : bool
+        Whether the store is new.
+    """
+
+    store: FeatureStore
+    layers: tuple[str, ...]
+    features: RowStream
+    axes: tuple[str, ...]
+    n_classes: int
+    n_samples: int
+    created: bool
+
+
+def import_features(
+    path: str,
+    split: str,
+    layer: str | Sequence[str],
+    features: str,
+    labels: str | None = None,
+    predictions: str | None = None,
+    *,
+    axes: str | None = None,
+    layer_index: int | None = None,
+    tokens: str | None = None,
+    documents: str | None = None,
+    mask: str | None = None,
+    loss_mask: str | None = None,
+    n_classes: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Imported:
+    """Import layers of a split from files, never holding more than a block of rows.
+
+    Parameters
+    ----------
+    path : str
+        The store; created when nothing is there.
+    split : str
+        Where the rows go. Into a split that exists layers are added row by row.
+    layer : str or sequence of str
+        The layer's name. For several: a pattern such as ``h.{}``, or a name per layer.
+    features : str
+        Rows (N, D), in one of the forms of ``docs/import.md`` or a glob of shards of them, such as
+        ``x.npy``, ``x.safetensors:key``, ``x.parquet:column``. ``{}`` in the name of an array stands
+        for the number of a layer. ``:key`` in any of the sources below means the same files.
+    labels : str, optional
+        Class ids (N,) or (B, T), likewise; negative ones mark rows that are no samples. They may be
+        left out for a split that exists, and for a new one whose name holds ``ood``. ``"next"``: the
+        next of `tokens` in the same sequence.
+    predictions : str, optional
+        The model's own decisions (N,), made by the classifier that reads this layer.
+    axes : str, optional
+        What the axes of the features count, such as ``B,T,D``: N samples in any order, B sequences,
+        T positions in order, L layers, D features. (N, D) by default; more axes may be left
+        out where only one reading fits the labels.
+    layer_index : int, optional
+        The one along L to import; all by default.
+    tokens : str, optional
+        Token ids of the rows, for ``labels="next"``.
+    documents : str, optional
+        Document ids of the rows; the next token of another document is no label.
+    mask : str, optional
+        0 where a row is padding.
+    loss_mask : str, optional
+        0 where a token (a label) does not count.
+    n_classes : int, optional
+        K of a new store; the largest label plus one by default.
+    overwrite : bool, optional
+        Replace layers that exist, or a split whose writing was interrupted.
+    progress : Progress, optional
+        Told how far the import is.
+
+    Returns
+    -------
+    Imported
+        What was written.
+
+    Raises
+    ------
+    DataError
+        When files do not fit together or do not fit the store, named by input row, or no row is a
+        sample. Nothing is left half-written then.
+    UsageError
+        For layer names or axes that do not fit the files.
+    StoreError
+        When a layer exists and `overwrite` is not given.
+    """
+    check_name("split", split)
+    for name in (layer,) if isinstance(layer, str) else layer:
+        check_name("layer", name)
+    given = Sources(features, labels, predictions, tokens, documents, mask, loss_mask)
+    opened = given.open(layer, axes, layer_index)
+    rows, y, p = opened.rows, opened.labels, opened.predictions
+    if not rows.n_rows:
+        raise DataError(f"no rows in '{features}'", "at least one row of features")
+    exists = is_there(path)
+    store = FeatureStore.open(path) if exists else None
+    target = _existing_split(store, split, overwrite) if store is not None else None
+    if target is None and y is None and "ood" not in split:
+        raise DataError(
+            f"no labels for the new split '{split}'", "--labels", "only 'ood' splits may go without"
+        )
+    if store is None and y is None and n_classes is None:
+        raise DataError(
+            f"neither labels nor a number of classes for the new store '{path}'",
+            "--classes",
+            "or import the labelled splits first",
+        )
+    if target is not None and y is None and (mask is not None or loss_mask is not None):
+        raise UsageError(
+            f"a mask without labels for split '{split}', whose labels are stored",
+            "labels to compare with them, or neither",
+        )
+    y = masked_labels(y, rows.n_rows, opened.marks)
+    k, n_samples = check_classes(store, y, p, n_classes)
+    if target is not None:
+        check_against(target, rows, y)
+    if store is not None:
+        for name, width in rows.widths.items():
+            store.check_width(name, width, but=None if target is None else split)
+    dtype = _stored_dtype(rows)
+    head = None if p is None else rows.names[0]
+    with undone_on_failure(path, None if target is not None else split, overwrite):
+        if store is None:
+            store = FeatureStore.create(path, k, rows.widths, dtype)
+        if target is None:
+            writer: Writer | LayerWriter = store.writer(
+                split, layers=rows.widths, dtype=dtype, n_samples=rows.n_rows, head=head,
+                overwrite=overwrite,
+            )  # fmt: skip
+        else:
+            writer = store.add_layers(split, rows.widths, dtype, head=head, overwrite=overwrite)
+        with writer:
+            _copy(writer, rows, y, p, progress)
+    if y is None:
+        n_samples = rows.n_rows if target is None else target.n_samples
+    return Imported(store, rows.names, rows.streams[0], rows.axes, k, n_samples, not exists)
+
+
+def import_classifier(
+    path: str, layer: str, weight: str, bias: str | None = None, rows: int | None = None
+) -> tuple[int, int]:
+    """Store the classifier of a layer from files.
+
+    Parameters
+    ----------
+    path : str
+        An existing store.
+    layer : str
+        The layer whose features the classifier reads.
+    weight, bias : str
+        Files of (K, D) and (K,) floats, as for `import_features`.
+    rows : int, optional
+        Keep only so many first rows, of a padded vocabulary.
+
+    Returns
+    -------
+    tuple of int
+        (K, D) as stored.
+
+    Raises
+    ------
+    DataError
+        When shapes do not fit the store.
+    UnknownNameError
+        When no split has such a layer.
+    """
+    store = FeatureStore.open(path)
+    if layer not in store.layers():
+        raise unknown_name("layer", layer, store.layers(), store.path)
+    w = _whole(open_rows(weight, "weight"))[:rows]
+    b = None if bias is None else _whole(open_rows(bias, "bias"))[:rows]
+    store.set_classifier(layer, w, b)
+    return w.shape[0], w.shape[1]
+
+
+def read_classes(path: str) -> list[int]:
+    """Read class ids from a file: ``.npy``, or text with one id per line or separated by commas.
+
+    Raises
+    ------
+    DataError
+        When the file cannot be read or holds something else.
+    """
+    if path.endswith(".npy"):
+        ids = _whole(open_rows(path, "classes"))
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise DataError(f"classes of shape {ids.shape}, {ids.dtype}", "integers of shape (C,)")
+        return [int(i) for i in ids]
+    try:
+        words = Path(path).read_text(encoding="utf-8").replace(",", " ").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"classes '{path}' cannot be read: {error}", "a text file or .npy"
+        ) from error
+    for word in words:
+        if not word.isdecimal():
+            raise DataError(f"class '{word}' in '{path}'", "class ids: integers from 0")
+    return [int(word) for word in words]
+
+
+def _whole(stream: RowStream) -> npt.NDArray[Any]:
+    blocks = list(stream.batches(max(stream.n_rows, 1)))
+    return blocks[0] if blocks else np.empty((0, *stream.row_shape), stream.dtype)
+
+
+def _copy(
+    writer: Writer | LayerWriter,
+    rows: Layers,
+    y: RowStream | None,
+    p: RowStream | None,
+    progress: Progress | None,
+) -> None:
+    n = rows.rows_at_once
+    dtype = np.dtype(DTYPES[_stored_dtype(rows)])
+    labels = y.batches(n) if y is not None else None
+    chosen = p.batches(n) if p is not None else None
+    if progress:
+        progress.begin(f"import of {', '.join(rows.names[:3])}", rows.n_rows, "rows")
+    try:
+        for blocks in rows.batches(n):
+            size = len(blocks[rows.names[0]])
+            given = None if labels is None else next(labels)
+            if given is None and isinstance(writer, Writer):
+                given = np.zeros(size, np.int64)
+            wide = {name: block.astype(dtype, copy=False) for name, block in blocks.items()}
+            writer.append(wide, given, None if chosen is None else next(chosen))
+            if progress:
+                progress.advance(size)
+    finally:
+        if progress:
+            progress.end()
+
+
+def _existing_split(store: FeatureStore, split: str, overwrite: bool) -> Split | None:
+    if split not in store.splits:
+        return None
+    target = store.split(split)
+    if target.finalized:
+        return target
+    if not overwrite:
+        raise StoreError(
+            f"split '{split}' of {store.path} is not complete: {target.n_samples} samples of an "
+            "interrupted writer",
+            "a complete split or a new one",
+            "finish that writer with resume, or start anew with --overwrite",
+        )
+    return None
+
+
+def _stored_dtype(rows: Layers) -> str:
+    """Keep float dtypes; integers go to the smallest float that holds them."""
+    name = rows.dtype.newbyteorder("=").name if rows.dtype.name != "bfloat16" else "bfloat16"
+    if name in DTYPES:
+        return name
+    if rows.dtype.kind in "iu":
+        return "float32" if rows.dtype.itemsize <= 2 else "float64"
+    raise DataError(f"features of type {rows.dtype}", "one of: " + ", ".join(DTYPES))

@@ -1,0 +1,430 @@
+"""From a language model and texts to a store of hidden states."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ncbatch.engine import Progress
+from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
+from ncbatch.ingest.language.corpus import Corpus, Texts, TokenBatch, open_corpus
+from ncbatch.ingest.language.model import LanguageModel, open_language_model, with_checked_head
+from ncbatch.ingest.language.places import choose_places, probe
+from ncbatch.ingest.model.capture import device_of
+from ncbatch.ingest.model.dumps import dump, make_target
+from ncbatch.ingest.model.places import Place
+from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
+from ncbatch.ingest.model.room import Room, check_states_room
+from ncbatch.ingest.model.target import one_dtype, open_if_there, stored_dtypes
+from ncbatch.store import FeatureStore
+from ncbatch.store.format import DTYPES, check_name
+from ncbatch.store.ranks import Share
+
+if TYPE_CHECKING:
+    import torch
+
+
+# What a language model is fed: the batches of a rank, as the dump takes them.
+
+
+_PROBE_TOKENS = 16
+
+
+class Feed:
+    """The batches of a rank, as `dump` takes them; counts the tokens that the model read.
+
+    Attributes
+    ----------
+    n_samples : int
+        Samples of a rank, about.
+    n_tokens : int
+        Tokens read by the model so far.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        Who reads them.
+    corpus : Corpus
+        What is read.
+    batch_size : int
+        Windows per batch.
+    share : Share
+        Which batches: r, r + R, ... of all, so that none depends on how many ranks there are.
+    """
+
+    def __init__(self, model: LanguageModel, corpus: Corpus, batch_size: int, share: Share) -> None:
+        if corpus.kind != "argmax":
+            corpus.label_counts(model.n_tokens)  # refuses labels that are no classes
+        if corpus.n_token_ids > model.n_embeddings:
+            raise DataError(
+                f"token id {corpus.n_token_ids - 1} in the texts",
+                f"ids below {model.n_embeddings}, the rows of the input embedding",
+                "give the tokenizer that the model was trained with (--tokenizer, tokenizer=)",
+            )
+        self._batches = corpus.batches(batch_size)
+        self._model, self._share, self._current = model.module, share, 0
+        self._takes = inspect.signature(model.module.forward).parameters
+        self.n_samples = -(-corpus.n_samples // share.world_size)
+        self.n_tokens = 0
+
+    def example(self) -> dict[str, Any]:
+        """Give a few tokens as the model takes them."""
+        batch = self._batches[0]
+        row = int(np.argmax(batch.attention_mask.sum(1)))
+        tokens = np.flatnonzero(batch.attention_mask[row])[:_PROBE_TOKENS]
+        return self._inputs(
+            batch.input_ids[None, row, tokens], batch.attention_mask[None, row, tokens]
+        )
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], npt.NDArray[np.int64]]]:
+        handle = self._model.register_forward_pre_hook(self._count)
+        try:
+            for number in range(self._share.rank, len(self._batches), self._share.world_size):
+                batch: TokenBatch = self._batches[number]
+                self._current = int(batch.attention_mask.sum())
+                yield self._inputs(batch.input_ids, batch.attention_mask), batch.labels
+        finally:
+            handle.remove()
+
+    def _count(self, *_: Any) -> None:
+        self.n_tokens += self._current
+
+    def _inputs(
+        self, input_ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        if "use_cache" in self._takes:
+            inputs["use_cache"] = False
+        return inputs
+
+
+LABELS = ("next", "given", "argmax")
+
+
+def dump_language_model(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    texts: Texts,
+    store: FeatureStore | str | os.PathLike[str],
+    split: str = "train",
+    *,
+    tokenizer: Any = None,
+    layers: str | Sequence[str] | None = None,
+    labels: Literal["next", "given", "argmax"] | None = None,
+    context: int | None = None,
+    batch_size: int = 8,
+    pack: bool = False,
+    field: str = "text",
+    exclude: Iterable[int] = (),
+    max_tokens: int | None = None,
+    per_class_cap: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    model_dtype: str | None = None,
+    device: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    moments: bool = False,
+    means: str | None = None,
+    name: str | None = None,
+    step: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FeatureStore:
+    """Run a causal or masked language model over texts and store its hidden states.
+
+    One forward pass per batch feeds all layers. The store's classes are the token ids of the
+    tokenizer. What is stored are the model's own values, cast to `dtype`; where the head's input
+    is among the layers its weight (and bias) become the classifier, and the arg-max of its
+    logits the predictions.
+
+    Parameters
+    ----------
+    model : path, str or torch.nn.Module
+        A folder, a name on the Hugging Face hub, or a model of transformers that is loaded; then
+        `tokenizer` is needed, and the model stays where it is.
+    texts : path or sequence of paths
+        Text files, JSON lines or ``datasets`` folders, as `open_corpus` takes them.
+    store : FeatureStore or path
+        Where to write; a path where nothing is becomes a new store.
+    split : str, optional
+        A new split, or a complete one that lacks all of `layers`: then they are added to it.
+    tokenizer : path, str or tokenizer, optional
+        Another tokenizer than the model's own.
+    layers : str or sequence of str, optional
+        Modules by path, with ``:input`` for what they take. By default what enters the first
+        block, what each block gives, and what enters the head:
+        ``model.layers.0:input``, ``model.layers.0``, ..., ``lm_head:input``.
+    labels : {"next", "given", "argmax"}, optional
+        The class of a position: the next token of its document, the label that comes with the
+        text, or the model's own decision. By default ``next``, and ``argmax`` for a masked model.
+    context : int, optional
+        Tokens of a window; by default as many as the model takes, 2048 at most.
+    batch_size : int, optional
+        Windows per forward pass. It belongs to the result: other batches may give other last bits.
+    pack, field, exclude, max_tokens, per_class_cap, seed
+        As `open_corpus` has them.
+    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
+        How hidden states are stored; by default as the store has or declares them, else bfloat16
+        for a model in bfloat16, else float16.
+    model_dtype : {"auto", "float32", "bfloat16", "float16"}, optional
+        What the model runs in; by default as it is stored.
+    device : str, optional
+        Where the model runs; by default on a GPU where torch finds one.
+    rank, world_size : int, optional
+        Which of several processes this is, and how many; by default what torchrun says in RANK
+        and WORLD_SIZE. Rank r takes batches r, r + world_size, ... Whichever ends last completes
+        the split.
+    moments : bool, optional
+        Keep no rows but their moments, class by class: `measure` takes them as it takes rows.
+    means : str, optional
+        With `moments`: the split whose class means decide, so that NC4 can be measured too.
+    name, step : str, int, optional
+        What the store says of the model; by default read from its path.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    trust_remote_code, allow_pickle : bool, optional
+        Run code that comes with the model; read weights that are pickled.
+    resume : bool, optional
+        Go on after an interruption, with the same arguments.
+    overwrite : bool, optional
+        Replace the split if it exists.
+    progress : Progress, optional
+        Told how far the dump is, and of its size and speed.
+
+    Returns
+    -------
+    FeatureStore
+        The store, with model, step and notes of the layers.
+
+    Raises
+    ------
+    UsageError
+        When transformers is missing, or options make no sense.
+    DataError
+        When the model, tokenizer or texts cannot be read or do not fit together.
+    UnknownNameError
+        When a layer does not exist.
+    OutputError
+        When there is not, or no longer, room on the disk.
+    BudgetError
+        When the model or a batch does not fit into the memory of its GPU.
+    StoreError
+        When the split exists, and nothing says what to do with it; when the store holds features
+        of another model or step, or the split was begun with other texts or options.
+    """
+    check_name("split", split)
+    _check_options(labels, batch_size, dtype, moments, means, step)
+    share = _share(rank, world_size)
+    lm = open_language_model(
+        model, tokenizer, revision=revision, model_dtype=model_dtype, device=device, rank=rank,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    with _full_named(store):
+        lm = with_checked_head(lm)
+    lm.check_vocabulary()
+    kind = _labels(labels, lm)
+    places = choose_places(lm, [layers] if isinstance(layers, str) else layers)
+    called, at = name or lm.name, lm.step if step is None else step
+    opened = open_if_there(store)
+    if opened is not None:
+        _check_described(opened, split, called, at, overwrite)
+    stored_dtype = _stored_dtype(opened, split, places, lm, dtype, moments, overwrite)
+    how: dict[str, Any] = {
+        "moments": moments, "means": means, "resume": resume, "overwrite": overwrite
+    }  # fmt: skip
+    complete = _complete(store, split, places, stored_dtype, lm.n_tokens, share, **how)
+    if complete is not None:
+        _note(progress, complete_resumed(complete, split, share))
+        return complete
+    corpus = open_corpus(
+        texts, lm.tokenizer, context=lm.context(context), labels=kind, pack=pack, field=field,
+        exclude=exclude, max_tokens=max_tokens, per_class_cap=per_class_cap, seed=seed,
+        masked=lm.masked, progress=progress,
+    )  # fmt: skip
+    feed = Feed(lm, corpus, batch_size, share)
+    identity: dict[str, str | int] = {
+        "model": called, "model dtype": lm.dtype, "labels": kind,
+        "texts and windows": corpus.fingerprint[:12], "batch size": batch_size,
+    }  # fmt: skip
+    with _full_named(store):
+        seen = probe(lm, places, feed.example(), device_of(lm.module))
+    if not moments:
+        room = Room.needed(store, split, seen.widths, stored_dtype, corpus.n_samples, overwrite)
+        room.check()
+        _note(progress, str(room))
+    else:
+        n, n_classes = corpus.n_samples, lm.n_tokens
+        # Which classes the model will decide for is not known.
+        n_seen = n_classes
+        if kind != "argmax":
+            n_seen = int((corpus.label_counts(n_classes) > 0).sum())
+        said = check_states_room(store, split, seen.widths, n_seen, n, share.world_size)
+        _note(progress, said)
+    with _running(progress, feed, split), _full_named(store):
+        done = dump(
+            lm.module, feed, store, split, list(places), head=lm.head or False,
+            head_bias=lm.head_bias, identity=identity, n_classes=lm.n_tokens, dtype=stored_dtype, argmax_labels=kind == "argmax",
+            rank=share.rank, world_size=share.world_size, n_samples=corpus.n_samples,
+            progress=progress, **how,
+        )  # fmt: skip
+        if share.rank == 0:  # what all would say alike, written once
+            done.describe(model=called, step=at, layers=seen.notes)
+        if share.several:
+            finalize_if_last(done, split)
+    return done
+
+
+def _check_options(
+    labels: str | None,
+    batch_size: int,
+    dtype: str | None,
+    moments: bool,
+    means: str | None,
+    step: int | None,
+) -> None:
+    """Refuse before a model is loaded what needs no model."""
+    if labels not in (None, *LABELS):
+        raise UsageError(f"labels '{labels}'", "one of: " + ", ".join(LABELS))
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size}", "at least 1")
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
+    if step is not None and step < 0:
+        raise UsageError(f"step {step}", "0 or more")
+    if means is not None and not moments:
+        raise UsageError(f"means '{means}' without moments", "--moments (moments=True) too")
+
+
+def _check_described(
+    store: FeatureStore, split: str, model: str, step: int | None, overwrite: bool
+) -> None:
+    """Refuse another model or step than the store's: its name would then be given to all splits."""
+    if overwrite and {split} >= {*store.splits, *store.state_splits}:
+        return
+    for what, recorded, ours in (("model", store.model, model), ("step", store.step, step)):
+        if recorded is not None and recorded != ours:
+            raise StoreError(
+                f"{store.path} holds features of {what} {recorded}",
+                f"those of {what} {'unknown' if ours is None else ours}, as this dump would store",
+                f"use a store per checkpoint, or say --{'name' if what == 'model' else 'step'} {recorded}",
+            )
+
+
+def _stored_dtype(
+    store: FeatureStore | None,
+    split: str,
+    places: Mapping[str, Place],
+    model: LanguageModel,
+    asked: str | None,
+    moments: bool,
+    overwrite: bool,
+) -> str:
+    """Choose how all layers are stored: as asked, as the store has them, or by the model's dtype."""
+    default = "bfloat16" if model.dtype == "bfloat16" else "float16"
+    if moments:
+        return asked or default
+    return one_dtype(stored_dtypes(store, split, places, asked, default, overwrite=overwrite))
+
+
+def _share(rank: int | None, world_size: int | None) -> Share:
+    """Take rank and number of ranks as given, else from torchrun."""
+    if (rank is None) != (world_size is None):
+        raise UsageError(
+            "rank without world size" if world_size is None else "world size without rank",
+            "both, or none of them",
+        )
+    if rank is not None and world_size is not None:
+        return Share(rank, world_size)
+    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return Share(*map(int, found)) if all(text.isdecimal() for text in found) else Share()
+
+
+def _labels(labels: str | None, model: LanguageModel) -> Literal["next", "given", "argmax"]:
+    kind = labels or ("argmax" if model.masked else "next")
+    if kind == "argmax" and model.head is None:
+        raise UsageError(
+            f"labels 'argmax' of {model.name}, which has no head", "labels 'next' or 'given'"
+        )
+    return cast('Literal["next", "given", "argmax"]', kind)
+
+
+def _complete(
+    store: FeatureStore | str | os.PathLike[str],
+    split: str,
+    places: Mapping[str, Place],
+    dtype: str,
+    n_classes: int,
+    share: Share,
+    *,
+    moments: bool,
+    means: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> FeatureStore | None:
+    """Give the store if nothing is left to resume; refuse what `dump` would, before texts are read."""
+    given = (store, split, places, dtype, n_classes, share)
+    how: dict[str, Any] = {"n_samples": 1, "resume": resume, "overwrite": overwrite}
+    target = make_target(given, moments=moments, means=means, **how)
+    described = target.done and places.keys() <= target.opened.layer_notes.keys()
+    return target.opened if described else None
+
+
+@contextmanager
+def _running(progress: Progress | None, feed: Feed, split: str) -> Iterator[None]:
+    """Show the pass, and say how fast it was."""
+    start = time.perf_counter()
+    with ExitStack() as shown:
+        if progress is not None:
+            progress.begin(f"dump {split}", feed.n_samples, "rows")
+            shown.callback(progress.end)
+        yield
+    seconds = time.perf_counter() - start
+    if feed.n_tokens:
+        _note(
+            progress,
+            f"{feed.n_tokens:,} tokens in {seconds:,.1f} s: {feed.n_tokens / seconds:,.0f} tokens/s",
+        )
+
+
+def _note(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.note(text)
+
+
+@contextmanager
+def _full_named(store: FeatureStore | str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a disk or a GPU that is full into an error that says how to go on."""
+    import torch
+
+    where = store.path if isinstance(store, FeatureStore) else os.fspath(store)
+    try:
+        yield
+    except OSError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, StoreError):  # which names the place, but not what helps
+            cause = cause.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutputError(
+            f"no space left for '{where}'; what was written before is intact",
+            "",
+            "make room, then go on with the same command and --resume (resume=True)",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            "the GPU has no memory left for a batch",
+            "",
+            "take a smaller --batch-size or --context (batch_size=, context=)",
+        ) from error

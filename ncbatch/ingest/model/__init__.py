@@ -1,0 +1,1 @@
+"""A torch model becomes a store: what hooks take from its forward passes."""

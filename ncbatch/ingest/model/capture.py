@@ -1,0 +1,193 @@
+"""Running a model with hooks in place, and leaving it as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ncbatch.errors import DataError
+from ncbatch.ingest.model.head import Head
+from ncbatch.ingest.model.places import Batch, Place, Pool, find_module
+from ncbatch.store.format import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+
+Receive: TypeAlias = "Callable[[str, torch.Tensor], Any]"
+
+
+class Capture:
+    """Runs a model with hooks in place and gives the rows they took; made by `capturing`."""
+
+    def __init__(
+        self, model: torch.nn.Module, places: Mapping[str, Place], pool: Pool, head: Head
+    ) -> None:
+        self._model, self._places, self._pool, self._head = model, places, pool, head
+        self._batch: Batch | None = None
+        self._receive: Receive | None = None
+        self._rows: dict[str, Any] = {}
+        self._calls: Counter[str] = Counter()
+
+    def attach(self, hooks: ExitStack) -> None:
+        """Register the hooks; they go when `hooks` is closed."""
+        for name, place in self._places.items():
+            module = find_module(self._model, place.path)
+            take = self._taker(name, place)
+            if place.of_input:
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, take=take: take((args, kwargs)), with_kwargs=True
+                )
+            else:
+                handle = module.register_forward_hook(lambda _, __, out, take=take: take(out))
+            hooks.callback(handle.remove)
+        for order, module in enumerate(self._head.candidates.values()):
+            handle = module.register_forward_hook(self._watcher(order), with_kwargs=True)
+            hooks.callback(handle.remove)
+
+    def run(
+        self, inputs: Any, batch: Batch, device: Any, receive: Receive | None = None
+    ) -> dict[str, Any]:
+        """Run the model on one batch.
+
+        Parameters
+        ----------
+        inputs : tensor, sequence or mapping
+            As the model takes them.
+        batch : Batch
+            Which rows are wanted.
+        device : torch.device or str
+            Where inputs are moved to.
+        receive : callable, optional
+            Given the name and the rows of each layer while the model still runs; what it returns
+            is kept in their place.
+
+        Returns
+        -------
+        dict of str to tensor (n, D)
+            Rows of every layer, on the module's device and in its dtype; or what `receive` made
+            of them.
+
+        Raises
+        ------
+        DataError
+            When a module did not run exactly once.
+        """
+        import torch
+
+        self._batch, self._rows, self._receive = batch, {}, receive
+        self._calls.clear()
+        self._head.calls = 0
+        self._head.decisions = None
+        args, kwargs = _arguments(inputs, device)
+        try:
+            # Not inference_mode: what a module keeps from this pass must serve in training too.
+            with torch.no_grad():
+                self._model(*args, **kwargs)
+        finally:
+            self._batch = None
+        for name, place in self._places.items():
+            _check_once(f"module '{place.path}'", self._calls[name])
+        if self._head.named or (self._head.needed and self._head.path is not None):
+            _check_once(f"head '{self._head.path}'", self._head.calls)
+        rows, self._rows = self._rows, {}
+        return {name: rows[name] for name in self._places}
+
+    def _taker(self, name: str, place: Place) -> Callable[[Any], None]:
+        def take(value: Any) -> None:
+            self._calls[name] += 1
+            if self._batch is None or self._calls[name] > 1:
+                return
+            tensor = _first_tensor(value)
+            if tensor is None:
+                raise DataError(f"'{place}' holds no tensor", "a tensor, or a tuple of tensors")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in DTYPES:
+                raise DataError(f"'{place}' has dtype {dtype}", "one of: " + ", ".join(DTYPES))
+            rows = self._batch.rows(tensor, self._pool, place)
+            self._rows[name] = rows if self._receive is None else self._receive(name, rows)
+
+        return take
+
+    def _watcher(self, order: int) -> Callable[..., None]:
+        def see(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+            if self._batch is not None:
+                self._head.see(
+                    order, self._batch, _first_tensor((args, kwargs)), _first_tensor(out)
+                )
+
+        return see
+
+
+@contextmanager
+def capturing(
+    model: torch.nn.Module, places: Mapping[str, Place], pool: Pool, head: Head
+) -> Iterator[Capture]:
+    """Hold a model in eval mode with hooks; afterwards it is as it was, module by module."""
+    # model.train() would set every module alike: a frozen batch norm would wake up.
+    modes = [(module, module.training) for module in model.modules()]
+    capture = Capture(model, places, pool, head)
+    with ExitStack() as hooks:
+        try:
+            model.eval()
+            capture.attach(hooks)
+            yield capture
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def device_of(model: torch.nn.Module) -> Any:
+    """Give the device of a model's parameters, or of its buffers; the CPU without any."""
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return "cpu"
+
+
+def _arguments(inputs: Any, device: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Move inputs to `device` and give them as the model takes them."""
+    import torch
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.as_tensor(value)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    if isinstance(inputs, Mapping):
+        return [], {name: moved(value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return [moved(value) for value in inputs], {}
+    return [moved(inputs)], {}
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    """Find the first tensor in nested tuples, lists, mappings and dataclasses."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value
+    parts: Sequence[Any] = ()
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, tuple | list):
+        parts = value
+    elif dataclasses.is_dataclass(value):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)
+
+
+def _check_once(what: str, calls: int) -> None:
+    if calls == 1:
+        return
+    often = "did not run" if calls == 0 else f"ran {calls} times"
+    raise DataError(
+        f"{what} {often} in a forward pass",
+        "once",
+        "name a module that runs once, such as the one around it",
+    )

@@ -1,0 +1,176 @@
+"""The linear module that classifies: what it reads and what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from ncbatch.errors import DataError, UsageError
+from ncbatch.ingest.model.places import Batch, Place, find_module
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Head:
+    """Watches the linear module that classifies: what it reads and what it decides.
+
+    Without a name it is the last ``torch.nn.Linear`` of the model, in the order of
+    ``named_modules``, that runs for the first batch; that batch settles it.
+
+    Parameters
+    ----------
+    candidates : mapping of str to module
+        Linear modules by path, in order.
+    named : bool
+        Whether the user named it: then it must run.
+    n_classes : int or None
+        K: decisions are among the first K outputs.
+    decides : bool, optional
+        Whether its decisions are needed even if no captured layer is its input.
+    """
+
+    def __init__(
+        self,
+        candidates: Mapping[str, torch.nn.Module],
+        named: bool,
+        n_classes: int | None,
+        decides: bool = False,
+    ) -> None:
+        self.candidates = candidates
+        self.named = named
+        self.decides = decides
+        self.layer: str | None = None  # the captured layer that the head reads
+        self.decisions: torch.Tensor | None = None  # arg-max of the batch's rows
+        self.calls = 0
+        self._outside: torch.Tensor | None = None
+        self._n_classes = n_classes
+        self._order = -1
+        self._settled = False
+        self._inputs: torch.Tensor | None = None
+
+    @classmethod
+    def find(
+        cls,
+        model: torch.nn.Module,
+        head: str | Literal[False] | None,
+        n_classes: int | None,
+        *,
+        decides: bool = False,
+        outside: torch.Tensor | None = None,
+    ) -> Head:
+        """Look up the head, or everything that may be it.
+
+        `outside` is a bias that the model adds to the outputs of the module named.
+
+        Raises
+        ------
+        DataError
+            When the module named is not linear or has fewer outputs than classes.
+        UsageError
+            When decisions are needed and there shall be no head.
+        """
+        import torch
+
+        if head is False and decides:
+            raise UsageError("argmax_labels with head=False", "the module that decides")
+        if head is False:
+            return cls({}, False, n_classes)
+        if head is None:
+            linear = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            return cls(linear, False, n_classes, decides)
+        module = find_module(model, head)
+        if not isinstance(module, torch.nn.Linear):
+            raise DataError(f"head '{head}' is a {type(module).__name__}", "a torch.nn.Linear")
+        found = cls({head: module}, True, n_classes, decides)
+        found._order, found._outside = 0, outside
+        if outside is not None and tuple(outside.shape) != (module.out_features,):
+            raise DataError(
+                f"a bias of shape {tuple(outside.shape)} for head '{head}'",
+                f"({module.out_features},), one per output",
+            )
+        found.check_outputs(n_classes)
+        return found
+
+    @property
+    def path(self) -> str | None:
+        """Path of the module; None as long as none has run."""
+        return None if self._order < 0 else list(self.candidates)[self._order]
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The module; None as long as none has run."""
+        return None if self.path is None else self.candidates[self.path]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What is added to the products with its weight, inside the module and outside of it."""
+        own: torch.Tensor | None = None if self.module is None else self.module.bias
+        if self._outside is None or own is None:
+            return own if self._outside is None else self._outside
+        return own + self._outside.to(own.device)
+
+    @property
+    def needed(self) -> bool:
+        """Whether what it decides is kept, so that it must run once in every pass."""
+        return self.decides or self.layer is not None
+
+    def check_outputs(self, n_classes: int | None) -> None:
+        """Refuse a head that has fewer outputs than there are classes."""
+        if self.module is not None and self.module.out_features < (n_classes or 0):
+            raise DataError(
+                f"head '{self.path}' has {self.module.out_features} outputs",
+                f"{n_classes} or more, one per class",
+                "name the module that classifies with head=, or use head=False",
+            )
+
+    def see(
+        self, order: int, batch: Batch, inputs: torch.Tensor | None, logits: torch.Tensor | None
+    ) -> None:
+        """Take note of a call of the candidate number `order`."""
+        if order < self._order or (self._settled and order > self._order):
+            return
+        if order > self._order:
+            self._order, self.calls = order, 0
+        self.calls += 1
+        if self._settled and not self.needed:
+            return
+        self.decisions = self._inputs = None
+        if inputs is None or logits is None or tuple(logits.shape[:-1]) != batch.shape:
+            return  # it classifies something else than the rows
+        if self._outside is not None:
+            logits = logits + self._outside.to(logits.device)
+        top = logits[..., : self._n_classes].argmax(-1)
+        self.decisions = batch.select(top.reshape(-1))
+        if not self._settled:
+            self._inputs = batch.rows(inputs, "flatten", Place(str(self.path), of_input=True))
+
+    def settle(self, features: Mapping[str, torch.Tensor], places: Mapping[str, Place]) -> None:
+        """After the first batch: find the captured layer that equals the head's input."""
+        if self.calls == 1 and self._inputs is not None:
+            # What was captured as the head's input needs no comparing; of others several may be
+            # equal (an activation and the head's input are one tensor).
+            own = Place(str(self.path), of_input=True)
+            best = [name for name in features if places[name] == own]
+            if not best:
+                best = [name for name, x in features.items() if _equal(x, self._inputs)][-1:]
+            self.layer = best[0] if best else None
+        self._settled, self._inputs = True, None
+        if self.decides and self.decisions is None:
+            found = "no torch.nn.Linear ran" if self.path is None else f"head '{self.path}'"
+            raise DataError(
+                f"{found}: no decisions at the positions of the labels",
+                "a linear module with one output row per label, for argmax_labels",
+                "name it with head=",
+            )
+
+
+def _equal(rows: torch.Tensor, others: torch.Tensor) -> bool:
+    import torch
+
+    same = rows.dtype == others.dtype and rows.device == others.device
+    if not same or rows.shape != others.shape:
+        return False
+    if torch.equal(rows, others):
+        return True
+    return bool(((rows == others) | (rows.isnan() & others.isnan())).all())  # NaN equals NaN

@@ -1,0 +1,1 @@
+"""From stores and options to a Dataset of metrics."""

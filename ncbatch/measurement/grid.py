@@ -1,0 +1,290 @@
+"""Grids: K x K arrays over pairs of classes, written tile by tile for those who want them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from ncbatch.engine import (
+    Job,
+    Plan,
+    Price,
+    Progress,
+    Sweep,
+    format_bytes,
+    memory_budget,
+    resident_bytes,
+    run_jobs,
+)
+from ncbatch.errors import BudgetError, DataError, OutputError, UsageError
+from ncbatch.measurement.passes import MomentsPass
+from ncbatch.measurement.samples import RowSource, Selection, count_labels, select_classes
+from ncbatch.metrics import Statistics
+from ncbatch.results.files import check_output
+from ncbatch.states import MomentsAccumulator, PairTiles
+from ncbatch.store import FeatureStore
+from ncbatch.version import __version__
+
+KINDS = ("cosine", "distance", "log", "riesz", "cdnv", "interference")
+_TILE_CLASSES = 1024
+# Arrays of a tile's size that are held at once: its distances, masks and logarithms, the mirror
+# image, and what the codec makes of it.
+_TILE_ARRAYS = 12
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Writes the tiles of a grid, both triangles."""
+
+    pairs: PairTiles
+    kind: str
+    dist_exp: float
+    variances: Any
+    grid: zarr.Array[Any]
+
+    def write(self, progress: Progress | None) -> None:
+        """Write all tiles, each with its mirror image."""
+        tiles = list(self.pairs.tiles(_TILE_CLASSES))
+        sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
+        if progress:
+            progress.begin(f"{self.kind} grid", sum(sizes), "pairs")
+        try:
+            for (rows, columns), size in zip(tiles, sizes, strict=True):
+                values = self._values(rows, columns)
+                self.grid[rows, columns] = values
+                if rows.start != columns.start:
+                    self.grid[columns, rows] = values.T
+                if progress:
+                    progress.advance(size)
+        finally:
+            if progress:
+                progress.end()
+
+    def _values(self, rows: slice, columns: slice) -> Any:
+        if self.kind == "interference":
+            return self.pairs.interference(rows, columns)
+        if self.kind == "cdnv":
+            squares = self.pairs.square_distances(rows, columns)
+            apart = self.pairs.apart(rows, columns, squares)
+            spread = 0.5 * (self.variances[rows][:, None] + self.variances[columns][None, :])
+            return np.where(apart, spread / np.where(apart, squares, 1.0) ** self.dist_exp, np.nan)
+        squares = self.pairs.square_distances(rows, columns, directions=True)
+        squares = np.where(self.pairs.directed(rows, columns), squares, np.nan)
+        if self.kind == "cosine":
+            return 1.0 - 0.5 * squares
+        if self.kind == "distance":
+            return np.sqrt(squares)
+        logs = -0.5 * np.log(np.where(squares > 2e-24, squares, np.nan))
+        if self.kind == "log":
+            return logs
+        s = self.pairs.n_features - 2
+        with np.errstate(over="ignore"):
+            return np.sign(s) * np.exp(s * logs)
+
+
+@dataclass(frozen=True)
+class GridRequest:
+    """Which grid of which class means, and where to.
+
+    Attributes
+    ----------
+    path : str
+        The store.
+    kind : {"cosine", "distance", "log", "riesz", "cdnv", "interference"}
+        What each pair gets: of directions the first three and ``riesz``, of means the others.
+    layer, split : str
+        Where the class means come from.
+    out : str
+        A Zarr group to make: ``grid`` (class_i, class_j) of float64, and ``class`` with the ids of
+        the classes that have samples. NaN where there is no value: pairs without a direction,
+        coincident pairs, and the diagonal of ``log``, ``riesz`` and ``cdnv``.
+    weighted : bool
+        Take m_G as the mean of samples.
+    dist_exp : float
+        Exponent p of ``cdnv``.
+    ddof : {0, 1}
+        The V_c of ``cdnv`` are divided by n_c - ddof.
+    """
+
+    path: str
+    kind: str
+    layer: str
+    out: str
+    split: str = "train"
+    weighted: bool = False
+    dist_exp: float = 1.0
+    ddof: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"grid '{self.kind}'", ", ".join(KINDS))
+        if self.ddof not in (0, 1):
+            raise UsageError(f"ddof {self.ddof}", "0 or 1")
+        if self.target.suffix != ".zarr":
+            raise OutputError(f"output '{self.out}'", "a name that ends in .zarr")
+        if self.target.exists():
+            raise OutputError(f"'{self.out}' exists", "a free path")
+        check_output(self.target)
+
+    @property
+    def target(self) -> Path:
+        """Where it is written to."""
+        return Path(self.out)
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        """The store."""
+        return FeatureStore.open(self.path)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The classes that have samples; reads the labels."""
+        part = self.store.split(self.split)
+        part.feature(self.layer)
+        selection = select_classes(count_labels(part))
+        if len(selection.classes) < 2:
+            raise DataError(f"{len(selection.classes)} class in split '{self.split}'", "at least 2")
+        return selection
+
+    @property
+    def source(self) -> RowSource:
+        """The rows of the layer."""
+        return RowSource(self.store.split(self.split), self.layer, self.selection.index)
+
+    def plan(self, memory: str | int | None = None) -> Plan:
+        """Say what writing it reads, computes, holds and takes on disk; reads labels alone.
+
+        Parameters
+        ----------
+        memory : str or int, optional
+            Ceiling of resident memory, such as ``"8GiB"``; what the machine has left by default.
+        """
+        source, part = self.source, self.store.split(self.split)
+        k, d, n = len(self.selection.classes), source.n_features, part.n_rows
+        spec, side = part.spec(self.layer), min(_TILE_CLASSES, k)
+        itemsize = 8 if spec.dtype == "float64" else 4
+        read = Price(
+            f"moments of {self.split}/{self.layer}",
+            source.read_bytes + self.store.n_classes * 32 + MomentsAccumulator.peak_bytes(
+                k, d, source.block_rows, scatter=False, n_rows=n, itemsize=itemsize
+            ),
+            bytes_read=n * (spec.row_bytes + 4), flops=4 * n * d, n_items=len(source.items),
+            block_rows=source.block_rows, n_reads=1,
+        )  # fmt: skip
+        n_tiles = -(-k // side) * (-(-k // side) + 1) // 2
+        write = Price(
+            f"{self.kind} grid of {k:,} x {k:,}",
+            # Means, two blocks of them with what is made of each, and a tile with its temporaries.
+            k * (d * 8 + 256) + 8 * min(k, 2 * side) * d * 8 + side * side * 8 * _TILE_ARRAYS,
+            flops=k * k * d, n_items=n_tiles, tile_classes=side, disk_bytes=k * k * 8,
+        )  # fmt: skip
+        free = shutil.disk_usage(self.target.absolute().parent).free
+        note = (
+            f"disk: up to {format_bytes(write.disk_bytes)} in '{self.out}', "
+            f"of {format_bytes(free)} free"
+        )
+        return Plan([read, write], resident_bytes(), memory_budget(memory), notes=[note])
+
+    def check(self, plan: Plan) -> None:
+        """Refuse what does not fit.
+
+        Raises
+        ------
+        BudgetError
+            When memory or disk do not suffice; says what would.
+        """
+        if plan.peak_bytes > plan.budget:
+            raise BudgetError(
+                f"{self.kind} grid needs {format_bytes(plan.peak_bytes)} resident, the "
+                f"interpreter's {format_bytes(plan.base_bytes)} included",
+                f"at most {format_bytes(plan.budget)}",
+                f"give at least --memory {-(-plan.peak_bytes // 2**20) + 16}MiB",
+            )
+        free = shutil.disk_usage(self.target.absolute().parent).free
+        if plan.disk_bytes > free:
+            raise BudgetError(
+                f"{self.kind} grid takes up to {format_bytes(plan.disk_bytes)} on disk",
+                f"at most {format_bytes(free)}, which are free beside '{self.out}'",
+                "write it to another disk",
+            )
+
+
+def write_grid(
+    request: GridRequest, *, memory: str | int | None = None, progress: Progress | None = None
+) -> int:
+    """Write the K x K grid of a layer's class means, never holding more than a tile.
+
+    Parameters
+    ----------
+    request : GridRequest
+        Which grid.
+    memory : str or int, optional
+        Ceiling of resident memory, such as ``"8GiB"``; what the machine has left by default.
+    progress : Progress, optional
+        Told how far it is.
+
+    Returns
+    -------
+    int
+        The classes on a side.
+
+    Raises
+    ------
+    BudgetError
+        When memory or disk do not suffice, before anything is read or written.
+    OutputError
+        When it cannot be written.
+    """
+    request.check(request.plan(memory))
+    source, classes = request.source, request.selection.classes
+    source.split.check_chunks(request.layer)
+    read = MomentsPass(source, len(classes), False, "exact")
+    step = Sweep(
+        "moments", f"moments of {request.split}/{request.layer}", lambda: read, source.items,
+        source.chunk_rows,
+    )  # fmt: skip
+    moments = run_jobs([Job(request.layer, (step,))], progress)[0].seen.moments
+    statistics = Statistics(moments, weighted=request.weighted, ddof=request.ddof)
+    pairs = PairTiles(moments.means, statistics.global_mean, quantities=[])
+    target = request.target
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        grid = _create(partial, classes, request)
+        Grid(pairs, request.kind, request.dist_exp, statistics.variances, grid).write(progress)
+        partial.rename(target)
+    except OSError as error:
+        raise OutputError(f"'{request.out}' cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(classes)
+
+
+def _create(path: Path, classes: Any, request: GridRequest) -> zarr.Array[Any]:
+    about = {
+        "kind": request.kind,
+        "layer": request.layer,
+        "split": request.split,
+        "global_mean": "mean of samples" if request.weighted else "unweighted mean of class means",
+        "dist_exp": request.dist_exp,
+        "ddof": request.ddof,
+        "store_id": request.store.id,
+        "producer": f"ncbatch {__version__}",
+    }
+    group = zarr.create_group(str(path.absolute()), zarr_format=3, attributes=about)
+    ids = group.create_array(
+        "class", shape=classes.shape, dtype="int64", dimension_names=["class_i"]
+    )
+    ids[:] = classes
+    k = len(classes)
+    side = min(k, _TILE_CLASSES)
+    return group.create_array(
+        "grid", shape=(k, k), chunks=(side, side), dtype="float64",
+        dimension_names=["class_i", "class_j"], fill_value=float("nan"),
+    )  # fmt: skip

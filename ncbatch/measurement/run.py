@@ -1,0 +1,523 @@
+"""measure: from metric names to passes to a Dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import xarray as xr
+
+from ncbatch.arrays import find_device
+from ncbatch.engine import (
+    About,
+    Kept,
+    Plan,
+    Progress,
+    check_budget,
+    format_bytes,
+    memory_budget,
+    resident_bytes,
+    run_jobs,
+)
+from ncbatch.errors import BudgetError, UsageError
+from ncbatch.measurement.layers import StoreLike, choose_tasks, open_stores, wanted_metrics
+from ncbatch.measurement.options import Options, _check_device, _class_ids, conventions
+from ncbatch.measurement.steps import LayerTask, Mode, choose_mode, prices
+from ncbatch.measurement.update import At, Saved, absolute
+from ncbatch.metrics import CATALOGUE, Metric
+from ncbatch.results.dataset import (
+    Cell,
+    StoreNotes,
+    coordinates,
+    notes_of,
+    to_dataset,
+    with_collapse,
+)
+from ncbatch.states.moments import Precision
+from ncbatch.version import __version__
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+# Where tasks run, whether they fit there, and running them.
+
+
+# Of a GPU's free memory, what arrays may take; the rest is for libraries' own work space.
+_DEVICE_SHARE = 0.85
+_BASE_STEP = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a run has to work with, in this process or on a cluster.
+
+    Attributes
+    ----------
+    client : distributed.Client or None
+        Of the cluster; None for a plain loop in this process.
+    budget : int
+        Bytes of resident memory that a worker may hold.
+    base_bytes : int
+        What a worker holds before it begins.
+    at_once : int
+        Tasks that a worker runs at once.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    device_name : str
+        Which device that is.
+    device_memory : int or None
+        Bytes of a GPU's memory that may be used.
+    shares_disk : bool
+        Whether workers see the files of this process.
+    """
+
+    client: Any
+    budget: int
+    base_bytes: int
+    at_once: int
+    device: Literal["cpu", "cuda"]
+    device_name: str
+    device_memory: int | None
+    shares_disk: bool = True
+
+    @classmethod
+    def find(
+        cls, client: Any, memory: str | int | None, device: str, *, shares_disk: bool = True
+    ) -> Workers:
+        """Ask this process, or the workers of `client`, what they have.
+
+        Raises
+        ------
+        UsageError
+            When the memory is no size, or the device is not there.
+        """
+        if client is None:
+            found = [_own(device)]
+            at_once, sharers = 1, 1
+        else:
+            found = list(client.run(_own, device).values())
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            at_once = max(worker["nthreads"] for worker in workers)
+            hosts = [worker["host"] for worker in workers]
+            sharers = max(hosts.count(host) for host in hosts)
+        kind = found[0][0]
+        if any(other[0] != kind for other in found):
+            raise UsageError(
+                "workers with and without a GPU", "one kind", "say --device cpu or --device cuda"
+            )
+        free = min(available for *_, available in found)
+        base = max(resident for _, _, resident, _, _ in found)
+        budget = memory_budget(memory) if memory is not None else base + free // sharers
+        devices = [own for _, _, _, own, _ in found if own is not None]
+        return cls(
+            client, budget, base, at_once, kind, found[0][1],
+            int(min(devices) * _DEVICE_SHARE) if devices else None, shares_disk,
+        )  # fmt: skip
+
+    def plan(self, tasks: Sequence[LayerTask]) -> tuple[Plan, list[Mode]]:
+        """Choose how each task is measured, and say what all of it costs."""
+        # What an interpreter holds varies by a few MiB; class blocks shall not vary with it, or a run
+        # that was killed could not go on with its kept blocks.
+        base = -(-self.base_bytes // _BASE_STEP) * _BASE_STEP
+        room = (self.budget - base) // self.at_once
+        shapes = [task.shape(merged=self.client is not None) for task in tasks]
+        modes = [choose_mode(shape, room, self.device_memory) for shape in shapes]
+        costs = [price for s, m in zip(shapes, modes, strict=True) for price in prices(s, m)]
+        notes = [
+            f"class means of {shape.where} are kept in a file, and the data is read "
+            f"{mode.class_blocks} time{'s' if mode.class_blocks > 1 else ''}: "
+            f"K x D = {shape.n_used:,} x {shape.n_features:,} does not fit into the memory"
+            for shape, mode in zip(shapes, modes, strict=True)
+            if mode.stored
+        ]
+        return Plan(costs, self.base_bytes, self.budget, self.at_once, notes), modes
+
+    def run(
+        self,
+        tasks: Sequence[LayerTask],
+        modes: Sequence[Mode],
+        progress: Progress | None,
+        state: Path | None,
+    ) -> list[Cell]:
+        """Measure every task."""
+        if any(mode.stored for mode in modes) and not self.shares_disk and state is None:
+            raise UsageError(
+                "class means that must go to files, on a cluster that may share no disk with this machine",
+                "a directory that every worker reaches",
+                "give it with --state DIR, or give the workers more --memory",
+            )
+        with _scratch(tasks, modes, state) as scratch:
+
+            def folder_of(about: About) -> Path:
+                return scratch if state is None else Kept(state, about).folder
+
+            jobs = [task.job(mode, folder_of) for task, mode in zip(tasks, modes, strict=True)]
+            if self.client is None:
+                return run_jobs(jobs, progress, state)
+            from ncbatch.engine.graph import run_graph
+
+            return run_graph(self.client, jobs, progress, state)
+
+
+def _own(device: str) -> tuple[Literal["cpu", "cuda"], str, int, int | None, int]:
+    """Give this process's device and memory: kind, name, resident, GPU memory, available."""
+    import psutil
+
+    found = find_device(device)
+    return (
+        "cpu" if found.name == "cpu" else "cuda", found.name, resident_bytes(), found.free_bytes(),
+        int(psutil.virtual_memory().available),
+    )  # fmt: skip
+
+
+@contextmanager
+def _scratch(
+    tasks: Sequence[LayerTask], modes: Sequence[Mode], state: Path | None
+) -> Iterator[Path]:
+    """Give a folder for class means that are not held in memory: of the kept state, or our own."""
+    if not any(mode.stored for mode in modes):
+        yield Path()
+        return
+    needed = sum(
+        price.disk_bytes
+        for task, mode in zip(tasks, modes, strict=True)
+        for price in prices(task.shape(), mode)
+    )
+    if state is not None:
+        folder = state
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="ncbatch-"))
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise BudgetError(
+                f"{format_bytes(free)} free in '{folder}' for class means in files",
+                f"{format_bytes(needed)}",
+                "give --state a directory with more room, or more --memory",
+            )
+        yield folder
+    finally:
+        if state is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# Provenance: cells become a Dataset that says what was measured, how, when and where.
+
+
+def arranged(
+    tasks: list[LayerTask],
+    measured: Mapping[At, Cell],
+    metrics: list[Metric],
+    device: str,
+    saved: Saved | None = None,
+) -> xr.Dataset:
+    """Arrange what was measured, and what was saved before, as a Dataset with its provenance.
+
+    Parameters
+    ----------
+    tasks : list of LayerTask
+        The layers of this run.
+    measured : mapping of (store, layer) to Cell
+        What was measured of them now.
+    metrics : list of Metric
+        What this run gives.
+    device : str
+        Where it was measured.
+    saved : Saved, optional
+        Earlier results, by the same names of stores; they hold what was not measured now.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    for cell in measured.values():
+        cell.texts |= {"cell_version": __version__, "cell_date": now, "cell_device": device}
+    stores = list(dict.fromkeys(task.name for task in tasks))
+    layers = list(dict.fromkeys(task.layer for task in tasks))
+    notes = {task.name: StoreNotes.of(task.store) for task in tasks}
+    ids = {task.name: task.store.id for task in tasks}
+    paths = {task.name: absolute(task.store.path) for task in tasks}
+    attributes = conventions(tasks[0].options)
+    cells = dict(measured)
+    if saved is not None:
+        cells, stores = saved.union(tasks, measured)
+        layers = list(dict.fromkeys([*saved.layers, *layers]))
+        notes, ids, paths = saved.notes | notes, saved.ids | ids, saved.paths | paths
+        names = dict.fromkeys([*saved.metrics, *(metric.name for metric in metrics)])
+        metrics = [metric for name, metric in CATALOGUE.items() if name in names]
+        if attributes["null_seed"] == "no null":
+            attributes["null_seed"] = saved.attributes["null_seed"]
+    return to_dataset(
+        cells, stores, layers, metrics,
+        {
+            "ncbatch_version": __version__, "date": now, "device": device,
+            "store_id": json.dumps({store: ids[store] for store in stores}),
+            "store_path": json.dumps({store: paths[store] for store in stores}),
+            **attributes, "notes": "\n".join(notes_of(cells)),
+        },
+        coordinates(notes, stores, layers),
+    )  # fmt: skip
+
+
+def measure(
+    stores: StoreLike | Sequence[StoreLike],
+    layers: Iterable[str] | None = None,
+    *,
+    train: str = "train",
+    test: str | None = None,
+    ood: str | None = None,
+    metrics: Iterable[str] | None = None,
+    min_count: int = 1,
+    max_count: int | None = None,
+    classes: Iterable[int] | None = None,
+    weighted: bool = False,
+    dist_exp: float = 1.0,
+    ddof: int = 0,
+    class_ddof: int = 1,
+    divide_by_k: bool = True,
+    skip_nonfinite: bool = False,
+    precision: Precision = "exact",
+    null: bool = False,
+    null_seed: int = 0,
+    per_class: bool = False,
+    ncc: str = "exact",
+    memory: str | int | None = None,
+    device: str = "auto",
+    cluster: str | os.PathLike[str] | Client | None = None,
+    state: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    collapse_below: float | None = None,
+    update: xr.Dataset | str | os.PathLike[str] | None = None,
+) -> xr.Dataset:
+    """Measure neural collapse on stored features.
+
+    Parameters
+    ----------
+    stores : store, path, or sequence of them
+        What to measure.
+    layers : iterable of str, optional
+        Which layers; all of the train split by default.
+    train : str, optional
+        The split that class means come from.
+    test, ood : str, optional
+        The splits of NC4 and NC5; by default those named ``test`` and ``ood`` where they exist.
+        Without a test split NC4 takes the samples of train.
+    metrics : iterable of str, optional
+        Names from `ncbatch.metrics.CATALOGUE`; by default all that the stores allow.
+    min_count, max_count : int, optional
+        Use only classes with so many train samples.
+    classes : iterable of int, optional
+        Use only these classes. A filter drops the samples of all other classes, in test too.
+    weighted : bool, optional
+        Let m_G be the mean of samples instead of the unweighted mean of class means.
+    dist_exp : float, optional
+        p of the CDNV; language-model papers use 2.
+    ddof : {0, 1}, optional
+        V_c is divided by n_c - ddof, S_W by N - ddof K. With 1 a class of one sample has no V_c: it
+        is left out of what reads V_c, and counted.
+    class_ddof : {0, 1}, optional
+        Variances over classes are divided by K - class_ddof.
+    divide_by_k : bool, optional
+        Divide NC1 by pseudo-inverse by K.
+    skip_nonfinite : bool, optional
+        Leave out and count rows with NaN or infinities instead of refusing them.
+    precision : {"exact", "fp32", "tf32"}, optional
+        Float64 products, or products of residuals in float32 (on a GPU also TF32) folded in
+        float64.
+    null : bool, optional
+        Measure NC1, NC2 and spectra also for labels drawn at random from the label distribution,
+        in the same read, as ``<metric>_null``.
+    null_seed : int, optional
+        Which draw of those labels.
+    per_class : bool, optional
+        Give results per class too, over the dim ``class``.
+    ncc : {"exact", "faiss"}, optional
+        Who seeks the nearest class mean; the decisions are the same.
+    memory : str or int, optional
+        Ceiling of resident memory of each worker, such as ``"8GiB"``; what the machine has left,
+        shared by its workers, by default.
+    device : {"auto", "cpu", "cuda"}, optional
+        Where arrays are; ``"auto"`` takes the GPU when CuPy and one work.
+    cluster : str, path or distributed.Client, optional
+        ``"sync"`` (the default: a plain loop in this process), ``"threads"``, ``"processes"``,
+        ``"cuda"``, the address or the file of a scheduler that runs, or a client.
+    state : path, optional
+        A directory that keeps finished work: the same call goes on after a crash to the same bits,
+        and other metrics of the same states read nothing again. Workers must reach it.
+    progress : Progress, optional
+        Told how far the passes are.
+    collapse_below : float, optional
+        Collapse sets in at the first layer, in order of depth, whose ``nc1_cdnv`` is under this;
+        by default 0.1, where ``dist_exp`` is 1.
+    update : xarray.Dataset or path, optional
+        Earlier results, ``.zarr`` or ``.nc``. What they hold of the same data by the same version
+        is taken from there, the rest is measured, and the result is the union of both.
+
+    Returns
+    -------
+    xarray.Dataset
+        A variable per metric over dims (store, layer), counts of what was used and left out, and
+        attributes that say how it was measured. A metric that does not apply is NaN; its
+        attribute ``undefined`` says why. Coordinates ``step`` and ``model`` (store) and ``depth``
+        (store, layer) are there where a store records them (`FeatureStore.describe`); a step may
+        also be read off a store's name, such as ``step-1000.zarr``. ``collapse_layer`` and
+        ``collapse_depth`` (store) say where collapse sets in.
+
+    Raises
+    ------
+    UnknownNameError
+        For a split, layer or metric that does not exist.
+    UsageError
+        For options that make no sense, or that differ from those of the results to update.
+    DataError
+        For data that cannot be measured: fewer than two classes, values that are not finite.
+    CorruptionError
+        For a chunk that is missing or altered.
+    BudgetError
+        When the memory does not suffice; names what would.
+    WorkerError
+        When no cluster is there, or its workers die of the work.
+    """
+    options = Options(
+        train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
+        skip_nonfinite, precision, null, null_seed, per_class, ncc,
+        ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
+    )  # fmt: skip
+    opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
+    _check_threshold(collapse_below, wanted)
+    saved = None if update is None else Saved.of(update)
+    if saved is not None:
+        saved.check(conventions(options))
+        saved, opened = saved.renamed(opened)
+    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True, make=LayerTask)
+    applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
+    with _cluster(cluster, memory) as client:
+        workers = Workers.find(client, memory, device, shares_disk=_is_local(cluster))
+        _check_device(precision, workers.device)
+        tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
+        left = tasks if saved is None else _to_measure(tasks, saved, progress)
+        cells = _measured(left, workers, progress, _state_folder(state))
+    return with_collapse(
+        arranged(tasks, cells, applied, workers.device_name, saved), collapse_below
+    )
+
+
+def _to_measure(tasks: list[LayerTask], saved: Saved, progress: Progress | None) -> list[LayerTask]:
+    """Give the layers that saved results do not serve."""
+    left = [task for task in tasks if not saved.serves(task)]
+    if progress and len(left) < len(tasks):
+        served = len(tasks) - len(left)
+        progress.note(f"{served} of {len(tasks)} layers are taken from {saved.where}")
+    return left
+
+
+def _measured(
+    tasks: list[LayerTask], workers: Workers, progress: Progress | None, state: Path | None
+) -> dict[tuple[str, str], Cell]:
+    """Measure layers, once it is sure that they fit and that their chunks are there."""
+    plan, modes = workers.plan(tasks)
+    check_budget(plan)
+    for task in tasks:
+        task.check_chunks()
+    found = workers.run(tasks, modes, progress, state) if tasks else []
+    return {(task.name, task.layer): cell for task, cell in zip(tasks, found, strict=True)}
+
+
+def _check_threshold(below: float | None, wanted: list[Metric]) -> None:
+    if below is None:
+        return
+    if not below > 0.0:
+        raise UsageError(f"collapse_below {below}", "a number above 0")
+    if not any(metric.name == "nc1_cdnv" for metric in wanted):
+        raise UsageError(
+            "collapse_below without metric nc1_cdnv", "it among the metrics", "add it to --metrics"
+        )
+
+
+def plan(
+    stores: StoreLike | Sequence[StoreLike],
+    layers: Iterable[str] | None = None,
+    *,
+    train: str = "train",
+    test: str | None = None,
+    ood: str | None = None,
+    metrics: Iterable[str] | None = None,
+    min_count: int = 1,
+    max_count: int | None = None,
+    classes: Iterable[int] | None = None,
+    weighted: bool = False,
+    dist_exp: float = 1.0,
+    ddof: int = 0,
+    class_ddof: int = 1,
+    divide_by_k: bool = True,
+    skip_nonfinite: bool = False,
+    precision: Precision = "exact",
+    null: bool = False,
+    null_seed: int = 0,
+    per_class: bool = False,
+    ncc: str = "exact",
+    memory: str | int | None = None,
+    device: str = "auto",
+    cluster: str | os.PathLike[str] | Client | None = None,
+) -> Plan:
+    """Say what `measure` would read, compute and hold, from shapes alone; runs nothing.
+
+    The arguments are those of `measure`. No data is read, labels included: the classes used are
+    taken to be as many as there can be, so that `measure` needs no more than this.
+
+    Returns
+    -------
+    Plan
+        Prints itself; ``peak_bytes`` and ``items`` are in it.
+
+    Raises
+    ------
+    BudgetError
+        When the memory does not suffice; names what would.
+    """
+    options = Options(
+        train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
+        skip_nonfinite, precision, null, null_seed, per_class, ncc,
+        ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
+    )  # fmt: skip
+    opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
+    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=False, make=LayerTask)
+    with _cluster(cluster, memory) as client:
+        workers = Workers.find(client, memory, device)
+        _check_device(precision, workers.device)
+        tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
+        found, _ = workers.plan(tasks)
+    check_budget(found)
+    return found
+
+
+def _cluster(cluster: Any, memory: str | int | None) -> Any:
+    """Open a cluster; loading Dask's is left out where a plain loop runs."""
+    if cluster is None or cluster == "sync":
+        return nullcontext(None)
+    from ncbatch.engine.cluster import open_cluster
+
+    return open_cluster(cluster, memory=None if memory is None else memory_budget(memory))
+
+
+def _is_local(cluster: Any) -> bool:
+    """Whether a cluster's workers are of this machine: others may share no disk with it."""
+    name = cluster.partition(":")[0] if isinstance(cluster, str) else cluster
+    return name in (None, "sync", "threads", "processes", "cuda")
+
+
+def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:
+    """Give the absolute path of the folder of kept states; workers may run elsewhere."""
+    if state is None:
+        return None
+    folder = Path(state).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--state '{state}' is a file", "a directory, made if it is not there")
+    return folder

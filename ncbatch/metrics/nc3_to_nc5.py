@@ -1,0 +1,167 @@
+"""NC3, NC4 and NC5: the class means against the classifier, its decisions and outside data."""
+
+from __future__ import annotations
+
+import math
+
+from ncbatch.arrays import namespace, scalar
+from ncbatch.metrics import yardsticks
+from ncbatch.metrics.metric import (
+    AMMAR,
+    KOTHAPALLI,
+    PAPYAN,
+    WU,
+    Metric,
+    finite,
+    mean,
+    reads,
+    variance,
+)
+from ncbatch.metrics.reference import similarities
+from ncbatch.metrics.statistics import Statistics, Undefined
+from ncbatch.metrics.structure import structure_error
+
+_ALIGNED = "a direction of both mean and classifier row"
+
+
+def _dual_error(s: Statistics) -> float:
+    rows = s.classifier_rows
+    if not s.n_directed:
+        raise Undefined("W Mc^T is zero")
+    return finite(structure_error(rows, s.centred), "W Mc^T is zero")
+
+
+def _papyan(s: Statistics) -> float:
+    """Sum |a w - b u|^2 = (a - b)^2 + a b |w - u|^2, w and u directions: no term cancels."""
+    squares, means = s.duality.squares, s.square_norms
+    xp = namespace(means)
+    totals = scalar(xp.sum(squares)), scalar(xp.sum(means))
+    if not totals[0] or not s.n_directed:
+        raise Undefined("W or S_B is zero")
+    a, b = xp.sqrt(squares / totals[0]), xp.sqrt(means / totals[1])
+    return scalar(xp.sum((a - b) ** 2 + a * b * s.duality.distances**2))
+
+
+def _bias(s: Statistics) -> float:
+    logits = s.duality.logits
+    if s.classifier_bias is not None:
+        logits = logits + s.classifier_bias
+    return math.sqrt(scalar(namespace(logits).sum(logits * logits)))
+
+
+def _weight_etf_error(s: Statistics) -> float:
+    rows = s.classifier_rows
+    return finite(structure_error(rows, rows), "W is zero")
+
+
+def _weight_norm_cv(s: Statistics) -> float:
+    norms = namespace(s.duality.squares).sqrt(s.duality.squares)
+    average = mean(norms, "a classifier row")
+    if average == 0.0:
+        raise Undefined("W is zero")
+    return math.sqrt(variance(norms, "a classifier row", s.class_ddof)) / average
+
+
+def _ood_deviation(s: Statistics) -> float:
+    if s.ood_mean is None:
+        raise Undefined("no out-of-distribution row is left")
+    xp, means = namespace(s.sizes), s.moments.means
+    if not scalar(xp.sum(s.ood_mean**2)) > 0.0:
+        raise Undefined("the mean of the out-of-distribution data is zero")
+    some = s.sizes > 0.0
+    if not bool(xp.any(some)):
+        raise Undefined("all class means are zero")
+    return scalar(xp.mean(xp.abs(similarities(means, s.ood_mean, cos=True)[some])))
+
+
+def _rate(s: Statistics, kind: str) -> float:
+    if s.decisions is None:
+        raise Undefined("no decisions")
+    return finite(s.decisions.rate(kind), "no sample to decide")
+
+
+NC3 = (
+    Metric(
+        "nc3_dual_err", "distance of classifier and means from a simplex ETF",
+        "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W Mc^T", KOTHAPALLI,
+        reads("classifier"), _dual_error, floor=yardsticks.structure_floor, random=yardsticks.dual_error,
+    ),
+    Metric(
+        "nc3u_uni_dual", "uniform duality: variance of classifier-mean products",
+        "var over classes of w_c . Mc_c", WU,
+        reads("classifier"), lambda s: variance(s.dots, "samples", s.class_ddof), "weight^2 feature^2",
+        random=yardsticks.dot_variance,
+    ),
+    Metric(
+        "nc3_dot_mean", "mean classifier-mean product", "mean over classes of w_c . Mc_c", WU,
+        reads("classifier"), lambda s: mean(s.dots, "samples"), "weight feature",
+        random=yardsticks.zero,
+    ),
+    Metric(
+        "nc3_dot_var", "variance of classifier-mean products",
+        "var over classes of w_c . Mc_c", WU,
+        reads("classifier"), lambda s: variance(s.dots, "samples", s.class_ddof), "weight^2 feature^2",
+        random=yardsticks.dot_variance,
+    ),
+    Metric(
+        "nc3_cos_mean", "mean cosine of classifier row and class mean",
+        "mean over classes of cos(w_c, Mc_c)", WU,
+        reads("classifier"), lambda s: mean(s.cosines, _ALIGNED), random=yardsticks.zero,
+    ),
+    Metric(
+        "nc3_cos_var", "variance of cosines of classifier rows and class means",
+        "var over classes of cos(w_c, Mc_c)", WU,
+        reads("classifier"), lambda s: variance(s.cosines, _ALIGNED, s.class_ddof),
+        random=yardsticks.row_cosine_variance,
+    ),
+    Metric(
+        "nc3_distance_mean", "mean distance of classifier and mean directions",
+        "mean over classes of |w_c/|w_c| - u_c|", WU,
+        reads("classifier"), lambda s: mean(s.direction_distances, _ALIGNED),
+        random=yardsticks.row_distance_mean,
+    ),
+    Metric(
+        "nc3_distance_var", "variance of distances of classifier and mean directions",
+        "var over classes of |w_c/|w_c| - u_c|", WU,
+        reads("classifier"), lambda s: variance(s.direction_distances, _ALIGNED, s.class_ddof),
+        random=yardsticks.row_distance_variance,
+    ),
+    Metric(
+        "nc3_papyan", "self-duality: distance of classifier and means",
+        "|W/|W|_F - Mc/|Mc|_F|_F^2", PAPYAN, reads("classifier"), _papyan, random=yardsticks.two,
+    ),
+    Metric(
+        "nc3_bias", "bias collapse", "norm over classes of W m_G + b", PAPYAN,
+        reads("classifier"), _bias, "logit",
+    ),
+    Metric(
+        "nc2_weight_etf_err", "distance of classifier rows from a simplex ETF",
+        "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W W^T", KOTHAPALLI,
+        reads("classifier"), _weight_etf_error, floor=yardsticks.structure_floor,
+    ),
+    Metric(
+        "nc2_weight_norm_cv", "relative spread of norms of classifier rows",
+        "std over classes of |w_c| over their mean", PAPYAN,
+        reads("classifier"), _weight_norm_cv,
+    ),
+    Metric(
+        "nc4_agree", "agreement of nearest class mean and classifier",
+        "share of samples with argmin_c |x - m_c| = argmax_k (W x + b)_k", PAPYAN,
+        reads("decisions"), lambda s: _rate(s, "agreements"),
+    ),
+    Metric(
+        "nc4_ncc_accuracy", "accuracy of the nearest class mean",
+        "share of samples with argmin_c |x - m_c| = y", PAPYAN,
+        reads("decisions"), lambda s: _rate(s, "ncc_hits"),
+    ),
+    Metric(
+        "nc4_clf_accuracy", "accuracy of the classifier",
+        "share of samples with argmax_k (W x + b)_k = y", PAPYAN,
+        reads("decisions"), lambda s: _rate(s, "clf_hits"),
+    ),
+    Metric(
+        "nc5_ood_dev", "alignment of class means with outside data",
+        "mean over classes of |cos(m_c, m_G^ood)|", AMMAR,
+        reads("ood"), _ood_deviation, random=yardsticks.cosine_size,
+    ),
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""A Dataset of results: arranged, saved, loaded, printed."""

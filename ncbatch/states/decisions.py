@@ -1,0 +1,158 @@
+"""Decisions: how often the nearest class mean and the classifier agree, and are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from array_api_compat import device, is_numpy_array
+
+from ncbatch.arrays import Array, Segments, namespace, segment_sum, to_numpy
+from ncbatch.arrays.named_arrays import NamedArrays
+from ncbatch.errors import DataError, UsageError
+from ncbatch.states.moments import check_block
+from ncbatch.states.rules import Rule
+
+
+@dataclass(frozen=True)
+class Decisions(NamedArrays):
+    """Per class of the sample: how many samples, and how many of each kind of decision.
+
+    Attributes
+    ----------
+    samples : array (K,) of int64
+        Samples by their true class.
+    agreements : array (K,) of int64
+        Samples whose nearest class mean is the class that the classifier chose.
+    ncc_hits, clf_hits : array (K,) of int64
+        Samples whose nearest class mean, and whose classifier decision, is the true class.
+    """
+
+    samples: Array
+    agreements: Array
+    ncc_hits: Array
+    clf_hits: Array
+    called = "decisions"
+
+    @classmethod
+    def zero(cls, n_classes: int, *, xp: Any = np, device: Any = None) -> Decisions:
+        """Make the state of no samples, neutral under `merge`."""
+        return cls(*(xp.zeros((n_classes,), dtype=xp.int64, device=device) for _ in fields(cls)))
+
+    @classmethod
+    def from_block(
+        cls,
+        features: Array,
+        labels: Array,
+        n_classes: int,
+        nearest_mean: Rule,
+        classifier: Rule | Array,
+    ) -> Decisions:
+        """Decide one block of samples held in memory.
+
+        Parameters
+        ----------
+        features : array (N, D)
+            Floating-point features.
+        labels : array (N,)
+            True class ids below `n_classes`; rows with a negative label are not samples.
+        n_classes : int
+            K, all classes.
+        nearest_mean : Rule
+            From `nearest_mean_rule`.
+        classifier : Rule or array (N,)
+            From `linear_rule`, or the class ids the model itself predicted.
+
+        Raises
+        ------
+        DataError
+            When shapes, libraries or devices do not fit, or a label is not below `n_classes`.
+        """
+        given = labels
+        features, labels = check_block(features, labels, n_classes)
+        xp = namespace(features)
+        if not isinstance(classifier, Rule):
+            if classifier.shape != given.shape:
+                raise DataError(
+                    f"predictions {tuple(classifier.shape)} for labels {tuple(given.shape)}",
+                    "one per label",
+                )
+            classifier = xp.astype(classifier, xp.int64)[given >= 0]
+        if features.shape[0] == 0:
+            return cls.zero(n_classes, xp=xp, device=device(features))
+        near = nearest_mean.decide(features)
+        chosen = classifier.decide(features) if isinstance(classifier, Rule) else classifier
+        return cls(
+            *_count_by_class(labels, (near == chosen, near == labels, chosen == labels), n_classes)
+        )
+
+    def merge(self, other: Decisions) -> Decisions:
+        """Combine with the state of other samples; neither operand changes.
+
+        Raises
+        ------
+        DataError
+            When the numbers of classes differ.
+        """
+        if self.samples.shape != other.samples.shape:
+            raise DataError(
+                f"decisions over {other.samples.shape[0]} and {self.samples.shape[0]} classes",
+                "equal numbers of classes",
+            )
+        return Decisions(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def rate(self, kind: str, indices: Array | None = None, weighted: bool = True) -> float:
+        """Give the share of samples with one kind of decision.
+
+        Parameters
+        ----------
+        kind : {"agreements", "ncc_hits", "clf_hits"}
+            What to count.
+        indices : array (C,) of int, optional
+            Only samples of these classes.
+        weighted : bool, optional
+            Weigh classes by their samples; otherwise the mean over classes that have samples.
+
+        Returns
+        -------
+        float
+            Between 0 and 1; NaN without samples.
+        """
+        if kind not in ("agreements", "ncc_hits", "clf_hits"):
+            raise UsageError(f"no decisions '{kind}'", "agreements, ncc_hits or clf_hits")
+        samples, hits = to_numpy(self.samples), to_numpy(getattr(self, kind))
+        if indices is not None:
+            chosen = to_numpy(indices) if hasattr(indices, "shape") else np.asarray(indices)
+            samples, hits = samples[chosen], hits[chosen]
+        if samples.sum() == 0:
+            return float("nan")
+        if weighted:
+            return float(hits.sum() / samples.sum())
+        seen = samples > 0
+        return float((hits[seen] / samples[seen]).mean())
+
+
+# What a decisions state is stored as.
+DECISIONS = tuple(each.name for each in fields(Decisions))
+
+
+def _count_by_class(labels: Array, marks: tuple[Array, ...], n_classes: int) -> Iterator[Array]:
+    """Count the rows of each class, then those that each of `marks` (N,) is true for."""
+    xp = namespace(labels)
+    if is_numpy_array(labels):
+        yield np.bincount(labels, minlength=n_classes)
+        for mark in marks:
+            yield np.bincount(labels[mark], minlength=n_classes)
+        return
+    segments = Segments.of(labels)
+    ones = xp.ones(labels.shape, dtype=xp.float64, device=device(labels))
+    columns = xp.stack([ones, *(xp.astype(mark, xp.float64) for mark in marks)], axis=1)
+    sums = xp.astype(segment_sum(columns, segments), xp.int64)
+    ids = xp.arange(n_classes, dtype=segments.present.dtype, device=device(labels))
+    place = xp.clip(xp.searchsorted(segments.present, ids), 0, segments.present.shape[0] - 1)
+    present = xp.take(segments.present, place, axis=0) == ids
+    for column in range(sums.shape[1]):
+        counts = xp.take(sums[:, column], place, axis=0)
+        yield xp.where(present, counts, xp.zeros_like(counts))

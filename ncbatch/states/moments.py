@@ -1,0 +1,672 @@
+"""Moments: counts, class means, within-class traces and pooled scatter, from one read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import device, is_numpy_array, is_torch_array
+
+from ncbatch.arrays import Array, as_float64, namespace, row_blocks, symmetric_product, to_numpy
+from ncbatch.arrays.named_arrays import NamedArrays
+from ncbatch.errors import DataError
+from ncbatch.states.moments_fold import Folding, Scratch, merge_rows
+
+# Blocks of labelled samples, as states take them.
+
+
+def detached(values: Array) -> Array:
+    """Give a torch tensor without its history; a state would keep all that it was computed from."""
+    return values.detach() if is_torch_array(values) else values
+
+
+def check_block(features: Array, labels: Array, n_classes: int) -> tuple[Array, Array]:
+    """Check a block's shapes and labels and drop rows that are no samples.
+
+    Raises
+    ------
+    DataError
+        When shapes, libraries or devices do not fit, or a label is not below `n_classes`; names the row.
+    """
+    if len(features.shape) != 2 or tuple(labels.shape) != (features.shape[0],):
+        raise DataError(
+            f"features {tuple(features.shape)} with labels {tuple(labels.shape)}",
+            "features (N, D) with labels (N,)",
+        )
+    features = detached(features)
+    try:
+        xp = namespace(features, labels)
+    except TypeError as error:
+        kinds = " with ".join(
+            f"{type(x).__module__}.{type(x).__name__}" for x in (features, labels)
+        )
+        raise DataError(f"features and labels of {kinds}", "arrays of one library") from error
+    if device(features) != device(labels):
+        raise DataError(
+            f"features on {device(features)} with labels on {device(labels)}", "one device"
+        )
+    labels = xp.astype(labels, xp.int64, copy=False)
+    if labels.shape[0] and int(xp.max(labels)) >= n_classes:
+        row = int(xp.argmax(labels))
+        raise DataError(
+            f"label {int(labels[row])} in row {row}", f"labels below {n_classes}, the classes"
+        )
+    samples = labels >= 0
+    if bool(xp.all(samples)):
+        return features, labels
+    return features[samples], labels[samples]
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+# Names of arrays of states in a store; docs/store.md has their shapes.
+_MOMENTS = {"count": "counts", "mean": "means", "trace": "traces", "scatter": "scatter"}
+
+
+def moments_arrays(seen: SeenMoments) -> Arrays:
+    """Give moments as the arrays of a state in a store."""
+    found = {"class": to_numpy(seen.classes)}
+    for name, attribute in _MOMENTS.items():
+        value = getattr(seen.moments, attribute)
+        if value is not None:
+            found[name] = to_numpy(value)
+    return found
+
+
+def moments_of(arrays: Mapping[str, npt.NDArray[Any]]) -> SeenMoments:
+    """Give moments from the arrays of a state in a store; the inverse of `moments_arrays`."""
+    values = {attribute: arrays.get(name) for name, attribute in _MOMENTS.items()}
+    return SeenMoments(arrays["class"], Moments(**values))
+
+
+Precision: TypeAlias = Literal["exact", "fp32", "tf32"]
+
+# Fewer numbers than these, rows times features, take less time than loading compiled code.
+_COMPILED_VALUES = 2**22
+# What the compiler holds when it has just compiled the kernels.
+_COMPILER_BYTES = 192 * 2**20
+# Blocks of NumPy arrays are folded in pieces of at most so many rows and bytes of float64.
+_PIECE_ROWS, _PIECE_BYTES = 8192, 64 * 2**20
+# Dtypes that are exact in float64.
+_FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class Moments(NamedArrays):
+    """Sufficient statistics of labelled samples for class-mean geometry.
+
+    Attributes
+    ----------
+    counts : array (K,) of int64
+        Samples per class.
+    means : array (K, D) of float64
+        Class means; a class without samples has zeros.
+    traces : array (K,) of float64
+        Sum of squared distances to the class mean, per class.
+    scatter : array (D, D) of float64, or None
+        Pooled within-class scatter, the sum of outer products of residuals.
+
+    Notes
+    -----
+    States merge by Chan, Golub and LeVeque (1979): nothing is ever computed as
+    ``E[x x^T] - E[x] E[x]^T``, which loses the within-class part of collapsed features.
+    """
+
+    counts: Array
+    means: Array
+    traces: Array
+    scatter: Array | None = None
+    called = "moments"
+
+    @classmethod
+    def zero(
+        cls,
+        n_classes: int,
+        n_features: int,
+        *,
+        scatter: bool = True,
+        xp: Any = np,
+        device: Any = None,
+    ) -> Moments:
+        """Make the state of no samples, neutral under `merge`.
+
+        Parameters
+        ----------
+        n_classes, n_features : int
+            K and D.
+        scatter : bool, optional
+            Whether the pooled scatter is kept; both sides of a merge must agree.
+        xp : module, optional
+            Array namespace of the state.
+        device : optional
+            Device of that namespace.
+        """
+
+        def zeros(*shape: int) -> Array:
+            return xp.zeros(shape, dtype=xp.float64, device=device)
+
+        return cls(
+            counts=xp.zeros((n_classes,), dtype=xp.int64, device=device),
+            means=zeros(n_classes, n_features),
+            traces=zeros(n_classes),
+            scatter=zeros(n_features, n_features) if scatter else None,
+        )
+
+    @classmethod
+    def from_block(
+        cls,
+        features: Array,
+        labels: Array,
+        n_classes: int,
+        *,
+        scatter: bool = True,
+        precision: Precision = "exact",
+    ) -> Moments:
+        """Summarise one block of samples held in memory.
+
+        Parameters
+        ----------
+        features : array (N, D)
+            Floating-point features, on any device.
+        labels : array (N,)
+            Class ids below `n_classes`; rows with a negative label are not samples.
+        n_classes : int
+            K.
+        scatter : bool, optional
+            Whether to keep the pooled within-class scatter (D, D).
+        precision : {"exact", "fp32", "tf32"}, optional
+            Float64 throughout, or residual products in float32 folded in float64.
+
+        Raises
+        ------
+        DataError
+            When shapes do not fit or a label is not below `n_classes`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> X = np.array([[0.0, 0.0], [2.0, 0.0], [5.0, 1.0]])
+        >>> m = Moments.from_block(X, np.array([0, 0, 1]), 2)
+        >>> m.means
+        array([[1., 0.],
+               [5., 1.]])
+        >>> m.traces
+        array([2., 0.])
+        """
+        features, labels = check_block(features, labels, n_classes)
+        accumulator = MomentsAccumulator(
+            n_classes, features.shape[1], like=features, scatter=scatter, precision=precision
+        )
+        accumulator.add(features, labels)
+        return accumulator.finish()
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in all classes together."""
+        return int(namespace(self.counts).sum(self.counts))
+
+    @property
+    def variances(self) -> Array:
+        """V_c, the mean squared distance to the class mean (K,); 0 for a class without samples."""
+        xp = namespace(self.traces)
+        return self.traces / as_float64(xp.clip(self.counts, 1, None))
+
+    @property
+    def within_covariance(self) -> Array:
+        """S_W = pooled within-class scatter / N, an array (D, D) of float64.
+
+        Raises
+        ------
+        DataError
+            When the state was made without scatter.
+        """
+        if self.scatter is None:
+            raise DataError("these moments hold no scatter", remedy="make them with scatter=True")
+        return self.scatter / max(self.n_samples, 1)
+
+    def merge(self, other: Moments) -> Moments:
+        """Combine with the state of other samples; neither operand changes.
+
+        Raises
+        ------
+        DataError
+            When K, D or the presence of scatter differ.
+        """
+        self._check_mergeable(other)
+        xp = namespace(self.means)
+        means, traces = xp.empty_like(self.means), xp.empty_like(self.traces)
+        scatter = None if self.scatter is None else self.scatter + other.scatter
+        for part in row_blocks(self.means.shape[0]):
+            means[part, :], traces[part], apart = merge_rows(self._rows(part), other._rows(part))
+            if scatter is not None:
+                scatter += symmetric_product(apart)
+        return Moments(self.counts + other.counts, means, traces, scatter)
+
+    def select(self, classes: Array) -> Moments:
+        """Keep only `classes`, an integer array (C,) of class ids.
+
+        Raises
+        ------
+        DataError
+            When the state holds scatter and a class with samples would be dropped: the pooled
+            scatter of a subset is not in it.
+        """
+        xp = namespace(self.counts)
+        counts = xp.take(self.counts, classes, axis=0)
+        if self.scatter is not None and int(xp.sum(counts)) != self.n_samples:
+            raise DataError(
+                "the pooled scatter of some classes cannot be had from finished moments",
+                remedy="filter the classes when the features are read",
+            )
+        return Moments(
+            counts,
+            xp.take(self.means, classes, axis=0),
+            xp.take(self.traces, classes, axis=0),
+            self.scatter,
+        )
+
+    def _rows(self, part: slice) -> tuple[Array, Array, Array]:
+        return self.counts[part], self.means[part, :], self.traces[part]
+
+    def _check_mergeable(self, other: Moments) -> None:
+        mine = (*self.means.shape, self.scatter is not None)
+        theirs = (*other.means.shape, other.scatter is not None)
+        if mine != theirs:
+            raise DataError(
+                f"moments of (K, D, scatter) = {theirs} cannot be merged into {mine}",
+                "equal K and D, and scatter on both sides or on neither",
+            )
+
+
+class MomentsAccumulator:
+    """Streams blocks of samples into `Moments` in one read.
+
+    Every class gets a pilot, its mean in the first block that holds it. Residuals to the pilot
+    are summed; what the pilot misses of the mean is corrected once, at the end.
+
+    Parameters
+    ----------
+    n_classes, n_features : int
+        K and D.
+    like : array
+        An array whose library, device and dtype the blocks share.
+    scatter : bool
+        Whether to keep the pooled within-class scatter (D, D).
+    precision : {"exact", "fp32", "tf32"}
+        Dtype of residuals and their products, float64 or float32; sums are folded in float64
+        either way.
+    scratch : Scratch, optional
+        Shared with accumulators that fold at other times; `peak_bytes` counts it for each.
+
+    Notes
+    -----
+    The pilot's own samples belong to the class, so the correction is at most n times the class's
+    scatter: float64 keeps at least 16 - log10(n) digits, however far out the pilot lies.
+
+    NumPy arrays beyond `_COMPILED_VALUES` numbers are folded by compiled code, `CompiledFolding`, with the
+    same arithmetic; which code folds a block depends on the data before it only. There a class's
+    first sample, alone in its block, is left out of the product: it is its own pilot.
+    """
+
+    def __init__(
+        self,
+        n_classes: int,
+        n_features: int,
+        *,
+        like: Array,
+        scatter: bool = True,
+        precision: Precision = "exact",
+        scratch: Scratch | None = None,
+    ) -> None:
+        self._scratch = scratch if scratch is not None else Scratch()
+        xp = self._xp = namespace(like)
+        self._place = {"device": device(like)}
+        self._work = xp.float64 if precision == "exact" else xp.float32
+        # Any number near the mean serves as pilot; float32 halves the memory where it fits.
+        kind = like.dtype.newbyteorder("=") if is_numpy_array(like) else like.dtype
+        pilot = xp.float64 if kind == xp.float64 else xp.float32
+        self._shapes = {
+            "counts": ((n_classes,), xp.int64),
+            "pilots": ((n_classes, n_features), pilot),
+            "sums": ((n_classes, n_features), xp.float64),
+            "traces": ((n_classes,), xp.float64),
+        }
+        if scatter:
+            self._shapes["scatter"] = ((n_features, n_features), xp.float64)
+        self._n_seen, self._compilable = 0, is_numpy_array(like) and kind in _FLOATS
+        self._compiled_folding: Any = None
+        self._take(
+            {
+                name: xp.zeros(shape, dtype=dtype, **self._place)
+                for name, (shape, dtype) in self._shapes.items()
+            }
+        )
+
+    @staticmethod
+    def state_bytes(
+        n_classes: int, n_features: int, *, scatter: bool = True, itemsize: int = 8
+    ) -> int:
+        """Price what the accumulator holds between blocks; arguments as for `peak_bytes`.
+
+        Of NumPy arrays, rows of classes without samples take no memory: `n_classes` may be those
+        with samples.
+        """
+        pilot = 8 if itemsize == 8 else 4
+        return n_classes * (n_features * (8 + pilot) + 16) + (n_features**2 * 8 if scatter else 0)
+
+    @staticmethod
+    def peak_bytes(
+        n_classes: int,
+        n_features: int,
+        block_rows: int,
+        *,
+        scatter: bool,
+        n_rows: int | None = None,
+        itemsize: int = 8,
+    ) -> int:
+        """Price the accumulator: bytes at its peak, blocks of `block_rows` rows included.
+
+        Parameters
+        ----------
+        n_classes, n_features, block_rows : int
+            K, D, and the most rows of a block.
+        scatter : bool
+            Whether the pooled scatter is kept.
+        n_rows : int, optional
+            The most rows there can be in all: where they are few nothing is compiled. 0 stands for
+            another library than NumPy, None for any number.
+        itemsize : int, optional
+            Bytes of a feature as it is given; 8 needs wider pilots than less.
+        """
+        state = MomentsAccumulator.state_bytes(
+            n_classes, n_features, scatter=scatter, itemsize=itemsize
+        )
+        products = n_features**2 * 8 * 2 if scatter else 0
+        rows, piece = block_rows, _piece_rows(n_features)
+        compiled = 0
+        if n_rows is None or n_rows * n_features >= _COMPILED_VALUES:
+            rows = min(block_rows, piece, -(-_COMPILED_VALUES // n_features))
+            # Residuals, rows converted where they must be, and what the grouping needs.
+            compiled = piece * (n_features * 8 * (2 if scatter else 1) + 48) + n_classes * 24
+            compiled += _COMPILER_BYTES
+        # Converted rows, gathered pilots, residuals and the rows' class sums, all float64.
+        block = rows * n_features * 8 * 4 + rows * 64 + n_classes * 24 + 2**20
+        finish = min(n_classes, 4096) * n_features * 8 * 5
+        return state + products + max(block, finish, compiled)
+
+    @staticmethod
+    def scratch_bytes(n_features: int) -> int:
+        """Price what compiled folds keep in their scratch between blocks, but for K numbers."""
+        return _piece_rows(n_features) * (n_features * 8 + 24) + n_features**2 * 8
+
+    def arrays(self) -> dict[str, Array]:
+        """Give all that the running state is, to be saved and restored.
+
+        Returns
+        -------
+        dict of str to array
+            The arrays themselves, not copies: the next `add` changes them.
+        """
+        return {name: getattr(self, f"_{name}") for name in self._shapes}
+
+    def restore(self, arrays: dict[str, Array]) -> None:
+        """Continue from what `arrays` gave, to the same bits as without a break.
+
+        Parameters
+        ----------
+        arrays : dict of str to array
+            Of an accumulator made with the same arguments. They are taken over, not copied, where
+            their library and device allow it.
+
+        Raises
+        ------
+        DataError
+            When they are not those of such an accumulator; nothing has changed then.
+        """
+        found = {name: tuple(value.shape) for name, value in arrays.items()}
+        expected = {name: shape for name, (shape, _) in self._shapes.items()}
+        if found != expected:
+            raise DataError(f"a running state of {found}", f"{expected}")
+        xp, taken = self._xp, {}
+        for name, (_, dtype) in self._shapes.items():
+            value = xp.asarray(arrays[name], dtype=dtype, **self._place)
+            if is_numpy_array(value):
+                value = np.require(value, requirements=["C", "W"])
+            taken[name] = value
+        self._take(taken)
+
+    def add(self, features: Array, labels: Array) -> None:
+        """Fold a block: `features` (B, D) floats and `labels` (B,) ids in 0..K-1."""
+        features, n_rows = detached(features), features.shape[0]
+        step = _piece_rows(features.shape[1]) if self._compilable else max(n_rows, 1)
+        for part in row_blocks(n_rows, step):
+            self._n_seen += part.stop - part.start
+            self._folds().add(features[part, :], labels[part])
+
+    def finish(self) -> Moments:
+        """Correct for the pilots and give the state; the accumulator is spent."""
+        self._folds().finish()
+        return Moments(self._counts, self._sums, self._traces, self._scatter)
+
+    def finish_seen(self) -> tuple[Array, Moments]:
+        """Correct for the pilots and give the state of the classes with samples only.
+
+        The accumulator is spent. Nothing beyond `peak_bytes` is held; of NumPy arrays, rows of
+        classes without samples are not touched.
+
+        Returns
+        -------
+        classes : array (P,) of int64
+            The ids of the classes with samples, ascending.
+        moments : Moments
+            Of those, in that order; what `SeenMoments` takes.
+        """
+        xp = self._xp
+        classes = xp.astype(xp.nonzero(self._counts > 0)[0], xp.int64, copy=False)
+        counts = xp.take(self._counts, classes, axis=0)
+        means, traces = self._folds().finish_seen(classes)
+        return classes, Moments(counts, means, traces, self._scatter)
+
+    @property
+    def _compiled(self) -> bool:
+        return self._compilable and self._n_seen * self._sums.shape[1] >= _COMPILED_VALUES
+
+    def _take(self, arrays: dict[str, Array]) -> None:
+        self._counts, self._pilots = arrays["counts"], arrays["pilots"]
+        self._sums, self._traces = arrays["sums"], arrays["traces"]
+        self._scatter = arrays.get("scatter")
+        self._n_seen = int(self._xp.sum(self._counts))
+        self._compiled_folding = None
+
+    def _folds(self) -> Any:
+        """Give what folds the next block into the state."""
+        state = (self._counts, self._pilots, self._sums, self._traces, self._scatter)
+        if not self._compiled:
+            return Folding(*state, self._work)
+        if self._compiled_folding is None:
+            from ncbatch.states.moments_kernel import CompiledFolding
+
+            rows = _piece_rows(self._sums.shape[1])
+            self._compiled_folding = CompiledFolding(*state, self._work, rows, self._scratch)
+        return self._compiled_folding
+
+
+def _piece_rows(n_features: int) -> int:
+    return min(_PIECE_ROWS, max(256, _PIECE_BYTES // (8 * n_features)))
+
+
+# SeenMoments: moments of the classes that have samples only, small enough to be sent.
+
+
+@dataclass(frozen=True)
+class SeenMoments:
+    """Moments of P classes with samples, whatever K is.
+
+    Attributes
+    ----------
+    classes : array (P,) of int64
+        Their ids, ascending.
+    moments : Moments
+        Of those classes, in that order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a = SeenMoments.of(Moments.from_block(np.ones((1, 2)), np.array([4]), 100))
+    >>> b = SeenMoments.of(Moments.from_block(np.zeros((2, 2)), np.array([1, 4]), 100))
+    >>> a.merge(b).classes
+    array([1, 4])
+    >>> a.merge(b).moments.means
+    array([[0. , 0. ],
+           [0.5, 0.5]])
+    """
+
+    classes: Array
+    moments: Moments
+
+    @classmethod
+    def zero(
+        cls, n_features: int, scatter: bool = True, *, xp: Any = np, device: Any = None
+    ) -> SeenMoments:
+        """Make the state of no samples, neutral under `merge`.
+
+        Parameters
+        ----------
+        n_features : int
+            D.
+        scatter : bool, optional
+            Whether the pooled scatter is kept.
+        xp : module, optional
+            Array namespace of the state.
+        device : optional
+            Device of that namespace.
+        """
+        return cls(
+            xp.zeros((0,), dtype=xp.int64, device=device),
+            Moments.zero(0, n_features, scatter=scatter, xp=xp, device=device),
+        )
+
+    @classmethod
+    def of(cls, moments: Moments) -> SeenMoments:
+        """Leave out the classes (K,) of `moments` that have no samples.
+
+        Where there are none to leave out, the arrays are those of `moments`, not copies.
+        """
+        xp = namespace(moments.counts)
+        classes = xp.astype(xp.nonzero(moments.counts > 0)[0], xp.int64, copy=False)
+        if classes.shape[0] == moments.counts.shape[0]:
+            return cls(classes, moments)
+        return cls(classes, moments.select(classes))
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in all classes together."""
+        return self.moments.n_samples
+
+    def merge(self, other: SeenMoments) -> SeenMoments:
+        """Combine with the state of other samples; neither operand changes.
+
+        Beside the operands and the result, blocks of a few thousand classes are held.
+
+        Raises
+        ------
+        DataError
+            When D or the presence of scatter differ.
+        """
+        mine = (self.moments.means.shape[1], self.moments.scatter is not None)
+        theirs = (other.moments.means.shape[1], other.moments.scatter is not None)
+        if mine != theirs:
+            raise DataError(
+                f"moments of (D, scatter) = {theirs} cannot be merged into {mine}",
+                "equal D, and scatter on both sides or on neither",
+            )
+        xp = namespace(self.classes, other.classes)
+        classes = xp.unique_values(xp.concat([self.classes, other.classes]))
+        if _compiled(self, other, classes.shape[0]):
+            from ncbatch.states.moments_kernel import merge_seen
+
+            sides = ((state.classes, state.moments) for state in (self, other))
+            return SeenMoments(classes, merge_seen(classes, *sides))
+        whole = Moments.zero(
+            classes.shape[0], mine[0], scatter=False, xp=xp, device=device(classes)
+        )
+        scatter = None
+        if self.moments.scatter is not None:
+            scatter = self.moments.scatter + other.moments.scatter
+        for part in row_blocks(classes.shape[0]):
+            a, b = self._laid_over(classes[part]), other._laid_over(classes[part])
+            whole.counts[part] = a[0] + b[0]
+            whole.means[part, :], whole.traces[part], apart = merge_rows(a, b)
+            if scatter is not None:
+                scatter += symmetric_product(apart)
+        return SeenMoments(classes, replace(whole, scatter=scatter))
+
+    def expand(self, n_classes: int) -> Moments:
+        """Give the moments of all classes 0..K-1, zeros where there are no samples.
+
+        Where all have samples, the arrays are those of `moments`, not copies.
+
+        Parameters
+        ----------
+        n_classes : int
+            K.
+
+        Raises
+        ------
+        DataError
+            When a class is not below `n_classes`.
+        """
+        xp = namespace(self.classes)
+        if self.classes.shape[0] and int(self.classes[-1]) >= n_classes:
+            raise DataError(
+                f"class {int(self.classes[-1])} among the classes seen",
+                f"classes below {n_classes}",
+            )
+        state, place = self.moments, device(self.classes)
+        if self.classes.shape[0] == n_classes:
+            return state
+        whole = Moments.zero(n_classes, state.means.shape[1], scatter=False, xp=xp, device=place)
+        for part in row_blocks(n_classes):
+            ids = xp.arange(part.start, part.stop, dtype=self.classes.dtype, device=place)
+            whole.counts[part], whole.means[part, :], whole.traces[part] = self._laid_over(ids)
+        return replace(whole, scatter=state.scatter)
+
+    def _laid_over(self, ids: Array) -> tuple[Array, Array, Array]:
+        """Give counts, means and traces of classes `ids`, ascending; zeros for those not seen.
+
+        `ids` holds every class seen between its first and its last.
+        """
+        xp, state = namespace(self.classes), self.moments
+        first = int(xp.searchsorted(self.classes, ids[:1])[0])
+        stop = int(xp.searchsorted(self.classes, ids[-1:], side="right")[0])
+        rows = (state.counts[first:stop], state.means[first:stop, :], state.traces[first:stop])
+        if stop - first == ids.shape[0]:
+            return rows
+        seen = xp.zeros(ids.shape, dtype=xp.bool, device=device(ids))
+        if stop > first:
+            there = self.classes[first:stop]
+            place = xp.clip(xp.searchsorted(there, ids), 0, stop - first - 1)
+            seen = xp.take(there, place, axis=0) == ids
+        return tuple(_spread(row, seen) for row in rows)
+
+
+def _compiled(a: SeenMoments, b: SeenMoments, n_classes: int) -> bool:
+    """Whether compiled code, which checks no bounds, merges two states into one of `n_classes`."""
+    return n_classes * a.moments.means.shape[1] >= _COMPILED_VALUES and all(
+        isinstance(state.moments.means, np.ndarray)
+        and state.moments.means.dtype == np.float64
+        and state.moments.means.shape[0] == state.classes.shape[0]
+        for state in (a, b)
+    )
+
+
+def _spread(rows: Array, seen: Array) -> Array:
+    """Lay `rows` (P, ...) over the P places of `seen` (C,) that are true."""
+    xp = namespace(rows)
+    whole = xp.zeros((seen.shape[0], *rows.shape[1:]), dtype=rows.dtype, device=device(rows))
+    whole[seen] = rows
+    return whole

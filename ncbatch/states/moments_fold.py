@@ -1,0 +1,179 @@
+"""How blocks of rows, and other states, are folded into moments, in any array library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import is_numpy_array
+
+from ncbatch.arrays import (
+    Array,
+    Segments,
+    add_at,
+    as_float64,
+    namespace,
+    row_blocks,
+    segment_sum,
+    symmetric_product,
+)
+
+# Scratch: memory that folds use one after another, so that each need not have its own.
+
+
+class Scratch:
+    """Arrays by name, made when they are first wanted and again where more is wanted.
+
+    What is written to one lasts until the next fold takes it: folds that share a scratch must not
+    run at once.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, npt.NDArray[Any]] = {}
+
+    def take(
+        self, name: str, shape: tuple[int, ...], dtype: Any, *, fill: int | None = None
+    ) -> npt.NDArray[Any]:
+        """Give an array in memory that an earlier taker of the name may have written to.
+
+        Parameters
+        ----------
+        name : str
+            Which.
+        shape : tuple of int
+            Its shape.
+        dtype : dtype
+            Its dtype; another one than before takes new memory.
+        fill : int, optional
+            What new memory is filled with; by default it is not.
+        """
+        size = int(np.prod(shape, dtype=np.int64))
+        found = self._buffers.get(name)
+        if found is None or found.dtype != dtype or found.size < size:
+            self._buffers.pop(name, None)
+            del found  # before the larger one is made
+            found = np.empty(size, dtype) if fill is None else np.full(size, fill, dtype)
+            self._buffers[name] = found
+        return found[:size].reshape(shape)
+
+
+class Folding:
+    """Folds blocks of rows into the arrays of a `MomentsAccumulator`, in place.
+
+    Parameters
+    ----------
+    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+        The state.
+    scatter : array (D, D) or None
+        The pooled scatter about the pilots.
+    work : dtype
+        Of residuals and their products.
+    """
+
+    def __init__(
+        self,
+        counts: Array,
+        pilots: Array,
+        sums: Array,
+        traces: Array,
+        scatter: Array | None,
+        work: Any,
+    ) -> None:
+        self._xp, self._work = namespace(sums), work
+        self._counts, self._pilots, self._sums, self._traces = counts, pilots, sums, traces
+        self._scatter = scatter
+
+    def add(self, features: Array, labels: Array) -> None:
+        """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1."""
+        xp = self._xp
+        segments = Segments.of(labels)
+        present = segments.mask(self._counts.shape[0])
+        self._set_pilots(features, segments, present)
+        residuals = self._residuals(features, labels)
+        add_at(self._sums, present, as_float64(segment_sum(residuals, segments)))
+        squares = as_float64(xp.sum(residuals * residuals, axis=1))
+        add_at(self._traces, present, segment_sum(squares, segments))
+        add_at(self._counts, present, segments.counts)
+        if self._scatter is not None:
+            self._scatter += as_float64(symmetric_product(residuals))
+
+    def finish(self) -> None:
+        """Turn sums into means, and take what the pilots missed off traces and scatter."""
+        for part in row_blocks(self._sums.shape[0]):
+            rows = (self._pilots[part, :], self._sums[part, :], self._traces[part])
+            self._sums[part, :], self._traces[part] = self._settle(self._counts[part], *rows)
+
+    def finish_seen(self, classes: Array) -> tuple[Array, Array]:
+        """Finish, and give means (P, D) and traces (P,) of `classes`, all that have samples."""
+        xp, n_seen, n_classes = self._xp, classes.shape[0], self._sums.shape[0]
+        if n_seen == n_classes:
+            self.finish()
+            return self._sums, self._traces
+        means, traces = self._sums[:n_seen, :], self._traces[:n_seen]
+        if is_numpy_array(means) and 2 * n_seen <= n_classes:
+            means = xp.empty_like(means)  # or a view would keep the memory of all classes
+        # Elsewhere rows move up in place, whatever is read standing behind what is written: a
+        # device has given memory to every row, and there is none beside them.
+        for part in row_blocks(n_seen):
+            state = (self._counts, self._pilots, self._sums, self._traces)
+            rows = (xp.take(values, classes[part], axis=0) for values in state)
+            means[part, :], traces[part] = self._settle(*rows)
+        return means, traces
+
+    def _settle(
+        self, counts: Array, pilots: Array, sums: Array, traces: Array
+    ) -> tuple[Array, Array]:
+        """Give means and traces of some classes, and correct the scatter for them."""
+        xp = self._xp
+        n = as_float64(xp.clip(counts, 1, None))
+        missed = sums / n[:, None]
+        weighted = missed * xp.sqrt(n)[:, None]
+        traces = xp.clip(traces - xp.sum(weighted * weighted, axis=1), 0.0, None)
+        if self._scatter is not None:
+            self._scatter -= symmetric_product(weighted[counts > 1])
+        return as_float64(pilots) + missed, traces
+
+    def _set_pilots(self, features: Array, segments: Segments, present: Array) -> None:
+        xp = self._xp
+        known = xp.take(self._counts, segments.present, axis=0) > 0
+        if bool(xp.all(known)):
+            return
+        rows = ~xp.take(known, segments.index, axis=0)
+        firsts = Segments.of(segments.index[rows])
+        sums = segment_sum(as_float64(features[rows]), firsts)
+        pilots = sums / as_float64(firsts.counts)[:, None]
+        self._pilots[present & (self._counts == 0)] = xp.astype(pilots, self._pilots.dtype)
+
+    def _residuals(self, features: Array, labels: Array) -> Array:
+        xp = self._xp
+        wide = xp.float64 if self._pilots.dtype == xp.float64 else self._work
+        pilots = xp.take(self._pilots, labels, axis=0)
+        residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
+        return xp.astype(residuals, self._work, copy=False)
+
+
+def merge_rows(
+    mine: tuple[Array, Array, Array], theirs: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """Merge counts (C,), means (C, D) and traces (C,) of the same classes.
+
+    Returns
+    -------
+    means, traces : array (C, D), (C,)
+        Of the samples of both sides; counts simply add.
+    apart : array (B, D)
+        Differences of the means of the B classes that both sides hold, times the root of
+        n_a n_b / (n_a + n_b): its symmetric product is what the pooled scatter gains.
+    """
+    xp = namespace(mine[1])
+    (n_a, mean_a, trace_a), (n_b, mean_b, trace_b) = mine, theirs
+    n_a, n_b = as_float64(n_a), as_float64(n_b)
+    n = xp.clip(n_a + n_b, 1.0, None)
+    apart = mean_b - mean_a
+    # A class that only one side holds takes that side's mean, to the bit.
+    means = xp.where((n_a == 0.0)[:, None], mean_b, apart * (n_b / n)[:, None] + mean_a)
+    weight = n_a * n_b / n
+    traces = trace_a + trace_b + weight * xp.sum(apart * apart, axis=1)
+    both = weight > 0.0
+    return means, traces, apart[both] * xp.sqrt(weight[both])[:, None]

@@ -1,0 +1,515 @@
+"""Moments of rows in memory on the CPU: conversion, residuals and sums in one compiled pass.
+
+A block's rows are grouped by class; every class is one thread's work, so that neither its sums nor
+the residual rows depend on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import platform
+from itertools import pairwise
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from ncbatch.arrays import cpu_count, map_threads, row_blocks, symmetric_product
+from ncbatch.errors import DataError
+from ncbatch.states.moments import Moments
+from ncbatch.states.moments_fold import Scratch
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _half_to_float(typing_context: Any, bits: Any) -> Any:
+    """Read 16 bits as a float16; LLVM converts vectors of them at once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = builder.bitcast(arguments[0], ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+def _converts_halves() -> bool:
+    """Whether this processor has instructions for float16, without which nothing links."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return platform.machine().lower() in ("aarch64", "arm64")
+    return bool(binding.get_host_cpu_features().get("f16c", False))
+
+
+_HALVES = _converts_halves()
+
+
+def _wide(value: Any) -> Any:
+    """Give a feature in float64; a uint16 holds the bits of a float16."""
+
+
+@overload(_wide, inline="always")
+def _wide_compiled(value: Any) -> Any:
+    def of_bits(value: Any) -> Any:
+        return np.float64(_half_to_float(value))
+
+    def of_number(value: Any) -> Any:
+        return np.float64(value)
+
+    return of_bits if value is types.uint16 else of_number
+
+
+# Only this sum may be reordered, so that it can be vectorised: reordered, a residual x - p that is
+# added to a sum could become (sum - p) + x, which loses what residuals are taken for.
+@njit(cache=True, fastmath={"reassoc", "contract"})
+def add_square(total: float, value: float) -> float:
+    """Give ``total + value**2``."""
+    return total + value * value
+
+
+@njit(cache=True, nogil=True)
+def group_rows(
+    labels: Any, counts: Any, slots: Any, present: Any, starts: Any, order: Any
+) -> tuple[int, int]:
+    """Group the rows of a block by class, in the order in which classes first occur.
+
+    Parameters
+    ----------
+    labels : array (B,) of int64
+        Class ids in 0..K-1.
+    counts : array (K,) of int64
+        Samples per class so far.
+    slots : array (K,) of int32
+        Scratch, full of -1, and left so.
+    present, starts, order : array (B,), (B + 1,), (B,) of int64
+        Written: the classes; where each one's rows begin in `order`; row numbers by class.
+
+    Returns
+    -------
+    tuple of int
+        Classes in the block, and how many of them come before those whose first and only sample
+        so far this is: they stand last.
+    """
+    n = 0
+    sizes = np.zeros(labels.shape[0], np.int64)
+    found = np.empty(labels.shape[0], np.int64)
+    for i in range(labels.shape[0]):
+        c = labels[i]
+        if slots[c] < 0:
+            slots[c] = n
+            found[n] = c
+            n += 1
+        sizes[slots[c]] += 1
+    place = row = several = 0
+    for alone in (False, True):
+        for p in range(n):
+            c = found[p]
+            if (counts[c] == 0 and sizes[p] == 1) == alone:
+                present[place], starts[place], slots[c] = c, row, place
+                row += sizes[p]
+                place += 1
+        if not alone:
+            several = place
+    starts[n] = row
+    ends = starts[:n].copy()
+    for i in range(labels.shape[0]):
+        p = slots[labels[i]]
+        order[ends[p]] = i
+        ends[p] += 1
+    for p in range(n):
+        slots[present[p]] = -1
+    return n, several
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def fold_classes(
+    rows: Any,
+    order: Any,
+    starts: Any,
+    present: Any,
+    first: int,
+    stop: int,
+    counts: Any,
+    pilots: Any,
+    sums: Any,
+    traces: Any,
+    residuals: Any,
+) -> None:
+    """Fold the rows of classes ``present[first:stop]`` of a block.
+
+    Parameters
+    ----------
+    rows : array (B, D)
+        Features: float32, float64, or the bits of float16 as uint16.
+    order, starts, present : array
+        From `group_rows`.
+    first, stop : int
+        Which of the present classes.
+    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+        The state, changed in place.
+    residuals : array (B, D) or (0, D)
+        Written where it has rows: each sample minus its class's pilot, in the order of `order`.
+    """
+    n_features = rows.shape[1]
+    keep = residuals.shape[0] > 0
+    mean = np.empty(n_features)
+    for p in range(first, stop):
+        c, begin, end = present[p], starts[p], starts[p + 1]
+        pilot, total = pilots[c], sums[c]
+        if counts[c] == 0:
+            mean[:] = 0.0
+            for t in range(begin, end):
+                x = rows[order[t]]
+                for j in range(n_features):
+                    mean[j] += _wide(x[j])
+            for j in range(n_features):
+                pilot[j] = mean[j] / (end - begin)
+        square = 0.0
+        for t in range(begin, end):
+            x = rows[order[t]]
+            if keep:
+                row = residuals[t]
+                for j in range(n_features):
+                    r = _wide(x[j]) - np.float64(pilot[j])
+                    total[j] += r
+                    square = add_square(square, r)
+                    row[j] = r
+            else:
+                for j in range(n_features):
+                    r = _wide(x[j]) - np.float64(pilot[j])
+                    total[j] += r
+                    square = add_square(square, r)
+        traces[c] += square
+        counts[c] += end - begin
+
+
+@njit(cache=True, nogil=True)
+def begin_classes(
+    rows: Any, order: Any, starts: Any, present: Any, first: int, stop: int, counts: Any,
+    pilots: Any,
+) -> None:  # fmt: skip
+    """Make the only sample of each of some classes its pilot: its residual is zero, to the bit."""
+    for p in range(first, stop):
+        x, pilot = rows[order[starts[p]]], pilots[present[p]]
+        for j in range(x.shape[0]):
+            pilot[j] = _wide(x[j])
+        counts[present[p]] = 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def settle_classes(
+    classes: Any, places: Any, counts: Any, pilots: Any, sums: Any, traces: Any, means: Any,
+    missed: Any,
+) -> None:  # fmt: skip
+    """Turn sums of residuals into means, and correct the traces, of `classes` (P,) with samples.
+
+    Means are written to the rows `places` (P,) of `means`, which may be `sums`. What the pilot
+    missed of the mean, times the root of the count, is written to the rows of `missed`, if it has
+    any, for each class with at least two samples; a single one is its pilot.
+    """
+    n_features = sums.shape[1]
+    shift = np.empty(n_features)
+    at = 0
+    for p in range(classes.shape[0]):
+        c = classes[p]
+        n, total, pilot, mean = counts[c], sums[c], pilots[c], means[places[p]]
+        if n == 1:
+            for j in range(n_features):
+                mean[j] = pilot[j]
+            continue
+        for j in range(n_features):
+            shift[j] = total[j] / n
+        square = 0.0
+        for j in range(n_features):
+            square = add_square(square, shift[j])
+            mean[j] = np.float64(pilot[j]) + shift[j]
+        traces[c] = max(traces[c] - n * square, 0.0)
+        if missed.shape[0] > 0:
+            row, root = missed[at], np.sqrt(np.float64(n))
+            at += 1
+            for j in range(n_features):
+                row[j] = shift[j] * root
+
+
+class CompiledFolding:
+    """Does what `Folding` does for NumPy arrays.
+
+    Parameters
+    ----------
+    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+        The state.
+    scatter : array (D, D) or None
+        The pooled scatter about the pilots.
+    work : dtype
+        Of residuals in products; sums are taken in float64.
+    block_rows : int
+        The most rows of a block, and of a product.
+    scratch : Scratch
+        Where residuals and products are; several that do not run at once may share it.
+    """
+
+    def __init__(
+        self,
+        counts: npt.NDArray[np.int64],
+        pilots: npt.NDArray[Any],
+        sums: npt.NDArray[np.float64],
+        traces: npt.NDArray[np.float64],
+        scatter: npt.NDArray[np.float64] | None,
+        work: Any,
+        block_rows: int,
+        scratch: Scratch,
+    ) -> None:
+        self._counts, self._pilots, self._sums, self._traces = counts, pilots, sums, traces
+        self._scatter, self._work = scatter, work
+        self._block_rows, self._scratch = block_rows, scratch
+
+    @property
+    def _residuals(self) -> npt.NDArray[Any]:
+        kept = 0 if self._scatter is None else self._block_rows
+        return self._scratch.take("residuals", (kept, self._sums.shape[1]), self._work)
+
+    def add(self, features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+        """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1, B at most `block_rows`.
+
+        Raises
+        ------
+        DataError
+            For other shapes or a label out of range, before anything changed.
+        """
+        rows, labels = as_rows(features), np.ascontiguousarray(labels, np.int64)
+        self._check(rows, labels)
+        take, rows_at_most = self._scratch.take, self._block_rows
+        order = take("order", (rows_at_most,), np.int64)
+        starts = take("starts", (rows_at_most + 1,), np.int64)
+        present = take("present", (rows_at_most,), np.int64)
+        slots = take("slots", (self._counts.shape[0],), np.int32, fill=-1)
+        places = (order, starts, present)
+        n, several = group_rows(labels, self._counts, slots, present, starts, order)
+        state = (self._counts, self._pilots, self._sums, self._traces, self._residuals)
+
+        def fold(part: slice) -> None:
+            end = min(part.stop, several)
+            if part.start < end:
+                fold_classes(rows, *places, part.start, end, *state)
+            if several < part.stop:
+                begin_classes(rows, *places, max(part.start, several), part.stop, *state[:2])
+
+        in_threads(fold, shares(starts[: n + 1]))
+        self._add_product(int(starts[several]), 1)
+
+    def finish(self) -> None:
+        """Turn sums into means, and take what the pilots missed off traces and scatter."""
+        classes = np.flatnonzero(self._counts)
+        self._settle(classes, classes, self._sums)
+
+    def finish_seen(
+        self, classes: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Finish, and give means (P, D) and traces (P,) of `classes`, all that have samples.
+
+        Rows of other classes are not touched: they may never have been given memory.
+        """
+        n_classes, n_seen = self._counts.shape[0], classes.shape[0]
+        # In memory of their own, or moved up where that saves little and has no room.
+        fresh = 2 * n_seen <= n_classes
+        means = np.empty((n_seen, self._sums.shape[1])) if fresh else self._sums[:n_seen]
+        # Rows that are moved up must be read before others take their place.
+        self._settle(classes, np.arange(n_seen), means, ordered=not fresh and n_seen < n_classes)
+        return means, self._traces[classes]
+
+    def _settle(
+        self,
+        classes: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        means: npt.NDArray[np.float64],
+        ordered: bool = False,
+    ) -> None:
+        state = (self._counts, self._pilots, self._sums, self._traces, means)
+        residuals = self._residuals
+        for block in row_blocks(classes.shape[0], self._block_rows):
+            ids, rows = classes[block], places[block]
+            ends = np.concatenate([[0], np.cumsum(self._counts[ids] > 1)])
+
+            def settle(part: slice, ids: Any = ids, rows: Any = rows, ends: Any = ends) -> None:
+                missed = residuals[ends[part.start] : ends[part.stop]]
+                settle_classes(ids[part], rows[part], *state, missed)
+
+            whole = [slice(0, ids.shape[0])]
+            in_threads(settle, whole if ordered else shares(np.arange(ids.shape[0] + 1)))
+            self._add_product(int(ends[-1]), -1)
+
+    def _check(self, rows: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> None:
+        """Compiled code would write out of bounds where NumPy raises."""
+        n_classes, n_features = self._sums.shape
+        if rows.shape != (labels.shape[0], n_features):
+            raise DataError(
+                f"features {rows.shape} with labels {labels.shape}",
+                f"features (B, {n_features}) with labels (B,)",
+            )
+        if labels.min() < 0 or labels.max() >= n_classes:
+            raise DataError("a label out of range", f"labels in 0..{n_classes - 1}, the classes")
+
+    def _add_product(self, n_rows: int, sign: int) -> None:
+        if self._scatter is None or n_rows == 0:
+            return
+        product = symmetric_product(
+            self._residuals[:n_rows],
+            out=self._scratch.take("product", self._scatter.shape, self._work),
+        )
+        if sign > 0:
+            self._scatter += product
+        else:
+            self._scatter -= product
+
+
+def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Give features as the kernels take them: rows contiguous, float16 as bits, in native order."""
+    if features.dtype == np.float16 and _HALVES:
+        return np.ascontiguousarray(features, np.float16).view(np.uint16)
+    if features.dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
+        return np.ascontiguousarray(features, np.float32)
+    return np.ascontiguousarray(features, np.float64)
+
+
+def shares(starts: npt.NDArray[np.int64]) -> list[slice]:
+    """Cut segments, with rows from `starts`, into runs of about equally many rows, one per thread."""
+    n_threads = cpu_count()
+    targets = starts[-1] * np.arange(n_threads + 1) // n_threads
+    cuts = np.searchsorted(starts, targets)
+    cuts[0], cuts[-1] = 0, len(starts) - 1
+    pairs = zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
+    return [slice(a, b) for a, b in pairs if a < b]
+
+
+def in_threads(work: Any, parts: list[slice]) -> None:
+    """Do `work`, which releases the GIL, on each of `parts`, one per thread."""
+    if len(parts) == 1:
+        work(parts[0])
+        return
+    for _ in map_threads(work, parts):
+        pass
+
+
+# Merging of `SeenMoments` in memory on the CPU: one compiled pass over the union of classes.
+#
+# Every class is one thread's work, and products take the same rows whatever the threads, so that the
+# result does not depend on how many there are.
+
+
+# Differences of means are multiplied so many rows, or bytes of them, at a time.
+_PRODUCT_ROWS, _PRODUCT_BYTES = 2048, 32 * 2**20
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def merge_classes(
+    first: int,
+    stop: int,
+    rows: Any,
+    counts: Any,
+    means_a: Any,
+    means_b: Any,
+    traces: Any,
+    means: Any,
+    apart: Any,
+) -> None:
+    """Merge classes ``first..stop-1`` of a union of U classes.
+
+    Parameters
+    ----------
+    first, stop : int
+        Which of the union.
+    rows : array (2, U) of int64
+        Where each class stands in `means_a` and in `means_b`; any number where it does not.
+    counts : array (2, U) of int64
+        Its samples on both sides.
+    means_a, means_b : array (P_a, D), (P_b, D)
+        Class means of both sides.
+    traces : array (U,)
+        The sum of both sides' traces; what lies between their means is added.
+    means : array (U, D)
+        Written.
+    apart : array (B, D) or (0, D)
+        Written where it has rows, one for each of the classes that both sides hold: the
+        difference of its means times the root of n_a n_b / (n_a + n_b).
+    """
+    n_features = means.shape[1]
+    difference = np.empty(n_features)
+    at = 0
+    for p in range(first, stop):
+        n_a, n_b, mean = np.float64(counts[0, p]), np.float64(counts[1, p]), means[p]
+        if n_a == 0.0 or n_b == 0.0:  # one side's mean, to the bit
+            known = means_b[rows[1, p]] if n_a == 0.0 else means_a[rows[0, p]]
+            for j in range(n_features):
+                mean[j] = known[j]
+            continue
+        mean_a, mean_b = means_a[rows[0, p]], means_b[rows[1, p]]
+        share = n_b / (n_a + n_b)
+        square = 0.0
+        for j in range(n_features):
+            difference[j] = mean_b[j] - mean_a[j]
+            square = add_square(square, difference[j])
+        for j in range(n_features):
+            mean[j] = difference[j] * share + mean_a[j]
+        traces[p] += n_a * share * square
+        if apart.shape[0] > 0:
+            row, root = apart[at], np.sqrt(n_a * share)
+            at += 1
+            for j in range(n_features):
+                row[j] = difference[j] * root
+
+
+def merge_seen(
+    classes: npt.NDArray[np.int64],
+    a: tuple[npt.NDArray[np.int64], Moments],
+    b: tuple[npt.NDArray[np.int64], Moments],
+) -> Moments:
+    """Merge the moments of two sets of classes, each with its ids, over their union `classes`.
+
+    Beside the operands and the result, `_PRODUCT_BYTES` and two arrays (D, D) are held.
+    """
+    n, n_features = classes.shape[0], a[1].means.shape[1]
+    rows, counts = np.zeros((2, 2, n), np.int64)
+    traces = np.zeros(n)
+    for side, (ids, moments) in enumerate((a, b)):
+        place = np.searchsorted(classes, ids)
+        rows[side, place] = np.arange(ids.shape[0])
+        counts[side, place] = moments.counts
+        traces[place] += moments.traces
+    means = np.empty((n, n_features))
+    scatter = None
+    ends = np.concatenate([[0], np.cumsum((counts[0] > 0) & (counts[1] > 0))])
+    apart, product = np.empty((0, n_features)), None
+    if a[1].scatter is not None and b[1].scatter is not None:
+        scatter = a[1].scatter + b[1].scatter
+        apart = np.empty((min(int(ends[-1]), _piece_rows(n_features)), n_features))
+        product = np.empty_like(scatter)
+    operands = (rows, counts, _frozen(a[1].means), _frozen(b[1].means), traces, means)
+    for piece in _pieces(ends, apart.shape[0]):
+
+        def merge(part: slice, first: int = piece.start) -> None:
+            p, q = first + part.start, first + part.stop
+            merge_classes(p, q, *operands, apart[ends[p] - ends[first] : ends[q] - ends[first]])
+
+        in_threads(merge, shares(np.arange(piece.stop - piece.start + 1)))
+        if scatter is not None:
+            both = ends[piece.stop] - ends[piece.start]
+            scatter += symmetric_product(apart[:both], out=product)
+    return Moments(counts[0] + counts[1], means, traces, scatter)
+
+
+def _piece_rows(n_features: int) -> int:
+    return min(_PRODUCT_ROWS, max(256, _PRODUCT_BYTES // (8 * n_features)))
+
+
+def _pieces(ends: npt.NDArray[np.int64], size: int) -> list[slice]:
+    """Cut the union into runs of at most `size` classes that both sides hold; 0 is for no limit."""
+    limits = np.arange(size, ends[-1], size) if size else np.empty(0, np.int64)
+    cuts = [0, *np.searchsorted(ends, limits).tolist(), len(ends) - 1]
+    return [slice(p, q) for p, q in pairwise(cuts)]
+
+
+def _frozen(means: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Give a view that cannot be written, as what was sent may be: one type to compile for."""
+    view = np.ascontiguousarray(means).view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,926 @@
+"""A rule: the class of greatest score for each row, decided as exact arithmetic would."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Literal, NamedTuple, Protocol
+
+import array_api_compat.numpy
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
+from numba import njit
+
+from ncbatch.arrays import (
+    Array,
+    CentredRows,
+    as_float64,
+    block_rows,
+    cpu_count,
+    float64_blocks,
+    map_threads,
+    max_pending,
+    mean_of_rows,
+    namespace,
+    row_blocks,
+    scalar,
+    take_rows,
+    to_numpy,
+)
+from ncbatch.errors import UsageError
+from ncbatch.states.moments import detached
+
+# Leading scores: the greatest scores of each row over tiles of classes, never rows x classes.
+
+
+# Rows and classes of a tile of scores: products of this size run at nearly full speed.
+TILE_ROWS, TILE_CLASSES = 2048, 2048
+_COMPILED_ROWS, _COMPILED_TILE = 1024, 2048
+# Leading scores that the compiled scan keeps: near-ties have seldom more.
+KEPT_SCORES = 8
+# Rows that one compiled sweep over classes in memory takes at a time.
+_SWEEP_ROWS = 8192
+# A converted tile of classes that are not in memory as they are multiplied.
+_CONVERTED_BYTES = 32 * 2**20
+# Scores whose maximum is taken at once, so that a tile is gone over once.
+_RUN = 64
+# What the compiler holds when it has just compiled the scan.
+COMPILER_BYTES = 160 * 2**20
+
+
+class Tiling(NamedTuple):
+    """How a sweep cuts rows and classes: rows of a sweep, and a tile's rows and classes."""
+
+    sweep_rows: int
+    rows: int
+    classes: int
+
+    @classmethod
+    def of(
+        cls, n_rows: int, n_features: int, itemsize: int, *, compiled: bool, converted: bool
+    ) -> Tiling:
+        """Choose tiles for `n_rows` rows.
+
+        Parameters
+        ----------
+        n_rows, n_features, itemsize : int
+            Rows to decide, D, and bytes of a number in the products.
+        compiled : bool
+            Whether the compiled scan works on the tiles.
+        converted : bool
+            Whether classes are read or converted tile by tile; then all rows share one sweep.
+        """
+        classes = _COMPILED_TILE if compiled else TILE_CLASSES
+        if converted:
+            classes = min(classes, max(64, _CONVERTED_BYTES // (n_features * itemsize)))
+        if not compiled:
+            return cls(TILE_ROWS, TILE_ROWS, classes)
+        return cls(n_rows if converted else _SWEEP_ROWS, _COMPILED_ROWS, classes)
+
+    def bytes_of(self, n_rows: int, n_features: int, itemsize: int, *, read: bool) -> int:
+        """Price a compiled sweep: its tiles of scores and of classes, and the leading scores."""
+        rows = min(n_rows, self.sweep_rows)
+        scores = cpu_count() * min(rows, self.rows) * self.classes * itemsize
+        leading = rows * KEPT_SCORES * (itemsize + 8)
+        if not read:
+            return scores + leading
+        alive = max_pending() // -(-max(rows, 1) // self.rows) + 2
+        return scores + leading + self.classes * n_features * (alive * itemsize + 16)
+
+
+@dataclass(frozen=True)
+class Leaders:
+    """The greatest scores of each row.
+
+    Attributes
+    ----------
+    values : array (B, T)
+        Scores, descending, in the dtype of the products; -inf where there are fewer classes.
+    at : array (B, L) of int64
+        Positions of their classes: of all T, or of the first alone.
+    """
+
+    values: Array
+    at: Array
+
+    @property
+    def listed(self) -> bool:
+        """Whether the class of every score is known."""
+        return bool(self.at.shape[1] == self.values.shape[1])
+
+
+def class_tiles(
+    weight: Array, bias: Array, like: Array, tile_classes: int
+) -> Iterator[tuple[int, Array, Array]]:
+    """Give the classes tile by tile: the first's position, weights and biases.
+
+    Parameters
+    ----------
+    weight : array (C, D) or view
+        Score vectors of any floating-point dtype.
+    bias : array (C,)
+        Score offsets.
+    like : array
+        An array in the dtype of the products.
+    tile_classes : int
+        Classes of a tile.
+    """
+    xp = namespace(like)
+    for part in row_blocks(weight.shape[0], tile_classes):
+        block = xp.astype(take_rows(weight, part), like.dtype, copy=False)
+        yield part.start, block, xp.astype(bias[part], like.dtype)
+
+
+def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> Leaders:
+    """Find best score, its class and the runner-up of rows (B, D), in any array library.
+
+    Nothing is brought to the host, so that a GPU never waits between tiles.
+    """
+    xp = namespace(rows)
+    place = {"device": device(rows)}
+    best = xp.full((rows.shape[0],), -xp.inf, dtype=rows.dtype, **place)
+    second, at = best, xp.zeros((rows.shape[0],), dtype=xp.int64, **place)
+    for first, block, offsets in class_tiles(weight, bias, rows, tile_classes):
+        scores = xp.matmul(rows, xp.matrix_transpose(block)) + offsets[None, :]
+        top, runner_up, top_at = _top_two(scores)
+        second = xp.maximum(xp.minimum(best, top), xp.maximum(second, runner_up))
+        better = top > best
+        at = xp.where(better, top_at + first, at)
+        best = xp.where(better, top, best)
+    return Leaders(xp.stack([best, second], axis=1), at[:, None])
+
+
+def _top_two(scores: Array) -> tuple[Array, Array, Array]:
+    """Give the greatest score of each row, the next one, and where the first is."""
+    xp = namespace(scores)
+    n_rows, n_columns = scores.shape
+    place = {"device": device(scores)}
+    if missing := -n_columns % _RUN:
+        filler = xp.full((n_rows, missing), -xp.inf, dtype=scores.dtype, **place)
+        scores = xp.concat([scores, filler], axis=1)
+    runs = xp.reshape(scores, (n_rows, -1, _RUN))
+    tops = xp.max(runs, axis=2)
+    run_at = xp.argmax(tops, axis=1)
+    # The run that holds the maximum: the only one looked at again.
+    index = xp.broadcast_to(run_at[:, None, None], (n_rows, 1, _RUN))
+    run = xp.take_along_axis(runs, index, axis=1)[:, 0, :]
+    within = xp.argmax(run, axis=1)
+    second = xp.maximum(_others(tops, run_at), _others(run, within))
+    at = xp.astype(run_at, xp.int64) * _RUN + xp.astype(within, xp.int64)
+    return xp.max(tops, axis=1), second, at
+
+
+def _others(values: Array, left_out: Array) -> Array:
+    """Give the maximum of each row without one of its columns."""
+    xp = namespace(values)
+    columns = xp.arange(values.shape[1], dtype=left_out.dtype, device=device(values))
+    rest = xp.where(columns[None, :] == left_out[:, None], -xp.inf, values)
+    return xp.max(rest, axis=1)
+
+
+def sweep_compiled(
+    rows: npt.NDArray[Any],
+    weight: Array,
+    bias: npt.NDArray[Any],
+    tile_rows: int,
+    tile_classes: int,
+) -> Leaders:
+    """Find the `KEPT_SCORES` leading scores of rows (B, D) in memory, on all processors.
+
+    The tiles of scores are dealt out to threads; tiles of classes are read or converted while
+    others are worked on. What is found does not depend on threads: tiles do not, and neither do
+    the leading scores on the order in which tiles are folded in.
+    """
+    # Compiled code is loaded only where a sweep runs.
+
+    kept = min(KEPT_SCORES, weight.shape[0])
+    values = np.full((len(rows), kept), -np.inf, rows.dtype)
+    at = np.zeros((len(rows), kept), np.int64)
+    parts = [(part, threading.Lock()) for part in row_blocks(len(rows), tile_rows)]
+
+    def fold(task: tuple[Any, ...]) -> None:
+        (part, lock), (first, block, offsets) = task
+        scores = rows[part] @ block.T
+        with lock:
+            scan_tile(scores, offsets, first, values[part], at[part])
+
+    tiles = class_tiles(weight, bias, rows, tile_classes)
+    deque(map_threads(fold, ((part, tile) for tile in tiles for part in parts)), maxlen=0)
+    return Leaders(values, at)
+
+
+# Near-ties: the classes that rounding leaves in doubt, decided from float64 scores.
+
+
+# Bytes of the rows, and of the score vectors, of pairs that are scored at a time.
+_PAIR_BYTES = 4 * 2**20
+# Scores of a tile that is searched for candidates.
+LISTED_SCORES = 2**19
+
+
+class ExactScores(Protocol):
+    """Scores pairs of rows and classes in float64, on the host."""
+
+    def __call__(self, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Score row r of (R, D) for the class at position k[r]; gives (R,) of float64."""
+        ...
+
+
+def pair_rows(n_features: int) -> int:
+    """Count the pairs that are scored at a time."""
+    return max(1, min(2048, _PAIR_BYTES // (8 * n_features)))
+
+
+class Contest:
+    """Rows in doubt and the best of the classes that were offered for each so far.
+
+    Parameters
+    ----------
+    features : array (R, D)
+        The rows, of any library and floating-point dtype.
+    exact : ExactScores
+        Scores of float64.
+    """
+
+    def __init__(self, features: Array, exact: ExactScores) -> None:
+        self._rows, self._exact = to_numpy(features), exact
+        self._best = np.full(len(self._rows), -np.inf)
+        self.at = np.zeros(len(self._rows), np.int64)
+
+    def offer(self, row: npt.NDArray[Any], k: npt.NDArray[Any]) -> None:
+        """Let classes compete: the class at position k[i] for row[i]; equal scores go to the first."""
+        for some in row_blocks(len(row), pair_rows(self._rows.shape[1])):
+            i, c = row[some], k[some]
+            scores = self._exact(self._rows[i].astype(np.float64), c)
+            # The first of each row: greatest score, then lowest position.
+            order = np.lexsort((c, -scores, i))
+            i, c, scores = i[order], c[order], scores[order]
+            first = np.r_[True, i[1:] != i[:-1]]
+            i, c, scores = i[first], c[first], scores[first]
+            better = (scores > self._best[i]) | ((scores == self._best[i]) & (c < self.at[i]))
+            self._best[i[better]], self.at[i[better]] = scores[better], c[better]
+
+
+def candidates(
+    rows: Array, weight: Array, bias: Array, floor: Array, most_classes: int
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Find every class whose score reaches `floor`, tile by tile.
+
+    Parameters
+    ----------
+    rows : array (R, D)
+        Rows in the dtype of the products.
+    weight, bias : array (C, D) and (C,)
+        The scores' vectors and offsets.
+    floor : array (R,) of float64
+        The least score that counts; -inf where every class does.
+    most_classes : int
+        Classes of a tile at most, such as where they are read or converted.
+
+    Yields
+    ------
+    tuple of two arrays (P,)
+        Rows and positions of classes, on the host.
+    """
+    xp = namespace(rows)
+    info = xp.finfo(rows.dtype)
+    # Rounded down: a candidate may be one too many, never one too few.
+    floor = floor - 2.0 * float(info.eps) * xp.abs(floor) - float(info.smallest_normal)
+    floor = xp.astype(floor, rows.dtype)
+    for part in row_blocks(rows.shape[0], 1024):
+        n_rows = part.stop - part.start
+        tile = min(max(LISTED_SCORES // n_rows, 1), most_classes)
+        for first, block, offsets in class_tiles(weight, bias, rows, tile):
+            scores = xp.matmul(rows[part, :], xp.matrix_transpose(block)) + offsets[None, :]
+            row, k = xp.nonzero(scores >= floor[part, None])
+            yield to_numpy(row) + part.start, to_numpy(k) + first
+
+
+def distinct_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Find one of each of the rows (R, D) that are equal: their numbers, and which each row is.
+
+    Rows of many candidates are often the same row: one of zeros ties with every class.
+    """
+    whole = np.ascontiguousarray(rows)
+    keys = whole.view(np.dtype((np.void, whole.dtype.itemsize * whole.shape[1])))[:, 0]
+    _, first, back = np.unique(keys, return_index=True, return_inverse=True)
+    return first, back
+
+
+def score_vectors(rows: Array, k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Read rows (C, D) at positions k (P,), in any order, as float64 on the host."""
+    numbers, back = np.unique(k, return_inverse=True)
+    found = take_rows(rows, namespace(rows).asarray(numbers, device=device(rows)))
+    return np.asarray(to_numpy(found), dtype=np.float64)[back]
+
+
+# The scan of a tile of scores on the CPU: the leading scores of every row, in one pass.
+
+
+# Scores are finite or -inf, never NaN; the maximum of a run may be taken in any order.
+_FAST = {"nnan", "nsz", "reassoc"}
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+def scan_tile(scores: Any, bias: Any, first: int, values: Any, at: Any) -> None:
+    """Fold a tile of products into the leading scores of its rows.
+
+    Parameters
+    ----------
+    scores : array (R, C)
+        Products of R rows with C classes.
+    bias : array (C,)
+        Added to the products, in their dtype.
+    first : int
+        Position of the tile's first class.
+    values, at : array (R, T)
+        The greatest scores so far and the positions of their classes: descending, equal scores
+        by ascending position. So they do not depend on the order of the tiles.
+    """
+    n_columns = scores.shape[1]
+    whole = n_columns - n_columns % _RUN
+    for r in range(scores.shape[0]):
+        last = values.shape[1] - 1
+        least = values[r, last]
+        for start in range(0, whole, _RUN):
+            top = scores[r, start] + bias[start]
+            for c in range(start, start + _RUN):
+                top = max(top, scores[r, c] + bias[c])
+            if top >= least:
+                _offer(scores[r], bias, start, start + _RUN, first, values[r], at[r])
+                least = values[r, last]
+        _offer(scores[r], bias, whole, n_columns, first, values[r], at[r])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _offer(scores: Any, bias: Any, start: int, stop: int, first: int, values: Any, at: Any) -> None:
+    """Insert the scores of a run that belong among the leading ones of a row."""
+    last = values.shape[0] - 1
+    for c in range(start, stop):
+        score, k = scores[c] + bias[c], first + c
+        if score < values[last] or (score == values[last] and k > at[last]):
+            continue
+        t = last
+        while t > 0 and (values[t - 1] < score or (values[t - 1] == score and at[t - 1] > k)):
+            values[t], at[t] = values[t - 1], at[t - 1]
+            t -= 1
+        values[t], at[t] = score, k
+
+
+# With fewer classes the scan takes less time than loading compiled code.
+COMPILED_CLASSES = 2048
+FLOAT64_ROUNDOFF = float(np.finfo(np.float64).eps) / 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Chooses the class of greatest score ``w_k . (x - origin) + b_k``, as exact arithmetic would.
+
+    Attributes
+    ----------
+    weight : array (C, D) or view of rows
+        Score vectors; tiles of them are converted to `dtype` where they have another.
+    bias : array (C,) of float64
+        Score offsets; -inf for a class that is never chosen.
+    origin : array (D,) of float64
+        Subtracted from every row, so that a common offset costs no digits.
+    classes : array (C,) of int64
+        The class id of each score, ascending: equal scores go to the lowest.
+    exact : callable
+        ``exact(rows, k) -> (R,)`` scores row r for candidate k[r] in float64 on the host.
+    dtype : dtype
+        What products run in: float32 or float64.
+    bias_error : float
+        Rounding error that computing `bias` left in it, beyond its own relative one.
+    compiled : bool, optional
+        Whether tiles of NumPy arrays are scanned by compiled code; by default where there are
+        enough classes for it to pay.
+    tile_rows, tile_classes : int, optional
+        Rows and classes of a tile of scores; by default what suits the processors.
+    sweep_rows : int, optional
+        Rows that share one sweep over the classes when it is compiled: 8192 by default, and all
+        the rows at hand where `weight` is read or converted tile by tile.
+    operand_roundoff : float
+        Unit of rounding of the products' operands where it is coarser than that of `dtype`:
+        2**-11 for TF32.
+    """
+
+    weight: Array
+    bias: Array
+    origin: Array
+    classes: Array
+    exact: ExactScores
+    dtype: Any
+    bias_error: float = 0.0
+    compiled: bool | None = None
+    tile_rows: int | None = None
+    tile_classes: int | None = None
+    sweep_rows: int | None = None
+    operand_roundoff: float = 0.0
+
+    @staticmethod
+    def peak_bytes(
+        n_classes: int,
+        n_features: int,
+        block_rows: int,
+        itemsize: int = 4,
+        *,
+        stored: bool = False,
+        tile_rows: int | None = None,
+        tile_classes: int | None = None,
+        sweep_rows: int | None = None,
+    ) -> int:
+        """Price the rule and its decisions of a block: bytes at their peak, on the CPU.
+
+        Parameters
+        ----------
+        n_classes, n_features : int
+            C and D.
+        block_rows : int
+            Rows that are decided at a time.
+        itemsize : int, optional
+            Bytes of a number in the products.
+        stored : bool, optional
+            Whether score vectors are read, or converted, tile by tile and never held.
+        tile_rows, tile_classes, sweep_rows : int, optional
+            As for the rule.
+        """
+        compiled = n_classes > COMPILED_CLASSES
+        tiles = Tiling.of(block_rows, n_features, itemsize, compiled=compiled, converted=stored)
+        tiles = _override(tiles, sweep_rows if compiled else tile_rows, tile_rows, tile_classes)
+        rows = min(block_rows, tiles.sweep_rows)
+        held = n_classes * (24 + (0 if stored else n_features * itemsize))
+        block = rows * (n_features * itemsize + 64) + block_rows * 32
+        centred = 3 * 8 * min(max(rows, n_classes), _rows_at_a_time(n_features)) * n_features
+        # Candidates are listed once the sweep's tiles are gone, but their memory may stay.
+        listed = LISTED_SCORES * (itemsize + 33) + 4 * 8 * pair_rows(n_features) * n_features
+        if compiled:
+            sweep = tiles.bytes_of(rows, n_features, itemsize, read=stored) + COMPILER_BYTES
+        else:
+            classes = min(n_classes, tiles.classes)
+            sweep = min(rows, tiles.rows) * classes * itemsize * 3
+            sweep += classes * n_features * (itemsize + 16) if stored else 0
+        return held + block + centred + listed + sweep
+
+    def decide(self, features: Array) -> Array:
+        """Choose a class for each row of `features` (B, D); returns ids (B,) of int64.
+
+        Notes
+        -----
+        Scores are computed tile by tile with the running leaders of every row, in float32 as a
+        rule. With unit of rounding u, a dot product of D terms errs by at most
+        ``gamma_D |w| |x|``, ``gamma_n = n u / (1 - n u)``, in whatever order it is summed [1]_;
+        rounding w and x adds 2 u |w| |x|, and b_k with its addition 2 u (|b_k| + |w| |x|). Rows
+        whose runner-up lies within twice that of the best, for the longest w and the largest b,
+        are decided again from float64 scores of every class that does.
+
+        References
+        ----------
+        .. [1] N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., SIAM 2002,
+           section 3.1.
+        """
+        if features.shape[0] == 0:
+            return self.classes[:0]
+        size = self._tiles(features).sweep_rows
+        blocks = [self._decide_sweep(features[p, :]) for p in row_blocks(features.shape[0], size)]
+        return namespace(features).concat(blocks) if len(blocks) > 1 else blocks[0]
+
+    def _decide_sweep(self, features: Array) -> Array:
+        xp = namespace(features)
+        rows, norms, wide = self._centred(features)
+        leaders = self._leaders(rows)
+        best = as_float64(leaders.values[:, 0])
+        floor = xp.where(wide, -xp.inf, best - 2.0 * self._error(norms))
+        chosen = xp.take(self.classes, leaders.at[:, 0], axis=0)
+        if leaders.values.shape[1] == 1:
+            return chosen
+        doubt = as_float64(leaders.values[:, 1]) >= floor
+        # The one time per sweep that a GPU is waited for.
+        if not bool(xp.any(doubt)):
+            return chosen
+        if leaders.listed:
+            short = doubt
+            if leaders.at.shape[1] < self.weight.shape[0]:
+                short = doubt & (as_float64(leaders.values[:, -1]) < floor)
+            if bool(xp.any(short)):
+                chosen[short] = self._decide_listed(features[short], leaders, short, floor)
+            doubt = doubt & ~short
+        if bool(xp.any(doubt)):
+            chosen[doubt] = self._decide_unlisted(features[doubt], rows[doubt], floor[doubt])
+        return chosen
+
+    def _decide_listed(self, features: Array, leaders: Leaders, some: Array, floor: Array) -> Array:
+        """Decide rows whose candidates are all among their leading scores."""
+        values, at = to_numpy(leaders.values[some]), to_numpy(leaders.at[some])
+        row, column = np.nonzero(values >= to_numpy(floor[some])[:, None])
+        contest = Contest(features, self.exact)
+        contest.offer(row, at[row, column])
+        return self._ids_at(contest.at, features)
+
+    def _decide_unlisted(self, features: Array, rows: Array, floor: Array) -> Array:
+        """Decide rows from every class whose score reaches `floor`, which a sweep finds."""
+        xp, host = namespace(features), to_numpy(features)
+        first, back = distinct_rows(host)
+        some = xp.asarray(first, device=device(features))
+        rows, floor = xp.take(rows, some, axis=0), xp.take(floor, some, axis=0)
+        contest = Contest(host[first], self.exact)
+        most = self._tiles(rows).classes if self._converted else self.weight.shape[0]
+        found = candidates(rows, self.weight, self.bias, floor, most)
+        for row, k in found:
+            contest.offer(row, k)
+        return self._ids_at(contest.at[back], features)
+
+    def _ids_at(self, at: npt.NDArray[np.int64], like: Array) -> Array:
+        xp = namespace(like)
+        return xp.take(self.classes, xp.asarray(at, device=device(like)), axis=0)
+
+    def _leaders(self, rows: Array) -> Leaders:
+        tiles = self._tiles(rows)
+        if self._runs_compiled(rows):
+            return sweep_compiled(rows, self.weight, self.bias, tiles.rows, tiles.classes)
+        return sweep_arrays(rows, self.weight, self.bias, tiles.classes)
+
+    def _runs_compiled(self, rows: Array) -> bool:
+        enough = self.weight.shape[0] > COMPILED_CLASSES
+        return is_numpy_array(rows) and (enough if self.compiled is None else self.compiled)
+
+    @property
+    def _converted(self) -> bool:
+        return bool(self.weight.dtype != self.dtype) or not in_memory(self.weight)
+
+    def _tiles(self, rows: Array) -> Tiling:
+        compiled = self._runs_compiled(rows)
+        itemsize = namespace(rows).finfo(self.dtype).bits // 8
+        tiles = Tiling.of(
+            rows.shape[0], rows.shape[1], itemsize, compiled=compiled, converted=self._converted
+        )
+        sweep = self.sweep_rows if compiled else self.tile_rows
+        return _override(tiles, sweep, self.tile_rows, self.tile_classes)
+
+    def _centred(self, features: Array) -> tuple[Array, Array, Array]:
+        """Give the rows for the products, their lengths, and which are too long for `dtype`.
+
+        Those are zeros; the float64 scores of every class decide them.
+        """
+        xp = namespace(features)
+        shape, place = tuple(features.shape), {"device": device(features)}
+        rows = xp.empty(shape, dtype=self.dtype, **place)
+        norms = xp.empty(shape[:1], dtype=xp.float64, **place)
+        limit = float(xp.finfo(self.dtype).max) / 16.0
+        # On a GPU few large steps are better, and a sweep has few rows.
+        at_a_time = _rows_at_a_time(shape[1]) if is_numpy_array(features) else max(shape[0], 1)
+        for part in row_blocks(shape[0], at_a_time):
+            centred = as_float64(features[part, :]) - self.origin
+            norms[part] = xp.sqrt(xp.sum(centred * centred, axis=1))
+            fits = norms[part] * max(self._reach, 1.0) <= limit
+            rows[part, :] = xp.astype(xp.where(fits[:, None], centred, 0.0), self.dtype)
+        wide = xp.isfinite(norms) & (norms * max(self._reach, 1.0) > limit)
+        return rows, norms, wide
+
+    def _error(self, norms: Array) -> Array:
+        """Bound how far scores of rows of lengths `norms` are from those of exact arithmetic."""
+        info = namespace(self.bias).finfo(self.dtype)
+        n, u, r = self.weight.shape[1] + 8, float(info.eps) / 2, self.operand_roundoff
+        # Tensor cores cut sums off instead of rounding them.
+        n_units = (2 * n if r else n) * u
+        relative = n_units / (1.0 - n_units) + 2.0 * r + r * r
+        offsets = (4.0 * u + n * FLOAT64_ROUNDOFF) * self._largest_bias + self.bias_error
+        underflow = n * float(info.smallest_normal)
+        return (relative * self._reach + underflow) * norms + (
+            offsets + underflow * (1.0 + self._reach)
+        )
+
+    @cached_property
+    def _reach(self) -> float:
+        """Length of the longest score vector."""
+        return longest_row(self.weight)
+
+    @cached_property
+    def _largest_bias(self) -> float:
+        xp = namespace(self.bias)
+        finite = xp.where(xp.isfinite(self.bias), self.bias, 0.0)
+        return scalar(xp.max(xp.abs(finite)))
+
+
+def _override(
+    tiles: Tiling, sweep_rows: int | None, tile_rows: int | None, tile_classes: int | None
+) -> Tiling:
+    return Tiling(
+        sweep_rows or tiles.sweep_rows, tile_rows or tiles.rows, tile_classes or tiles.classes
+    )
+
+
+def _rows_at_a_time(n_features: int) -> int:
+    return max(block_rows(n_features), 16)
+
+
+def in_memory(rows: Array) -> bool:
+    """Whether rows are an array, not a view or in a file."""
+    return hasattr(rows, "__dlpack__")
+
+
+def longest_row(rows: Array) -> float:
+    """Give the length of the longest row."""
+    xp = namespace(rows)
+    longest = xp.zeros((), dtype=xp.float64, device=device(rows))
+    for _, block in float64_blocks(rows):
+        longest = xp.maximum(longest, xp.max(xp.sum(block * block, axis=1)))
+    return math.sqrt(scalar(longest))
+
+
+# Rules: the nearest class mean and the linear classifier.
+
+
+@dataclass(frozen=True)
+class _NearnessScores:
+    """Minus the squared distance to class means."""
+
+    means: Array
+
+    def __call__(self, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        apart = rows - score_vectors(self.means, k)
+        scores: npt.NDArray[Any] = -np.sum(apart * apart, axis=1)
+        return scores
+
+
+@dataclass(frozen=True)
+class _LinearScores:
+    """Outputs of a linear classifier."""
+
+    weight: Array
+    bias: npt.NDArray[np.float64]
+
+    def __call__(self, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        products = rows * score_vectors(self.weight, k)
+        scores: npt.NDArray[Any] = np.sum(products, axis=1) + self.bias[k]
+        return scores
+
+
+def nearest_mean_rule(
+    means: Array, classes: Array | None = None, *, dtype: Any = None, **how: Any
+) -> Rule:
+    """Make the rule that chooses the nearest of the class means.
+
+    Parameters
+    ----------
+    means : array (C, D), StoredRows or a view of either
+        Class means. Of an array in memory a centred copy in `dtype` is held; what is in a file is
+        read tile by tile.
+    classes : array (C,) of int64, optional
+        Their class ids, ascending; 0..C-1 by default.
+    dtype : optional
+        Dtype of the products; float32 by default, which near-ties do not depend on.
+    **how
+        ``compiled``, ``tile_rows``, ``tile_classes``, ``sweep_rows``, ``operand_roundoff``: as
+        for `Rule`.
+    """
+    means = detached(means)
+    xp = namespace(means)
+    dtype = dtype or xp.float32
+    origin = mean_of_rows(means)
+    weight: Array = CentredRows(means, origin, dtype)
+    bias = xp.empty((means.shape[0],), dtype=xp.float64, device=device(means))
+    held = None
+    if not _in_file(means):
+        held = xp.empty(tuple(means.shape), dtype=dtype, device=device(means))
+    for part, block in float64_blocks(means):
+        centred = block - origin
+        bias[part] = -0.5 * xp.sum(centred * centred, axis=1)
+        if held is not None:
+            held[part, :] = xp.astype(centred, dtype)
+    return Rule(
+        weight=weight if held is None else held,
+        bias=bias,
+        origin=origin,
+        classes=_ids(means, classes),
+        exact=_NearnessScores(means),
+        dtype=dtype,
+        **how,
+    )
+
+
+def linear_rule(
+    weight: Array,
+    bias: Array | None = None,
+    origin: Array | None = None,
+    *,
+    dtype: Any = None,
+    **how: Any,
+) -> Rule:
+    """Make the rule of a linear classifier, ``argmax(W x + b)`` over all its rows.
+
+    Parameters
+    ----------
+    weight : array (K, D), StoredRows or a view of either
+        Classifier rows W. An array of `dtype` is used as it is; half precision and rows in a file
+        are converted tile by tile; of a wider array a copy in `dtype` is held.
+    bias : array (K,), optional
+        b; zeros by default.
+    origin : array (D,), optional
+        A point near the features, such as their mean, around which products run.
+    dtype : optional
+        Dtype of the products; float32 by default, which near-ties do not depend on.
+    **how
+        As for `nearest_mean_rule`.
+    """
+    weight, bias = detached(weight), detached(bias)
+    xp = namespace(weight)
+    n_classes, n_features = weight.shape
+    dtype, place = dtype or xp.float32, {"device": device(weight)}
+    if origin is None:
+        origin = xp.zeros((n_features,), dtype=xp.float64, **place)
+    origin = xp.asarray(origin, dtype=xp.float64, **place)
+    offsets = xp.zeros((n_classes,), dtype=xp.float64, **place)
+    if bias is not None:
+        offsets = offsets + as_float64(bias)
+    host_bias = to_numpy(offsets).copy()
+    for part, block in float64_blocks(weight):
+        offsets[part] = offsets[part] + xp.matmul(block, origin[:, None])[:, 0]
+    length = scalar(xp.sqrt(xp.sum(origin * origin)))
+    halves = in_memory(weight) and weight.dtype not in (xp.float32, xp.float64)
+    held = weight if halves or _in_file(weight) else xp.astype(weight[:, :], dtype, copy=False)
+    return Rule(
+        weight=held,
+        bias=offsets,
+        origin=origin,
+        classes=_ids(weight, None),
+        exact=_LinearScores(weight, host_bias),
+        dtype=dtype,
+        bias_error=(n_features + 8) * FLOAT64_ROUNDOFF * longest_row(weight) * length,
+        **how,
+    )
+
+
+def _in_file(rows: Array) -> bool:
+    while hasattr(rows, "rows"):
+        rows = rows.rows
+    return not in_memory(rows)
+
+
+def _ids(rows: Array, classes: Array | None) -> Array:
+    xp = namespace(rows)
+    if classes is None:
+        return xp.arange(rows.shape[0], dtype=xp.int64, device=device(rows))
+    return xp.asarray(classes, dtype=xp.int64, device=device(rows))
+
+
+# The nearest class mean by FAISS: its exact search, with the decisions of the built-in rule.
+
+
+# Neighbours asked for: as many are decided by float64 distances where they lie close.
+_NEIGHBOURS = 4
+
+
+@dataclass(frozen=True)
+class FaissRule(Rule):
+    """The rule of the nearest class mean, whose leaders an exact FAISS search finds.
+
+    Attributes
+    ----------
+    place : {"cpu", "cuda"}
+        Where FAISS searches.
+
+    Notes
+    -----
+    FAISS expands squared distances of float32 rows, ``|x|^2 + |w|^2 - 2 w . x``, so they err by at
+    most ``gamma_{D+8} (|x| + |w|)^2``, rounding of x and w included (see `Rule.decide`). Means
+    within twice that of the nearest are decided from float64 distances; a row whose last
+    neighbour still lies within it is decided by the built-in rule.
+    """
+
+    place: Literal["cpu", "cuda"] = "cpu"
+
+    @cached_property
+    def _built_in(self) -> Rule:
+        return Rule(**_fields_of(self))
+
+    @cached_property
+    def _faiss(self) -> Any:
+        return _import_faiss(self.place)
+
+    def _leaders(self, rows: Array) -> Leaders:
+        kept = min(_NEIGHBOURS, self.weight.shape[0])
+        if self.place == "cuda":
+            squares, at = self._search_gpu(rows, kept)
+        else:
+            squares, at = self._faiss.knn(rows, self.weight, kept)
+        return Leaders(-0.5 * squares, at)
+
+    def _search_gpu(self, rows: Array, kept: int) -> tuple[Array, Array]:
+        if is_numpy_array(rows):
+            found: tuple[Array, Array] = self._faiss.knn_gpu(
+                self._resources, rows, self.weight, kept
+            )
+            return found
+        # FAISS takes tensors of torch, which share the memory of CuPy's arrays.
+        torch = import_module("torch")
+        import_module("faiss.contrib.torch_utils")
+        tensors = (torch.from_dlpack(rows), torch.from_dlpack(self.weight))
+        squares, at = self._faiss.knn_gpu(self._resources, *tensors, kept)
+        torch.cuda.current_stream().synchronize()
+        xp = namespace(rows)
+        return xp.from_dlpack(squares), xp.from_dlpack(at)
+
+    @cached_property
+    def _resources(self) -> Any:
+        return self._faiss.StandardGpuResources()
+
+    def _error(self, norms: Array) -> Array:
+        info = np.finfo(np.float32)
+        n_units = (self.weight.shape[1] + 8) * float(info.eps) / 2
+        length = norms + self._reach
+        underflow = (self.weight.shape[1] + 8) * float(info.smallest_normal)
+        return 0.5 * (n_units / (1.0 - n_units)) * length * length + underflow * (1.0 + length)
+
+    def _decide_unlisted(self, features: Array, rows: Array, floor: Array) -> Array:
+        return self._built_in.decide(features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what FAISS holds, which stays in its process."""
+        return {k: v for k, v in vars(self).items() if k not in ("_faiss", "_resources")}
+
+
+def faiss_nearest_rule(
+    means: Array,
+    classes: Array | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    **how: Any,
+) -> FaissRule:
+    """Make the rule that chooses the nearest of the class means, by FAISS.
+
+    Parameters
+    ----------
+    means : array (C, D) or view
+        Class means; a centred float32 copy is held, of means in a file too.
+    classes : array (C,) of int64, optional
+        Their class ids, ascending; 0..C-1 by default.
+    device : {"cpu", "cuda"}, optional
+        Where FAISS searches. On the GPU, features and means are NumPy arrays, or CuPy arrays or
+        torch tensors of its memory, which need torch.
+    **how
+        ``sweep_rows``, the rows searched for at a time, and what `nearest_mean_rule` takes.
+
+    Raises
+    ------
+    UsageError
+        When FAISS is not installed, or not for the GPU.
+    """
+    _import_faiss(device)
+    if device == "cpu" and namespace(means) is not array_api_compat.numpy:
+        raise UsageError("class means that FAISS on the CPU cannot read", "NumPy arrays")
+    if is_cupy_array(means) or is_torch_array(means):
+        _import_torch()
+    rule = nearest_mean_rule(means, classes, dtype=namespace(means).float32, **how)
+    if isinstance(rule.weight, CentredRows):
+        rule = replace(rule, weight=_held(rule.weight))
+    return FaissRule(**_fields_of(rule), place=device)
+
+
+def _fields_of(rule: Rule) -> dict[str, Any]:
+    return {field.name: getattr(rule, field.name) for field in fields(Rule)}
+
+
+def _held(rows: CentredRows) -> Array:
+    held = np.empty(rows.shape, np.float32)
+    for part in row_blocks(rows.shape[0], block_rows(rows.shape[1])):
+        held[part] = rows[part]
+    return held
+
+
+def _import_faiss(device: str) -> Any:
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"FAISS on '{device}'", "cpu or cuda")
+    never_both = "never both in one environment"
+    try:
+        faiss = import_module("faiss")
+    except ImportError as error:
+        raise UsageError(
+            "FAISS is not installed",
+            "faiss for the nearest class mean by FAISS",
+            "install it with: pip install 'ncbatch[faiss]', or for a GPU: "
+            f"pip install faiss-gpu-cu12; {never_both}",
+        ) from error
+    if device == "cuda" and not hasattr(faiss, "StandardGpuResources"):
+        raise UsageError(
+            "FAISS is installed without its GPU part",
+            "faiss-gpu-cu12",
+            "install it with: pip uninstall faiss-cpu; pip install faiss-gpu-cu12; " + never_both,
+        )
+    return faiss
+
+
+def _import_torch() -> None:
+    try:
+        import_module("torch")
+    except ImportError as error:
+        raise UsageError(
+            "torch is not installed",
+            "torch, through which FAISS takes arrays on the GPU",
+            "install it with: pip install 'ncbatch[torch]'",
+        ) from error

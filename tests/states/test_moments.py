@@ -1,0 +1,218 @@
+"""Moments: equal to the oracle in every regime, and a lawful state."""
+
+import functools
+
+import numpy as np
+import pytest
+from array_api_compat import device
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ncbatch.arrays import namespace
+from ncbatch.errors import DataError
+from ncbatch.states import Moments, MomentsAccumulator, SeenMoments
+from tests.libraries import Library, each_library
+from tests.oracles import class_moments
+from tests.strategies import REGIMES, Features, feature_sets, partitions
+
+
+def assert_equal_to_oracle(state: Moments, data: Features, rtol: float = 1e-9) -> None:
+    oracle = class_moments(data.X, data.y, data.n_classes)
+    seen = oracle.counts > 0
+    spread = np.sqrt(oracle.variances[seen].max())
+    np.testing.assert_array_equal(state.counts, oracle.counts)
+    np.testing.assert_allclose(
+        state.means[seen], oracle.means[seen], rtol=1e-13, atol=1e-9 * spread
+    )
+    np.testing.assert_allclose(
+        state.variances[seen], oracle.variances[seen], rtol=rtol, atol=rtol * spread**2
+    )
+    scale = np.abs(oracle.within).max()
+    np.testing.assert_allclose(state.within_covariance, oracle.within, rtol=rtol, atol=rtol * scale)
+
+
+def on_host(state: Moments, library: Library) -> Moments:
+    return Moments(
+        *(library.host(v) for v in (state.counts, state.means, state.traces, state.scatter))
+    )
+
+
+def assert_same(a: Moments, b: Moments, rtol: float = 1e-9) -> None:
+    scale = max(np.abs(b.scatter).max(), np.abs(b.means).max() * 1e-12)
+    np.testing.assert_array_equal(a.counts, b.counts)
+    np.testing.assert_allclose(a.means, b.means, rtol=1e-12, atol=1e-12 * np.abs(b.means).max())
+    np.testing.assert_allclose(a.traces, b.traces, rtol=rtol, atol=rtol * scale)
+    np.testing.assert_allclose(a.scatter, b.scatter, rtol=rtol, atol=rtol * scale)
+
+
+def merged(data: Features, cuts: list[int]) -> Moments:
+    parts = zip(np.split(data.X, cuts), np.split(data.y, cuts), strict=True)
+    states = [Moments.from_block(X, y, data.n_classes) for X, y in parts]
+    return functools.reduce(Moments.merge, states)
+
+
+def streamed(data: Features, cuts: list[int], precision: str = "exact") -> Moments:
+    accumulator = MomentsAccumulator(
+        data.n_classes, data.X.shape[1], like=data.X, precision=precision
+    )
+    for X, y in zip(np.split(data.X, cuts), np.split(data.y, cuts), strict=True):
+        accumulator.add(X[y >= 0], y[y >= 0])
+    return accumulator.finish()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("way", [merged, streamed])
+def test_every_regime_equals_the_oracle(regime: str, way):
+    data = REGIMES[regime](0)
+    n = len(data.y)
+    for cuts in ([], [1, n // 3, n // 2], list(range(10, n, 10))):
+        assert_equal_to_oracle(way(data, cuts), data)
+
+
+@given(st.data())
+def test_any_partition_gives_the_same_state(data):
+    features = data.draw(feature_sets())
+    cuts = data.draw(partitions(len(features.y)))
+    whole = Moments.from_block(features.X, features.y, features.n_classes)
+    assert_equal_to_oracle(whole, features, rtol=1e-7)
+    assert_same(merged(features, cuts), whole, rtol=1e-7)
+    assert_same(streamed(features, cuts), whole, rtol=1e-7)
+
+
+@each_library
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_library_gives_the_same_state(library: Library, dtype: str):
+    data = REGIMES["zipf"](1)
+    X = data.X.astype(dtype)
+    half = len(X) // 2
+    parts = [
+        Moments.from_block(library.put(X[part]), library.put(data.y[part]), data.n_classes)
+        for part in (slice(half), slice(half, None))
+    ]
+    state = on_host(parts[0].merge(parts[1]), library)
+    assert_equal_to_oracle(state, Features(X, data.y, data.n_classes))
+
+
+def test_zero_is_neutral_and_operands_stay():
+    data = REGIMES["offset"](2)
+    state = Moments.from_block(data.X, data.y, data.n_classes)
+    before = [np.copy(v) for v in (state.counts, state.means, state.traces, state.scatter)]
+    zero = Moments.zero(data.n_classes, data.X.shape[1])
+    for result in (state.merge(zero), zero.merge(state)):
+        for name in ("counts", "means", "traces", "scatter"):
+            np.testing.assert_array_equal(getattr(result, name), getattr(state, name))
+    state.merge(state)
+    for value, old in zip(
+        (state.counts, state.means, state.traces, state.scatter), before, strict=True
+    ):
+        np.testing.assert_array_equal(value, old)
+
+
+@each_library
+def test_zero_takes_library_and_device(library: Library):
+    X = library.put(np.ones((2, 3)))
+    zero = Moments.zero(4, 3, xp=namespace(X), device=device(X))
+    state = zero.merge(Moments.from_block(X, library.put(np.array([0, 2])), 4))
+    assert library.host(state.counts).tolist() == [1, 0, 1, 0]
+
+
+def test_fp32_keeps_traces_to_1e_6_in_every_regime():
+    for name, make in REGIMES.items():
+        data = make(3)
+        cuts = list(range(50, len(data.y), 50))
+        exact, fast = streamed(data, cuts), streamed(data, cuts, "fp32")
+        total = exact.traces.sum()
+        assert abs(fast.traces.sum() - total) <= 1e-6 * total, name
+        assert abs(np.trace(fast.scatter) - np.trace(exact.scatter)) <= 1e-6 * total, name
+
+
+def test_singletons_have_no_variance_at_all():
+    data = REGIMES["singletons"](0)
+    state = streamed(data, list(range(7, len(data.y), 7)))
+    assert np.all(state.traces[state.counts == 1] == 0.0)
+
+
+def test_without_scatter_everything_else_is_equal():
+    data = REGIMES["zipf"](0)
+    with_, without = (
+        Moments.from_block(data.X, data.y, data.n_classes, scatter=s) for s in (True, False)
+    )
+    np.testing.assert_array_equal(with_.means, without.means)
+    np.testing.assert_array_equal(with_.traces, without.traces)
+    with pytest.raises(DataError, match="no scatter"):
+        without.within_covariance  # noqa: B018
+    with pytest.raises(DataError, match="merged"):
+        with_.merge(without)
+
+
+def test_select_refuses_the_scatter_of_a_subset():
+    data = REGIMES["k_less_d"](0)
+    state = Moments.from_block(data.X, data.y, data.n_classes + 1)
+    kept = np.arange(data.n_classes)
+    np.testing.assert_array_equal(state.select(kept).scatter, state.scatter)
+    with pytest.raises(DataError, match="when the features are read"):
+        state.select(kept[1:])
+    plain = Moments.from_block(data.X, data.y, data.n_classes, scatter=False)
+    np.testing.assert_array_equal(plain.select(kept[1:]).means, plain.means[1:])
+
+
+def accumulated(X, y, n_classes: int, scatter: bool = True) -> MomentsAccumulator:
+    accumulator = MomentsAccumulator(n_classes, X.shape[1], like=X, scatter=scatter)
+    half = y.shape[0] // 2
+    for part in (slice(half), slice(half, None)):
+        accumulator.add(X[part, :], y[part])
+    return accumulator
+
+
+@each_library
+@pytest.mark.parametrize("scatter", [True, False])
+@pytest.mark.parametrize("classes", [[], [3], [0, 2, 7, 8], [1, 2, 4, 5, 6, 9], range(10)])
+def test_finishing_the_classes_seen_leaves_out_the_others(library: Library, scatter, classes):
+    rng = np.random.default_rng(0)
+    y = rng.choice(np.array(classes, np.int64), 100 if classes else 0)
+    X = 50.0 + y[:, None] + rng.normal(size=(len(y), 3))
+    with pytest.MonkeyPatch.context() as patch:  # row by row, as if there were many classes
+        patch.setattr(
+            "ncbatch.states.moments_fold.row_blocks", lambda n: (slice(i, i + 1) for i in range(n))
+        )
+        ids, state = accumulated(library.put(X), library.put(y), 10, scatter).finish_seen()
+    assert library.host(ids).tolist() == list(classes)
+    assert (state.scatter is None) is not scatter
+    want = SeenMoments.of(accumulated(X, y, 10, scatter).finish()).moments
+    for name in ("counts", "means", "traces", "scatter")[: 4 if scatter else 3]:
+        np.testing.assert_allclose(
+            library.host(getattr(state, name)), getattr(want, name), rtol=1e-12, atol=1e-9
+        )
+
+
+def test_save_and_load_round_trip(tmp_path):
+    data = REGIMES["zipf"](0)
+    for scatter in (True, False):
+        state = Moments.from_block(data.X, data.y, data.n_classes, scatter=scatter)
+        state.save(tmp_path / "state.moments")
+        again = Moments.load(tmp_path / "state.moments")
+        assert (again.scatter is None) is not scatter
+        np.testing.assert_array_equal(again.means, state.means)
+        np.testing.assert_array_equal(again.counts, state.counts)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.moments"]
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    with pytest.raises(DataError, match="holds no moments"):
+        Moments.load(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "said"),
+    [
+        (np.ones((3, 2)), np.array([0, 1, 5]), "label 5 in row 2"),
+        (np.ones((3, 2)), np.array([0, 1]), "features \\(3, 2\\) with labels \\(2,\\)"),
+        (np.ones(3), np.array([0, 1, 1]), "features \\(3,\\)"),
+    ],
+)
+def test_bad_blocks_are_refused(X, y, said):
+    with pytest.raises(DataError, match=said):
+        Moments.from_block(X, y, 3)
+
+
+def test_different_shapes_do_not_merge():
+    with pytest.raises(DataError, match="cannot be merged"):
+        Moments.zero(3, 2).merge(Moments.zero(4, 2))
