@@ -9,24 +9,30 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ncbatch.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from ncbatch.errors import NcbatchError
-    from ncbatch.ingest import dump, dump_language_model, finalize
+    from ncbatch.ingest.language.dumps import dump_language_model
+    from ncbatch.ingest.model.dumps import dump
+    from ncbatch.ingest.model.ranks import finalize
     from ncbatch.measurement.run import measure, plan
     from ncbatch.results.files import load_results, save_results
-    from ncbatch.states import Decisions, Moments, PairStats
-    from ncbatch.store import FeatureStore
+    from ncbatch.states.decisions import Decisions
+    from ncbatch.states.moments import Moments
+    from ncbatch.states.pairs.stats import PairStats
+    from ncbatch.store.feature_store import FeatureStore
 
 
 _HOMES = {
-    "Decisions": "ncbatch.states",
-    "FeatureStore": "ncbatch.store",
-    "Moments": "ncbatch.states",
+    "Decisions": "ncbatch.states.decisions",
+    "FeatureStore": "ncbatch.store.feature_store",
+    "Moments": "ncbatch.states.moments",
     "NcbatchError": "ncbatch.errors",
-    "PairStats": "ncbatch.states",
-    "dump": "ncbatch.ingest",
-    "dump_language_model": "ncbatch.ingest",
-    "finalize": "ncbatch.ingest",
+    "PairStats": "ncbatch.states.pairs.stats",
+    "dump": "ncbatch.ingest.model.dumps",
+    "dump_language_model": "ncbatch.ingest.language.dumps",
+    "finalize": "ncbatch.ingest.model.ranks",
     "load_results": "ncbatch.results.files",
     "measure": "ncbatch.measurement.run",
     "metrics": "ncbatch",

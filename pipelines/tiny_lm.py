@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import ncbatch as nc
-from ncbatch.ingest.language import TokenBatch, open_corpus
+from ncbatch.ingest.language.corpus import TokenBatch, open_corpus
 from ncbatch.results.tables import notes
 
 ROUNDS = 3  # of timing

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 
 
 @dataclass(frozen=True)

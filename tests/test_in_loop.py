@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.states import MomentsAccumulator, linear_rule, nearest_mean_rule
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.rules import linear_rule, nearest_mean_rule
 
 torch = pytest.importorskip("torch")
 

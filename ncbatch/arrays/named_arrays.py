@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, StoredRows, to_numpy
+from ncbatch.arrays.namespace import Array, to_numpy
+from ncbatch.arrays.rows import StoredRows
 from ncbatch.errors import DataError
 
 # Packing states into named arrays and back, without pickles.

@@ -114,7 +114,7 @@ def _measuring(command: Any) -> Any:
 
 
 def _arguments(metrics: str | None, classes: str | None, layers: tuple[str, ...]) -> dict[str, Any]:
-    from ncbatch.ingest import read_classes
+    from ncbatch.ingest.files.imports import read_classes
 
     return {
         "layers": layers or None,

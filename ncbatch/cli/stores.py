@@ -110,7 +110,7 @@ def dump(
     text files, .jsonl files, or folders of the datasets library. The classes are the
     vocabulary; the head becomes the classifier of what it sees.
     """
-    from ncbatch.ingest import dump_language_model
+    from ncbatch.ingest.language.dumps import dump_language_model
     from ncbatch.results.tables import ProgressBar, info_tables
 
     store = dump_language_model(
@@ -183,7 +183,7 @@ def import_(**arguments: Any) -> None:
 
     docs/import.md shows every format and shape.
     """  # noqa: D301  (click's own mark for lines that stay as they are)
-    from ncbatch.ingest import import_features
+    from ncbatch.ingest.files.imports import import_features
     from ncbatch.results.tables import ProgressBar
 
     arguments["path"] = arguments.pop("store")
@@ -223,7 +223,7 @@ def import_(**arguments: Any) -> None:
 )
 def classifier(store: str, layer: str, weight: str, bias: str | None, rows: int | None) -> None:
     """Store the linear classifier that reads a layer."""
-    from ncbatch.ingest import import_classifier
+    from ncbatch.ingest.files.imports import import_classifier
 
     shape = import_classifier(store, layer, weight, bias, rows)
     click.echo(f"classifier of {shape[0]:,} classes and {shape[1]:,} features stored for {layer}")
@@ -237,7 +237,7 @@ def finalize(store: str, split: str) -> None:
 
     Their rows are completed, and the moments that they folded are merged.
     """
-    from ncbatch.ingest import finalize as complete
+    from ncbatch.ingest.model.ranks import finalize as complete
 
     done = complete(store, split)
     if split in done.splits:
@@ -253,7 +253,7 @@ def finalize(store: str, split: str) -> None:
 @click.option("--split", required=True, help="Split to delete, with all its layers and states.")
 def delete(store: str, split: str) -> None:
     """Delete a split of STORE, complete or not, so that it can be written anew."""
-    from ncbatch.store import FeatureStore
+    from ncbatch.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(store)
     known = list(dict.fromkeys([*opened.splits, *opened.state_splits]))
@@ -269,7 +269,7 @@ def delete(store: str, split: str) -> None:
 @click.option("--step", type=click.IntRange(min=0), help="Its training step.")
 def describe(store: str, model: str | None, step: int | None) -> None:
     """Record in STORE which model and step its features are of; what is given replaces the old."""
-    from ncbatch.store import FeatureStore
+    from ncbatch.store.feature_store import FeatureStore
 
     if model is None and step is None:
         raise UsageError("nothing to record", "--model NAME, --step N or both")
@@ -285,7 +285,7 @@ def describe(store: str, model: str | None, step: int | None) -> None:
 def info(store: str) -> None:
     """Show what is in STORE: splits, layers, sizes, classifiers."""
     from ncbatch.results.tables import info_tables
-    from ncbatch.store import FeatureStore
+    from ncbatch.store.feature_store import FeatureStore
 
     show(open_console(), info_tables(FeatureStore.open(store)))
 
@@ -294,7 +294,7 @@ def info(store: str) -> None:
 @click.argument("store", type=click.Path())
 def validate(store: str) -> None:
     """Read everything in STORE and name every bad chunk; exit code 1 if there is any."""
-    from ncbatch.store import FeatureStore
+    from ncbatch.store.feature_store import FeatureStore
 
     opened = FeatureStore.open(store)
     faults = opened.validate()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ncbatch.arrays import thread_limit
 from ncbatch.arrays.named_arrays import pack, unpack
+from ncbatch.arrays.threads import thread_limit
 from ncbatch.engine.cluster import task_slots, task_threads
 from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep
 from ncbatch.engine.loop import load_state, say_changes

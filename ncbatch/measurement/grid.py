@@ -11,24 +11,17 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ncbatch.engine import (
-    Job,
-    Plan,
-    Price,
-    Progress,
-    Sweep,
-    format_bytes,
-    memory_budget,
-    resident_bytes,
-    run_jobs,
-)
+from ncbatch.engine.jobs import Job, Price, Progress, Sweep
+from ncbatch.engine.loop import run_jobs
+from ncbatch.engine.plans import Plan, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, DataError, OutputError, UsageError
 from ncbatch.measurement.passes import MomentsPass
 from ncbatch.measurement.samples import RowSource, Selection, count_labels, select_classes
-from ncbatch.metrics import Statistics
+from ncbatch.metrics.statistics import Statistics
 from ncbatch.results.files import check_output
-from ncbatch.states import MomentsAccumulator, PairTiles
-from ncbatch.store import FeatureStore
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.pairs.sweep import PairTiles
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.version import __version__
 
 KINDS = ("cosine", "distance", "log", "riesz", "cdnv", "interference")

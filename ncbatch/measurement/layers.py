@@ -11,8 +11,10 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, StoredRows, find_device
-from ncbatch.engine import About
+from ncbatch.arrays.devices import find_device
+from ncbatch.arrays.namespace import Array
+from ncbatch.arrays.rows import StoredRows
+from ncbatch.engine.kept import About
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.measurement.options import Options
 from ncbatch.measurement.samples import (
@@ -23,8 +25,10 @@ from ncbatch.measurement.samples import (
     count_labels,
     select_classes,
 )
-from ncbatch.metrics import CATALOGUE, Metric, find_metrics
-from ncbatch.store import FeatureStore, Split
+from ncbatch.metrics.catalogue import CATALOGUE, find_metrics
+from ncbatch.metrics.metric import Metric
+from ncbatch.store.feature_store import FeatureStore
+from ncbatch.store.split import Split
 
 AnySplit: TypeAlias = Split | SummedSplit
 

@@ -11,21 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, Device, find_device, to_numpy
-from ncbatch.engine import Arrays, Item, pack, unpack
+from ncbatch.arrays.devices import Device, find_device
+from ncbatch.arrays.named_arrays import Arrays, pack, unpack
+from ncbatch.arrays.namespace import Array, to_numpy
+from ncbatch.engine.jobs import Item
 from ncbatch.measurement.samples import Block, DecisionsRead, MomentsRead, RowSource, to_file
-from ncbatch.states import (
-    Decisions,
-    DirectionalVariance,
-    Moments,
-    MomentsAccumulator,
-    PairStats,
-    PairTiles,
-    Rule,
-    SeenMoments,
-    null_labels,
-)
-from ncbatch.states.moments import Precision
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.directional import DirectionalVariance
+from ncbatch.states.moments import Moments, MomentsAccumulator, Precision, SeenMoments
+from ncbatch.states.null import null_labels
+from ncbatch.states.pairs.stats import PairStats
+from ncbatch.states.pairs.sweep import PairTiles
+from ncbatch.states.rules import Rule
 
 
 @dataclass(frozen=True)

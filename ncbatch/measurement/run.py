@@ -15,24 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import xarray as xr
 
-from ncbatch.arrays import find_device
-from ncbatch.engine import (
-    About,
-    Kept,
-    Plan,
-    Progress,
-    check_budget,
-    format_bytes,
-    memory_budget,
-    resident_bytes,
-    run_jobs,
-)
+from ncbatch.arrays.devices import find_device
+from ncbatch.engine.jobs import Progress
+from ncbatch.engine.kept import About, Kept
+from ncbatch.engine.loop import run_jobs
+from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, UsageError
 from ncbatch.measurement.layers import StoreLike, choose_tasks, open_stores, wanted_metrics
 from ncbatch.measurement.options import Options, _check_device, _class_ids, conventions
 from ncbatch.measurement.steps import LayerTask, Mode, choose_mode, prices
 from ncbatch.measurement.update import At, Saved, absolute
-from ncbatch.metrics import CATALOGUE, Metric
+from ncbatch.metrics.catalogue import CATALOGUE
+from ncbatch.metrics.metric import Metric
 from ncbatch.results.dataset import (
     Cell,
     StoreNotes,

@@ -15,13 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ncbatch.arrays import StackedRows, StoredRows, first_nonfinite_row, read_ahead, row_blocks
-from ncbatch.engine import Item, cut
+from ncbatch.arrays.namespace import first_nonfinite_row
+from ncbatch.arrays.rows import StackedRows, StoredRows, row_blocks
+from ncbatch.arrays.threads import read_ahead
+from ncbatch.engine.jobs import Item, cut
 from ncbatch.errors import DataError
-from ncbatch.states import Decisions, Moments, SeenMoments
-from ncbatch.store import FeatureStore, LayerSpec, Split
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import Moments, SeenMoments
 from ncbatch.store.chunks import read_rows
-from ncbatch.store.format import natural_key
+from ncbatch.store.feature_store import FeatureStore
+from ncbatch.store.format import LayerSpec, natural_key
+from ncbatch.store.split import Split
 from ncbatch.store.states import check_arrays, unmerged_layers
 
 # Reads: what a read of a layer gives, and how class blocks of one are joined.

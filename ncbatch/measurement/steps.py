@@ -11,23 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import StoredRows
-from ncbatch.engine import About, Call, Item, Job, Price, Step, Sweep, cut
+from ncbatch.arrays.rows import StoredRows
+from ncbatch.engine.jobs import Call, Item, Job, Price, Step, Sweep, cut
+from ncbatch.engine.kept import About
 from ncbatch.measurement.layers import AnySplit, Layer, device_put
 from ncbatch.measurement.passes import DecisionsPass, DirectionalPass, MomentsPass, PairPass
 from ncbatch.measurement.samples import RowSource, SummedSplit, count_labels, joined, select_classes
 from ncbatch.measurement.values import Measured, cell_of, measured_of
-from ncbatch.metrics import Statistics
-from ncbatch.states import (
-    DirectionalVariance,
-    MomentsAccumulator,
-    PairTiles,
-    Rule,
-    faiss_nearest_rule,
-    linear_rule,
-    nearest_mean_rule,
-)
-from ncbatch.store import Split
+from ncbatch.metrics.statistics import Statistics
+from ncbatch.states.directional import DirectionalVariance
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.pairs.sweep import PairTiles
+from ncbatch.states.rules import Rule, faiss_nearest_rule, linear_rule, nearest_mean_rule
+from ncbatch.store.split import Split
 
 # What measuring a layer costs: pure integers, from shapes and options alone.
 

@@ -15,7 +15,7 @@ from ncbatch.measurement.layers import store_names
 from ncbatch.measurement.steps import LayerTask
 from ncbatch.results.dataset import KIND, Cell, StoreNotes, cells_of, merged, metric_names, notes_in
 from ncbatch.results.files import load_results
-from ncbatch.store import FeatureStore
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.version import __version__
 
 At: TypeAlias = tuple[str, str]

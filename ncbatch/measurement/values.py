@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import ChosenRows, StoredRows, mean_of_rows
+from ncbatch.arrays.rows import ChosenRows, StoredRows, mean_of_rows
 from ncbatch.measurement.layers import Layer, check_classes, device_put
 from ncbatch.measurement.samples import DECISIONS, DecisionsRead, MomentsRead, SummedSplit
-from ncbatch.metrics import ClassView, Statistics, Undefined
+from ncbatch.metrics.by_class import ClassView
+from ncbatch.metrics.statistics import Statistics, Undefined
 from ncbatch.results.dataset import Cell
-from ncbatch.states import DirectionalVariance, Moments, PairStats, SeenMoments, null_scatter
+from ncbatch.states.directional import DirectionalVariance
+from ncbatch.states.moments import Moments, SeenMoments
+from ncbatch.states.null import null_scatter
+from ncbatch.states.pairs.stats import PairStats
 
 # The unit of rounding of the products, and the relative error that they promise traces.
 _ROUNDING = {"fp32": 6e-8, "tf32": 5e-4}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.metrics.nc1 import nearest_cdnv
 from ncbatch.metrics.statistics import Statistics
 

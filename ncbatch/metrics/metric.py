@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ncbatch.arrays import Array, namespace, scalar
+from ncbatch.arrays.namespace import Array, namespace, scalar
 from ncbatch.metrics.statistics import Statistics, Undefined
 from ncbatch.states.pairs.stats import Tally
 

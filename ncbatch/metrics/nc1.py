@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ncbatch.arrays import Array, as_float64, float64_blocks, namespace, scalar, take_rows, to_numpy
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays.rows import float64_blocks, take_rows
 from ncbatch.metrics import yardsticks
 from ncbatch.metrics.metric import (
     GALANTI,

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ncbatch.arrays import Array, namespace, to_numpy
+from ncbatch.arrays.namespace import Array, namespace, to_numpy
 from ncbatch.metrics import yardsticks
 from ncbatch.metrics.metric import (
     KOTHAPALLI,

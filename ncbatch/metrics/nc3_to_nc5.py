@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ncbatch.arrays import namespace, scalar
+from ncbatch.arrays.namespace import namespace, scalar
 from ncbatch.metrics import yardsticks
 from ncbatch.metrics.metric import (
     AMMAR,

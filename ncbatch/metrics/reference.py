@@ -7,17 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from array_api_compat import device
 
-from ncbatch.arrays import (
-    Array,
-    CentredRows,
-    as_float64,
-    block_rows,
-    mean_of_rows,
-    namespace,
-    row_blocks,
-    scalar,
-    take_rows,
-)
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
+from ncbatch.arrays.rows import CentredRows, block_rows, mean_of_rows, row_blocks, take_rows
 from ncbatch.errors import UsageError
 from ncbatch.metrics.spectrum import between_class_spectrum
 from ncbatch.metrics.structure import square_norms, structure_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ncbatch.arrays import Array, namespace, scalar
+from ncbatch.arrays.namespace import Array, namespace, scalar
 from ncbatch.metrics import yardsticks
 from ncbatch.metrics.metric import Metric, reads
 from ncbatch.metrics.statistics import Statistics, Undefined

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ncbatch.arrays import Array, namespace, product_rows, scalar, triangular_factor
+from ncbatch.arrays.namespace import Array, namespace, scalar
+from ncbatch.arrays.rows import product_rows, triangular_factor
 
 # The default of numpy.linalg.pinv and torch.linalg.pinv for a D x D matrix, per unit of D.
 _RELATIVE_FLOOR = 2.220446049250313e-16

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from ncbatch.arrays import (
-    Array,
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
+from ncbatch.arrays.rows import (
     CentredRows,
     ChosenRows,
-    as_float64,
     float64_blocks,
     mean_of_rows,
-    namespace,
     product_rows,
-    scalar,
     take_rows,
 )
 from ncbatch.metrics.reference import directions

@@ -7,15 +7,12 @@ from collections.abc import Iterator
 
 from array_api_compat import device
 
-from ncbatch.arrays import (
-    Array,
-    as_float64,
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
+from ncbatch.arrays.rows import (
     block_rows,
     float64_blocks,
-    namespace,
     product_rows,
     row_blocks,
-    scalar,
     symmetric_product,
     take_rows,
 )

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, betaln, gammaln, hyp2f1, polygamma
 
-from ncbatch.arrays import namespace, scalar
+from ncbatch.arrays.namespace import namespace, scalar
 from ncbatch.metrics.statistics import Statistics, Undefined
 
 # The angle between two centred class means when all class means are drawn at random.

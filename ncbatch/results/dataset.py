@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from ncbatch.metrics import Metric
-from ncbatch.store import FeatureStore
+from ncbatch.metrics.metric import Metric
+from ncbatch.store.feature_store import FeatureStore
 
 # Sweeps: what is known of the stores and layers of a run, and the depth at which collapse sets in.
 

@@ -16,9 +16,10 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from ncbatch.metrics import CATALOGUE, Metric
+from ncbatch.metrics.catalogue import CATALOGUE
+from ncbatch.metrics.metric import Metric
 from ncbatch.results.dataset import YARDSTICKS, metric_names, named_layers
-from ncbatch.store import FeatureStore
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.states import PART, RUNNING
 
 # Tables that compare stores: checkpoints and models side by side, a metric at a time.

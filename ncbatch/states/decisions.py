@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import device, is_numpy_array
 
-from ncbatch.arrays import Array, Segments, namespace, segment_sum, to_numpy
 from ncbatch.arrays.named_arrays import NamedArrays
+from ncbatch.arrays.namespace import Array, namespace, to_numpy
+from ncbatch.arrays.segments import Segments, segment_sum
 from ncbatch.errors import DataError, UsageError
 from ncbatch.states.moments import check_block
 from ncbatch.states.rules import Rule

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from ncbatch.arrays import Array, Segments, add_at, as_float64, namespace, row_blocks, segment_sum
+from ncbatch.arrays.namespace import Array, as_float64, namespace
+from ncbatch.arrays.rows import row_blocks
+from ncbatch.arrays.segments import Segments, add_at, segment_sum
 from ncbatch.errors import DataError
 from ncbatch.states.pairs.means import PairMeans
 

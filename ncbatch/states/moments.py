@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import device, is_numpy_array, is_torch_array
 
-from ncbatch.arrays import Array, as_float64, namespace, row_blocks, symmetric_product, to_numpy
 from ncbatch.arrays.named_arrays import NamedArrays
+from ncbatch.arrays.namespace import Array, as_float64, namespace, to_numpy
+from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.errors import DataError
 from ncbatch.states.moments_fold import Folding, Scratch, merge_rows
 

@@ -8,16 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import is_numpy_array
 
-from ncbatch.arrays import (
-    Array,
-    Segments,
-    add_at,
-    as_float64,
-    namespace,
-    row_blocks,
-    segment_sum,
-    symmetric_product,
-)
+from ncbatch.arrays.namespace import Array, as_float64, namespace
+from ncbatch.arrays.rows import row_blocks, symmetric_product
+from ncbatch.arrays.segments import Segments, add_at, segment_sum
 
 # Scratch: memory that folds use one after another, so that each need not have its own.
 

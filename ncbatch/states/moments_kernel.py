@@ -17,7 +17,8 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from ncbatch.arrays import cpu_count, map_threads, row_blocks, symmetric_product
+from ncbatch.arrays.rows import row_blocks, symmetric_product
+from ncbatch.arrays.threads import cpu_count, map_threads
 from ncbatch.errors import DataError
 from ncbatch.states.moments import Moments
 from ncbatch.states.moments_fold import Scratch

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import as_float64, namespace, row_blocks, symmetric_product
+from ncbatch.arrays.namespace import as_float64, namespace
+from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.errors import DataError
 from ncbatch.states.moments import Moments
 

@@ -17,22 +17,16 @@ import numpy.typing as npt
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 from numba import njit
 
-from ncbatch.arrays import (
-    Array,
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays.rows import (
     CentredRows,
-    as_float64,
     block_rows,
-    cpu_count,
     float64_blocks,
-    map_threads,
-    max_pending,
     mean_of_rows,
-    namespace,
     row_blocks,
-    scalar,
     take_rows,
-    to_numpy,
 )
+from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 from ncbatch.errors import UsageError
 from ncbatch.states.moments import detached
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy.typing as npt
 import zarr
 
-from ncbatch.arrays import Array, to_numpy
+from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import (
     checksums,

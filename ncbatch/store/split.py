@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ncbatch.arrays import cuda_chunk, cuda_meta
+from ncbatch.arrays.devices import cuda_chunk, cuda_meta
 from ncbatch.errors import StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import (
     checksums,

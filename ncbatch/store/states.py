@@ -18,7 +18,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
-from ncbatch.arrays import Array, to_numpy
+from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import CorruptionError, DataError
 from ncbatch.store.chunks import (
     checksums,

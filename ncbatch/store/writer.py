@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ncbatch.arrays import Array, to_numpy
+from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import (
     create_feature,

@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ncbatch.arrays import devices, find_device, to_numpy
+from ncbatch.arrays import devices
 from ncbatch.arrays import devices as staging
 from ncbatch.arrays import segments as cuda_kernels
-from ncbatch.arrays.devices import CudaDevice, HostDevice, staged_copies, widened
+from ncbatch.arrays.devices import CudaDevice, HostDevice, find_device, staged_copies, widened
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.arrays.segments import cuda_segment_sum, piece_table
 from ncbatch.errors import UsageError
 from tests.arrays.fake_cupy import FakeArray, FakeStream, HostKernel, install_fake_cupy

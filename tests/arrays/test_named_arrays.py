@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ncbatch.arrays import Array, StoredRows
-from ncbatch.engine import pack, unpack
-from ncbatch.states import Decisions, Moments, PairStats, sweep_pairs
+from ncbatch.arrays.named_arrays import pack, unpack
+from ncbatch.arrays.namespace import Array
+from ncbatch.arrays.rows import StoredRows
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import Moments
+from ncbatch.states.pairs.stats import PairStats
+from ncbatch.states.pairs.sweep import sweep_pairs
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ncbatch.arrays import first_nonfinite_row
+from ncbatch.arrays.namespace import first_nonfinite_row
 from tests.strategies import DTYPES
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ncbatch.arrays import first_nonfinite_row, row_blocks, symmetric_product, triangular_factor
+from ncbatch.arrays.namespace import first_nonfinite_row
+from ncbatch.arrays.rows import row_blocks, symmetric_product, triangular_factor
 from tests.libraries import Library, each_library
 
 

@@ -6,14 +6,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ncbatch.arrays import (
+from ncbatch.arrays.namespace import namespace
+from ncbatch.arrays.rows import (
     CentredRows,
     ChosenRows,
     StoredRows,
     block_rows,
     float64_blocks,
     mean_of_rows,
-    namespace,
     product_rows,
     take_rows,
 )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncbatch.arrays import Segments, add_at, segment_sum
+from ncbatch.arrays.segments import Segments, add_at, segment_sum
 from tests.libraries import Library, each_library
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from threadpoolctl import threadpool_info
 
-from ncbatch.arrays import cpu_count, map_threads, read_ahead, thread_limit
+from ncbatch.arrays.threads import cpu_count, map_threads, read_ahead, thread_limit
 
 
 def test_blocks_come_in_order_from_another_thread():

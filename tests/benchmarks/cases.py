@@ -12,13 +12,9 @@ import numpy as np
 import ncbatch as nc
 from ncbatch.engine import jobs as run
 from ncbatch.measurement.passes import MomentsPass
-from ncbatch.states import (
-    Decisions,
-    MomentsAccumulator,
-    faiss_nearest_rule,
-    linear_rule,
-    nearest_mean_rule,
-)
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.rules import faiss_nearest_rule, linear_rule, nearest_mean_rule
 from tests.benchmarks.case import Aim, Case, MissingError, Sample, Shape
 from tests.benchmarks.data import (
     FULL,

@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 import ncbatch as nc
-from ncbatch.arrays import Device, find_device
-from ncbatch.states import Decisions, MomentsAccumulator, PairTiles, linear_rule, nearest_mean_rule
+from ncbatch.arrays.devices import Device, find_device
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.pairs.sweep import PairTiles
+from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from tests.benchmarks.case import Aim, Case, MissingError, Sample, Shape
 from tests.benchmarks.measuring import measured, timed
 

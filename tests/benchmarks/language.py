@@ -85,7 +85,7 @@ def _bare_pass(model: Any, tokenizer: Any, text: Path) -> float:
     """Time the forward passes alone, over the batches that the dump makes."""
     import torch
 
-    from ncbatch.ingest.language import open_corpus
+    from ncbatch.ingest.language.corpus import open_corpus
 
     batches = open_corpus(text, tokenizer, context=_CONTEXT).batches(_BATCH)
     inputs = [

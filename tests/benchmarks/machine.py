@@ -37,7 +37,7 @@ def about() -> dict[str, Any]:
 def gpu_name() -> str | None:
     """Give the name of the GPU; None without one that CuPy can use."""
     import ncbatch as nc
-    from ncbatch.arrays import find_device
+    from ncbatch.arrays.devices import find_device
 
     try:
         return find_device("cuda").name

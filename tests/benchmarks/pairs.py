@@ -96,7 +96,7 @@ def _sweep(
     quantities: tuple[str, ...] | None,
     n: int | None = None,
 ) -> None:
-    from ncbatch.states import PairTiles
+    from ncbatch.states.pairs.sweep import PairTiles
 
     means = means[:n]
     pairs = PairTiles(

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ncbatch.engine import jobs as run
 from ncbatch.measurement.passes import MomentsPass
-from ncbatch.states import Moments, MomentsAccumulator, nearest_mean_rule
+from ncbatch.states.moments import Moments, MomentsAccumulator
+from ncbatch.states.rules import nearest_mean_rule
 from tests.benchmarks.case import Aim, Case, MissingError, Sample, Shape
 from tests.benchmarks.data import (
     FULL,

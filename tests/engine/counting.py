@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ncbatch.engine import Item, pack, unpack
+from ncbatch.arrays.named_arrays import pack, unpack
+from ncbatch.engine.jobs import Item
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from functools import partial
 
 import pytest
 
-from ncbatch.engine import Call, Item, Job, Sweep, run_jobs
 from ncbatch.engine.graph import run_graph
+from ncbatch.engine.jobs import Call, Item, Job, Sweep
+from ncbatch.engine.loop import run_jobs
 from ncbatch.errors import WorkerError
 from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
 from tests.engine.counting import Counting

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ncbatch.engine import Call, Item, Job, Kept, Sweep, run_jobs
 from ncbatch.engine import jobs as run
+from ncbatch.engine.jobs import Call, Item, Job, Sweep
+from ncbatch.engine.kept import Kept
+from ncbatch.engine.loop import run_jobs
 from tests.engine.counting import Count, Counting
 
 ITEMS = [Item(i, i + 1, 10) for i in range(6)]

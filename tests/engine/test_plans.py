@@ -2,7 +2,8 @@
 
 import pytest
 
-from ncbatch.engine import Plan, Price, check_budget, cut, memory_budget, resident_bytes
+from ncbatch.engine.jobs import Price, cut
+from ncbatch.engine.plans import Plan, check_budget, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, UsageError
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.engine import memory_budget
+from ncbatch.engine.plans import memory_budget
 from ncbatch.errors import BudgetError, UsageError
 from ncbatch.measurement import run as execution
 from ncbatch.measurement.layers import choose_tasks, wanted_metrics

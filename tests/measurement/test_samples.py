@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.engine import memory_budget
+from ncbatch.engine.plans import memory_budget
 from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError
 from ncbatch.measurement import steps as pricing
 from ncbatch.metrics import CATALOGUE
-from ncbatch.states import Decisions, Moments, SeenMoments, linear_rule, nearest_mean_rule
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import Moments, SeenMoments
+from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from ncbatch.store import FeatureStore
 from tests.conftest import run_here
 from tests.measurement.test_run import peak_of

@@ -7,7 +7,7 @@ import pytest
 
 from ncbatch import metrics as m
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states import Decisions
+from ncbatch.states.decisions import Decisions
 from tests import oracles
 from tests.libraries import Library, each_library
 from tests.strategies import random_rotation

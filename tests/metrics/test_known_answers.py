@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.special import polygamma, psi
 
 from ncbatch.metrics import CATALOGUE, Statistics, Undefined, find_metrics
-from ncbatch.states import Moments, sweep_pairs
+from ncbatch.states.moments import Moments
+from ncbatch.states.pairs.sweep import sweep_pairs
 from tests import oracles
 from tests.strategies import feature_sets, random_rotation
 

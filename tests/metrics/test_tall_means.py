@@ -7,18 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ncbatch.arrays import CentredRows, StoredRows
+from ncbatch.arrays.rows import CentredRows, StoredRows
 from ncbatch.metrics import CATALOGUE, ClassView, Statistics, Undefined, structure_error
 from ncbatch.metrics.structure import symmetric_sum
-from ncbatch.states import (
-    Decisions,
-    DirectionalVariance,
-    Moments,
-    Nearest,
-    PairStats,
-    PairTiles,
-    Tally,
-)
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.directional import DirectionalVariance
+from ncbatch.states.moments import Moments
+from ncbatch.states.pairs.stats import Nearest, PairStats, Tally
+from ncbatch.states.pairs.sweep import PairTiles
 from tests.strategies import REGIMES, Features
 
 

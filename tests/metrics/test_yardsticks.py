@@ -8,7 +8,9 @@ import pytest
 
 import ncbatch as nc
 from ncbatch.metrics import CATALOGUE, Statistics
-from ncbatch.states import Moments, null_labels, sweep_pairs
+from ncbatch.states.moments import Moments
+from ncbatch.states.null import null_labels
+from ncbatch.states.pairs.sweep import sweep_pairs
 from ncbatch.store import format as store_format
 from tests.measurement.test_values import make_store
 from tests.oracles import select

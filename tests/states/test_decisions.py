@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states import Decisions, linear_rule, nearest_mean_rule
 from ncbatch.states import rules as leading_scores
 from ncbatch.states import rules as near_ties
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
 from tests.strategies import REGIMES, partitions

@@ -5,9 +5,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ncbatch.arrays import StoredRows
-from ncbatch.states import DirectionalVariance, PairTiles
+from ncbatch.arrays.rows import StoredRows
 from ncbatch.states import directional as module
+from ncbatch.states.directional import DirectionalVariance
+from ncbatch.states.pairs.sweep import PairTiles
 from tests.libraries import Library, each_library
 
 

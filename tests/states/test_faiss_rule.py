@@ -8,9 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ncbatch.arrays import StoredRows
+from ncbatch.arrays.rows import StoredRows
 from ncbatch.errors import NcbatchError
-from ncbatch.states import Decisions, faiss_nearest_rule, nearest_mean_rule
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.rules import faiss_nearest_rule, nearest_mean_rule
 from tests.oracles import nearest_means
 from tests.strategies import REGIMES
 

@@ -8,9 +8,9 @@ from array_api_compat import device
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncbatch.arrays import namespace
+from ncbatch.arrays.namespace import namespace
 from ncbatch.errors import DataError
-from ncbatch.states import Moments, MomentsAccumulator, SeenMoments
+from ncbatch.states.moments import Moments, MomentsAccumulator, SeenMoments
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
 from tests.strategies import REGIMES, Features, feature_sets, partitions

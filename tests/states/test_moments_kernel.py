@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncbatch.arrays import thread_limit
+from ncbatch.arrays.threads import thread_limit
 from ncbatch.errors import DataError
-from ncbatch.states import MomentsAccumulator, SeenMoments, moments
+from ncbatch.states import moments
+from ncbatch.states.moments import MomentsAccumulator, SeenMoments
 from ncbatch.states.moments_kernel import group_rows
 from tests.states.test_moments import assert_equal_to_oracle, assert_same, streamed
 from tests.strategies import DTYPES, REGIMES, Features, feature_sets, partitions

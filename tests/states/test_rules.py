@@ -11,11 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncbatch.arrays import ChosenRows, StoredRows, thread_limit
-from ncbatch.states import Decisions, linear_rule, nearest_mean_rule
+from ncbatch.arrays.rows import ChosenRows, StoredRows
+from ncbatch.arrays.threads import thread_limit
 from ncbatch.states import rules as leading_scores
 from ncbatch.states import rules as near_ties
-from ncbatch.states.rules import COMPILED_CLASSES, COMPILER_BYTES, Rule
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.rules import (
+    COMPILED_CLASSES,
+    COMPILER_BYTES,
+    Rule,
+    linear_rule,
+    nearest_mean_rule,
+)
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
 from tests.strategies import REGIMES

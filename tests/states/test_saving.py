@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 
 from ncbatch.errors import DataError
-from ncbatch.states import (
-    Decisions,
-    Moments,
-    PairStats,
-    linear_rule,
-    nearest_mean_rule,
-    sweep_pairs,
-)
+from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import Moments
+from ncbatch.states.pairs.stats import PairStats
+from ncbatch.states.pairs.sweep import sweep_pairs
+from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from tests.libraries import each_library
 
 K, D = 5, 3

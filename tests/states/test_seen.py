@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncbatch.arrays import thread_limit
+from ncbatch.arrays.threads import thread_limit
 from ncbatch.errors import DataError
-from ncbatch.states import Moments, SeenMoments
 from ncbatch.states import moments as seen
+from ncbatch.states.moments import Moments, SeenMoments
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
 from tests.states.test_moments import assert_same

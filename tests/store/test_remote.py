@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.engine import Item
+from ncbatch.engine.jobs import Item
 from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError, UsageError
 from ncbatch.measurement.samples import RowSource
 from ncbatch.store import FeatureStore

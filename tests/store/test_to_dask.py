@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import UnknownNameError, UsageError
 from ncbatch.store import FeatureStore
 from tests.arrays.fake_cupy import FakeArray, install_fake_cupy

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine import Progress
+from ncbatch.engine.jobs import Progress
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.ingest.files.labels import Sources, masked_labels
 from ncbatch.ingest.files.layers import Layers, RowStream, open_rows, read_rows_of
-from ncbatch.store import FeatureStore, LayerWriter, Split, Writer
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import DTYPES, check_name
 from ncbatch.store.place import delete_store, is_remote, is_there
+from ncbatch.store.split import Split
+from ncbatch.store.writer import LayerWriter, Writer
 
 # What is checked of labels and predictions before an import writes anything.
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.ingest.files.formats import Blocks, Shard
+from ncbatch.ingest.files.formats.shard import Blocks, Shard
 from ncbatch.ingest.files.layers import (
     Axes,
     Layers,

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.errors import DataError, UsageError, unknown_name
-from ncbatch.ingest.files.formats import Blocks, Shard, array_names, open_shard, readable
+from ncbatch.ingest.files.formats.shard import Blocks, Shard, readable
+from ncbatch.ingest.files.formats.table import array_names, open_shard
 from ncbatch.store.format import natural_key
 
 # Axes: what each axis of an array in a file counts, and how its rows are read in order.

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine import Progress
+from ncbatch.engine.jobs import Progress
 from ncbatch.errors import DataError, OutputError, UsageError, unknown_name
 from ncbatch.ingest.language.texts import (
     LARGEST_ID,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine import Progress
+from ncbatch.engine.jobs import Progress
 from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
 from ncbatch.ingest.language.corpus import Corpus, Texts, TokenBatch, open_corpus
 from ncbatch.ingest.language.model import LanguageModel, open_language_model, with_checked_head
@@ -24,7 +24,7 @@ from ncbatch.ingest.model.places import Place
 from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
 from ncbatch.ingest.model.room import Room, check_states_room
 from ncbatch.ingest.model.target import one_dtype, open_if_there, stored_dtypes
-from ncbatch.store import FeatureStore
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import DTYPES, check_name
 from ncbatch.store.ranks import Share
 

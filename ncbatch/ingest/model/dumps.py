@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.capture import capturing, device_of
 from ncbatch.ingest.model.head import Head
@@ -16,7 +16,7 @@ from ncbatch.ingest.model.places import Batch, Place, Pool, find_places
 from ncbatch.ingest.model.rows import RowTarget
 from ncbatch.ingest.model.states import StateTarget
 from ncbatch.ingest.model.target import Identity, Target, open_if_there, weights_hash
-from ncbatch.store import FeatureStore
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.ranks import Share
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, UsageError, unknown_name
 from ncbatch.store.format import check_name
 

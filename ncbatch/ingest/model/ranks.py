@@ -16,10 +16,9 @@ from typing import Any
 import psutil
 
 from ncbatch.errors import CorruptionError, StoreError, unknown_name
-from ncbatch.states import Decisions
-from ncbatch.states.decisions import DECISIONS
+from ncbatch.states.decisions import DECISIONS, Decisions
 from ncbatch.states.moments import moments_arrays, moments_of
-from ncbatch.store import FeatureStore
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.ranks import Share
 from ncbatch.store.states import PART, RUNNING
 

@@ -13,8 +13,9 @@ import psutil
 from dask.utils import format_bytes
 
 from ncbatch.errors import BudgetError, OutputError
-from ncbatch.states import MomentsAccumulator, Rule
-from ncbatch.store import FeatureStore
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.rules import Rule
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import LayerSpec
 from ncbatch.store.place import is_remote
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch
 from ncbatch.ingest.model.target import Target, one_dtype, stored_dtypes, wait_for
-from ncbatch.store import LayerWriter, Split, Writer
 from ncbatch.store.format import LayerSpec
 from ncbatch.store.ranks import Layout
+from ncbatch.store.split import Split
+from ncbatch.store.writer import LayerWriter, Writer
 
 if TYPE_CHECKING:
     import torch

@@ -12,25 +12,19 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, first_nonfinite_row, mean_of_rows, namespace, to_numpy
+from ncbatch.arrays.namespace import Array, first_nonfinite_row, namespace, to_numpy
+from ncbatch.arrays.rows import mean_of_rows
 from ncbatch.errors import DataError, StoreError, unknown_name
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch
 from ncbatch.ingest.model.ranks import StatePlan
 from ncbatch.ingest.model.room import FoldPrice, choose_place
 from ncbatch.ingest.model.target import Target, wait_for
-from ncbatch.states import (
-    Decisions,
-    MomentsAccumulator,
-    Rule,
-    Scratch,
-    SeenMoments,
-    linear_rule,
-    nearest_mean_rule,
-)
-from ncbatch.states.decisions import DECISIONS
-from ncbatch.states.moments import Arrays, moments_arrays
-from ncbatch.store import FeatureStore
+from ncbatch.states.decisions import DECISIONS, Decisions
+from ncbatch.states.moments import Arrays, MomentsAccumulator, SeenMoments, moments_arrays
+from ncbatch.states.moments_fold import Scratch
+from ncbatch.states.rules import Rule, linear_rule, nearest_mean_rule
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.writer import checked_labels
 
 if TYPE_CHECKING:

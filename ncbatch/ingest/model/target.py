@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch, Place
-from ncbatch.store import FeatureStore
+from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import DTYPES, check_name
 from ncbatch.store.place import is_remote, is_there
 from ncbatch.store.ranks import Share

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
-from ncbatch.arrays import Array, as_float64, namespace, scalar, take_rows, to_numpy
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays.rows import take_rows
 from ncbatch.errors import DataError, UsageError
 from ncbatch.states.pairs.means import COINCIDENT, LOST_IN_FLOAT64, PairMeans, square_differences
 from ncbatch.states.pairs.stats import (

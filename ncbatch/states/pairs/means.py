@@ -11,16 +11,8 @@ from typing import Any
 
 from array_api_compat import device
 
-from ncbatch.arrays import (
-    Array,
-    StoredRows,
-    as_float64,
-    float64_blocks,
-    namespace,
-    product_rows,
-    row_blocks,
-    take_rows,
-)
+from ncbatch.arrays.namespace import Array, as_float64, namespace
+from ncbatch.arrays.rows import StoredRows, float64_blocks, product_rows, row_blocks, take_rows
 
 # A squared distance at or below this share of |a|^2 + |b|^2 counts as zero: the means coincide.
 COINCIDENT = 1e-24

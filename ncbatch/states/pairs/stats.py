@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays import Array, namespace, scalar
 from ncbatch.arrays.named_arrays import NamedArrays
+from ncbatch.arrays.namespace import Array, namespace, scalar
 
 # Tally: count, mean, spread and extremes of numbers, mergeable and free of overflow.
 

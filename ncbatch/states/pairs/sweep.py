@@ -13,16 +13,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import is_numpy_array
 
-from ncbatch.arrays import (
-    Array,
-    block_rows,
-    cpu_count,
-    map_threads,
-    max_pending,
-    product_rows,
-    row_blocks,
-    take_rows,
-)
+from ncbatch.arrays.namespace import Array
+from ncbatch.arrays.rows import block_rows, product_rows, row_blocks, take_rows
+from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 from ncbatch.states.pairs import outputs as pair_outputs
 from ncbatch.states.pairs.arrays import ArrayTiles
 from ncbatch.states.pairs.means import COINCIDENT, LOST_IN_FLOAT64

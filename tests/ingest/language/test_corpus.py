@@ -21,8 +21,7 @@ import ncbatch.ingest.language.texts as pieces
 import ncbatch.ingest.language.texts as texts_module
 import ncbatch.ingest.language.texts as tokenizing
 from ncbatch.errors import DataError, NcbatchError, OutputError, UsageError
-from ncbatch.ingest.language import Corpus, open_corpus
-from ncbatch.ingest.language.corpus import Column
+from ncbatch.ingest.language.corpus import Column, Corpus, open_corpus
 from tests.ingest.language.tokenizers import transformers_tokenizer, word_tokenizer
 
 

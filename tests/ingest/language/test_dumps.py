@@ -29,7 +29,7 @@ from ncbatch.errors import (
     UnknownNameError,
     UsageError,
 )
-from ncbatch.ingest.language import open_corpus
+from ncbatch.ingest.language.corpus import open_corpus
 from tests.ingest.language.models import (
     DEPTH,
     FAMILIES,

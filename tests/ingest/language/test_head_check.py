@@ -12,7 +12,7 @@ import transformers
 
 import ncbatch as nc
 from ncbatch.errors import UsageError
-from ncbatch.ingest.language import open_corpus
+from ncbatch.ingest.language.corpus import open_corpus
 from ncbatch.ingest.language.model import open_language_model, with_checked_head
 from tests.ingest.language.models import LONGEST, SHAPE, K, make_model, write_texts
 from tests.ingest.language.tokenizers import transformers_tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.ingest.language import Corpus, open_corpus
+from ncbatch.ingest.language.corpus import Corpus, open_corpus
 
 
 @pytest.fixture(autouse=True)

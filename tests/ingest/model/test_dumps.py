@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UnknownNameError, UsageError
 from ncbatch.ingest.model import capture
 from ncbatch.ingest.model.places import Batch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model import target
 from ncbatch.ingest.model.target import found_store

@@ -17,7 +17,9 @@ from ncbatch.ingest.model import room as fold_memory
 from ncbatch.ingest.model import states as state_target
 from ncbatch.ingest.model import target
 from ncbatch.ingest.model.ranks import finalize_if_last
-from ncbatch.states import MomentsAccumulator, Scratch, moments
+from ncbatch.states import moments
+from ncbatch.states.moments import MomentsAccumulator
+from ncbatch.states.moments_fold import Scratch
 from ncbatch.store import FeatureStore
 from tests.conftest import run_here
 from tests.ingest.model.test_dumps import (

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncbatch.arrays import StoredRows
+from ncbatch.arrays.rows import StoredRows
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states import PAIR_QUANTITIES, PairStats, PairTiles, Tally, sweep_pairs
+from ncbatch.states.pairs.stats import PAIR_QUANTITIES, PairStats, Tally
+from ncbatch.states.pairs.sweep import PairTiles, sweep_pairs
 from tests.libraries import LIBRARIES, NUMPY, Library
 
 # The sweep of NumPy arrays by compiled code is a way of its own, in both dtypes of products.

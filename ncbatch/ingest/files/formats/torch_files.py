@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ncbatch.arrays import to_numpy
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError
 from ncbatch.ingest.files.formats.shard import (
     BFLOAT16,

@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 from ncbatch.errors import DataError, NcbatchError, UnknownNameError, UsageError
-from ncbatch.ingest.files.formats import FORMATS
+from ncbatch.ingest.files.formats.table import FORMATS
 from ncbatch.ingest.files.layers import find_paths, open_rows, open_shards
 from tests.ingest.files.formats import writers as w
 from tests.ingest.files.formats.writers import BFLOAT16, Array
