@@ -10,12 +10,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from ncbatch.arrays.atomic import replacing
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.arrays.rows import StoredRows
 from ncbatch.errors import DataError
@@ -157,15 +157,9 @@ class NamedArrays:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one ``.npz`` file, complete or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         marker: dict[str, Any] = {self._marker(): np.int64(1)}
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, allow_pickle=False, **marker, **self.to_arrays())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **marker, **self.to_arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ncbatch.arrays.atomic import replacing
 from ncbatch.arrays.named_arrays import Arrays
 from ncbatch.errors import OutputError
 
@@ -73,9 +72,9 @@ class Kept:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / _ABOUT).exists():
                 text = json.dumps(dict(self.about), indent=1, default=str)
-                with _Atomic(self.folder / _ABOUT) as file:
-                    file.write(text.encode())
-            with _Atomic(self.folder / f"{name}.npz") as file:
+                with replacing(self.folder / _ABOUT) as path:
+                    path.write_text(text, encoding="utf-8")
+            with replacing(self.folder / f"{name}.npz") as path, path.open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
         except OSError as error:
             raise OutputError(
@@ -145,26 +144,3 @@ def _difference(earlier: About, now: About) -> str:
     if any(name.endswith("fingerprint") for name in names):
         return "the stored data or the classes used changed"
     return "; ".join(f"{n.replace('_', ' ')} was {earlier.get(n)}, is {now[n]}" for n in names)
-
-
-class _Atomic:
-    """A file that takes its name when it is complete and on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-
-    def __enter__(self) -> Any:
-        self._file = self._partial.open("wb")
-        return self._file
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
-            if kind is None:
-                self._partial.replace(self._path)
-        finally:
-            self._partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from ncbatch.arrays.atomic import replacing
 from ncbatch.engine.jobs import Job, Price, Progress, Sweep
 from ncbatch.engine.loop import run_jobs
 from ncbatch.engine.plans import Plan, format_bytes, memory_budget, resident_bytes
@@ -245,17 +246,12 @@ def write_grid(
     moments = run_jobs([Job(request.layer, (step,))], progress)[0].seen.moments
     statistics = Statistics(moments, weighted=request.weighted, ddof=request.ddof)
     pairs = PairTiles(moments.means, statistics.global_mean, quantities=[])
-    target = request.target
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        grid = _create(partial, classes, request)
-        Grid(pairs, request.kind, request.dist_exp, statistics.variances, grid).write(progress)
-        partial.rename(target)
+        with replacing(request.target) as temporary:
+            grid = _create(temporary, classes, request)
+            Grid(pairs, request.kind, request.dist_exp, statistics.variances, grid).write(progress)
     except OSError as error:
         raise OutputError(f"'{request.out}' cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return len(classes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from ncbatch.arrays.atomic import replacing
 from ncbatch.arrays.namespace import first_nonfinite_row
 from ncbatch.arrays.rows import StackedRows, StoredRows, row_blocks
 from ncbatch.arrays.threads import read_ahead
@@ -102,17 +102,12 @@ def rows_file(path: Path, blocks: Iterable[Any], shape: tuple[int, int]) -> Stor
         Rows in all, and D.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:12]}.partial")
-    try:
-        rows, first = StoredRows.create(partial, shape), 0
+    with replacing(path) as temporary:
+        rows = StoredRows.create(temporary, shape)
+        first = 0
         for block in blocks:
             rows[first : first + len(block)] = block
             first += len(block)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return StoredRows(path, shape)
 
 

@@ -6,15 +6,14 @@ import csv
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import xarray as xr
 
+from ncbatch.arrays.atomic import replacing
 from ncbatch.errors import OutputError
 from ncbatch.results.dataset import KIND, column_names, metric_names
 from ncbatch.store.format import ATTRIBUTE
@@ -77,8 +76,11 @@ def save_results(dataset: xr.Dataset, path: str | os.PathLike[str]) -> None:
     """
     target = check_output(path)
     writers = {".zarr": _write_zarr, ".nc": _write_netcdf, ".csv": _write_csv, ".json": _write_json}
-    with _replacing(target) as partial:
-        writers[target.suffix](dataset, partial)
+    try:
+        with replacing(target) as temporary:
+            writers[target.suffix](dataset, temporary)
+    except OSError as error:
+        raise OutputError(f"output '{target}' cannot be written: {error}") from error
 
 
 def load_results(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -103,27 +105,6 @@ def _is_result(target: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return attributes.get("kind") == KIND and ATTRIBUTE not in attributes
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a path to write to that takes the target's name when all went well."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        if target.is_dir():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
-        else:
-            partial.replace(target)
-    except OSError as error:
-        raise OutputError(f"output '{target}' cannot be written: {error}") from error
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
 
 
 def _write_zarr(dataset: xr.Dataset, path: Path) -> None:

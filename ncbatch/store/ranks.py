@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import zarr
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from ncbatch.arrays.atomic import take_name
 from ncbatch.errors import StoreError, UsageError
 from ncbatch.store.chunks import (
     chunk_fault,
@@ -525,7 +525,8 @@ def rename(group: zarr.Group, staged: str, name: str) -> None:
         When the store can do neither.
     """
     if isinstance(group.store, LocalStore):
-        _rename_folder(Path(group.store.root) / group.path, staged, name)
+        root = Path(group.store.root) / group.path
+        take_name(root / staged, root / name, root / f"{staged}{STAGED}replaced")
     elif isinstance(group.store, RemoteStore):
         sync(_copy(group.store, f"{group.path}/{staged}", f"{group.path}/{name}"))
     else:
@@ -559,14 +560,6 @@ def finish_renaming(split: zarr.Group) -> None:
 def delete_node(group: zarr.Group, name: str) -> None:
     """Delete a node of `group` with all below, even where its own metadata is gone already."""
     sync(group.store.delete_dir(f"{group.path}/{name}"))
-
-
-def _rename_folder(root: Path, staged: str, name: str) -> None:
-    replaced = root / f"{staged}{STAGED}replaced"
-    if (root / name).exists():
-        (root / name).rename(replaced)
-    (root / staged).rename(root / name)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 async def _copy(store: RemoteStore, staged: str, name: str) -> None:

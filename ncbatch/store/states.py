@@ -7,7 +7,6 @@ staged name and takes its own when all is there.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
+from ncbatch.arrays.atomic import take_name
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import CorruptionError, DataError
 from ncbatch.store.chunks import (
@@ -282,12 +282,7 @@ def _take_name(group: zarr.Group, staged: str, name: str) -> None:
     """Let a state that is complete take its name, and the place of an earlier one."""
     assert isinstance(group.store, LocalStore)
     root = Path(group.store.root) / group.path
-    replaced = root / f"{staged}{STAGED}{_REPLACED}"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if (root / name).exists():
-        (root / name).rename(replaced)
-    (root / staged).rename(root / name)
-    shutil.rmtree(replaced, ignore_errors=True)
+    take_name(root / staged, root / name, root / f"{staged}{STAGED}{_REPLACED}")
 
 
 def state_arrays(
