@@ -164,6 +164,8 @@ class Sweep:
         What `Item.size` counts: ``B`` for bytes, otherwise a noun.
     about : mapping
         What the result depends on, for kept states.
+    price : Price, optional
+        What running it costs; a plan adds up these.
     """
 
     name: str
@@ -174,6 +176,7 @@ class Sweep:
     needs: tuple[str, ...] = ()
     unit: str = "B"
     about: About = field(default_factory=dict)
+    price: Price | None = None
 
     def kept(self, root: Path | None) -> Kept | None:
         """Give the place of its kept work."""
@@ -196,11 +199,14 @@ class Call:
         ``compute(*results of needs)``; picklable.
     needs : tuple of str
         Names of the steps whose results it takes.
+    price : Price, optional
+        What running it costs.
     """
 
     name: str
     compute: Callable[..., Any]
     needs: tuple[str, ...] = ()
+    price: Price | None = None
 
 
 Step: TypeAlias = Sweep | Call
@@ -212,3 +218,8 @@ class Job:
 
     name: str
     steps: tuple[Step, ...]
+
+    @property
+    def prices(self) -> list[Price]:
+        """What its steps cost, those that cost something."""
+        return [step.price for step in self.steps if step.price is not None]
