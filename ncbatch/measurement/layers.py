@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -458,9 +458,6 @@ def wanted_metrics(metrics: Iterable[str] | None) -> tuple[list[Metric], bool]:
     return find_metrics(names), metrics is not None
 
 
-AnyLayer = TypeVar("AnyLayer", bound=Layer)
-
-
 def choose_tasks(
     opened: Mapping[str, FeatureStore],
     layers: Iterable[str] | None,
@@ -469,8 +466,7 @@ def choose_tasks(
     named: bool,
     *,
     scanned: bool,
-    make: type[AnyLayer],
-) -> list[AnyLayer]:
+) -> list[Layer]:
     """Make a task for every layer of every store.
 
     Parameters
@@ -487,8 +483,6 @@ def choose_tasks(
         Whether the user named them: one that no layer allows is refused then.
     scanned : bool
         Whether labels may be read; without, tasks know no classes.
-    make : type of Layer
-        What a task is.
 
     Raises
     ------
@@ -502,7 +496,7 @@ def choose_tasks(
     tasks = [
         task
         for name, store in opened.items()
-        for task in _tasks(name, store, names, options, wanted, scanned, make)
+        for task in _tasks(name, store, names, options, wanted, scanned)
     ]
     _refuse_absent(options, tasks)
     if named:
@@ -550,8 +544,7 @@ def _tasks(
     options: Options,
     wanted: list[Metric],
     scanned: bool,
-    make: type[AnyLayer],
-) -> list[AnyLayer]:
+) -> list[Layer]:
     train = _place(store, options.train, required=True)
     assert train is not None
     test = _place(store, options.test or "test", required=options.test is not None)
@@ -564,8 +557,7 @@ def _tasks(
         raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
     classes = Classes(options) if scanned else None
     return [
-        _task(name, store, layer, options, (train, test, ood), wanted, classes, make)
-        for layer in names
+        _task(name, store, layer, options, (train, test, ood), wanted, classes) for layer in names
     ]
 
 
@@ -595,8 +587,7 @@ def _task(
     places: tuple[_Place, _Place | None, _Place | None],
     wanted: list[Metric],
     classes: Classes | None,
-    make: type[AnyLayer],
-) -> AnyLayer:
+) -> Layer:
     train_place, test, ood = places
     train = train_place.of(layer, MOMENTS)
     if train is None:
@@ -614,7 +605,7 @@ def _task(
     named = {"test": None if test is None else test.name, "ood": None if ood is None else ood.name}
     contents = Contents(store, layer, train, decided, outside, named, selection)
     applied, missing = contents.part(wanted)
-    return make(
+    return Layer(
         name,
         store,
         layer,

@@ -21,9 +21,9 @@ from ncbatch.engine.kept import About, Kept
 from ncbatch.engine.loop import run_jobs
 from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, UsageError
-from ncbatch.measurement.layers import StoreLike, choose_tasks, open_stores, wanted_metrics
+from ncbatch.measurement.layers import Layer, StoreLike, choose_tasks, open_stores, wanted_metrics
 from ncbatch.measurement.options import Options, _check_device, _class_ids, conventions
-from ncbatch.measurement.steps import LayerTask, Mode, choose_mode, prices
+from ncbatch.measurement.steps import Mode, choose_mode, job_of, prices, shape_of
 from ncbatch.measurement.update import At, Saved, absolute
 from ncbatch.metrics.catalogue import CATALOGUE
 from ncbatch.metrics.metric import Metric
@@ -117,13 +117,13 @@ class Workers:
             int(min(devices) * _DEVICE_SHARE) if devices else None, shares_disk,
         )  # fmt: skip
 
-    def plan(self, tasks: Sequence[LayerTask]) -> tuple[Plan, list[Mode]]:
+    def plan(self, tasks: Sequence[Layer]) -> tuple[Plan, list[Mode]]:
         """Choose how each task is measured, and say what all of it costs."""
         # What an interpreter holds varies by a few MiB; class blocks shall not vary with it, or a run
         # that was killed could not go on with its kept blocks.
         base = -(-self.base_bytes // _BASE_STEP) * _BASE_STEP
         room = (self.budget - base) // self.at_once
-        shapes = [task.shape(merged=self.client is not None) for task in tasks]
+        shapes = [shape_of(task, merged=self.client is not None) for task in tasks]
         modes = [choose_mode(shape, room, self.device_memory) for shape in shapes]
         costs = [price for s, m in zip(shapes, modes, strict=True) for price in prices(s, m)]
         notes = [
@@ -137,7 +137,7 @@ class Workers:
 
     def run(
         self,
-        tasks: Sequence[LayerTask],
+        tasks: Sequence[Layer],
         modes: Sequence[Mode],
         progress: Progress | None,
         state: Path | None,
@@ -154,7 +154,7 @@ class Workers:
             def folder_of(about: About) -> Path:
                 return scratch if state is None else Kept(state, about).folder
 
-            jobs = [task.job(mode, folder_of) for task, mode in zip(tasks, modes, strict=True)]
+            jobs = [job_of(task, mode, folder_of) for task, mode in zip(tasks, modes, strict=True)]
             if self.client is None:
                 return run_jobs(jobs, progress, state)
             from ncbatch.engine.graph import run_graph
@@ -174,9 +174,7 @@ def _own(device: str) -> tuple[Literal["cpu", "cuda"], str, int, int | None, int
 
 
 @contextmanager
-def _scratch(
-    tasks: Sequence[LayerTask], modes: Sequence[Mode], state: Path | None
-) -> Iterator[Path]:
+def _scratch(tasks: Sequence[Layer], modes: Sequence[Mode], state: Path | None) -> Iterator[Path]:
     """Give a folder for class means that are not held in memory: of the kept state, or our own."""
     if not any(mode.stored for mode in modes):
         yield Path()
@@ -184,7 +182,7 @@ def _scratch(
     needed = sum(
         price.disk_bytes
         for task, mode in zip(tasks, modes, strict=True)
-        for price in prices(task.shape(), mode)
+        for price in prices(shape_of(task), mode)
     )
     if state is not None:
         folder = state
@@ -209,7 +207,7 @@ def _scratch(
 
 
 def arranged(
-    tasks: list[LayerTask],
+    tasks: list[Layer],
     measured: Mapping[At, Cell],
     metrics: list[Metric],
     device: str,
@@ -219,7 +217,7 @@ def arranged(
 
     Parameters
     ----------
-    tasks : list of LayerTask
+    tasks : list of Layer
         The layers of this run.
     measured : mapping of (store, layer) to Cell
         What was measured of them now.
@@ -390,7 +388,7 @@ def measure(
     if saved is not None:
         saved.check(conventions(options))
         saved, opened = saved.renamed(opened)
-    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True, make=LayerTask)
+    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True)
     applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
     with _cluster(cluster, memory) as client:
         workers = Workers.find(client, memory, device, shares_disk=_is_local(cluster))
@@ -403,7 +401,7 @@ def measure(
     )
 
 
-def _to_measure(tasks: list[LayerTask], saved: Saved, progress: Progress | None) -> list[LayerTask]:
+def _to_measure(tasks: list[Layer], saved: Saved, progress: Progress | None) -> list[Layer]:
     """Give the layers that saved results do not serve."""
     left = [task for task in tasks if not saved.serves(task)]
     if progress and len(left) < len(tasks):
@@ -413,7 +411,7 @@ def _to_measure(tasks: list[LayerTask], saved: Saved, progress: Progress | None)
 
 
 def _measured(
-    tasks: list[LayerTask], workers: Workers, progress: Progress | None, state: Path | None
+    tasks: list[Layer], workers: Workers, progress: Progress | None, state: Path | None
 ) -> dict[tuple[str, str], Cell]:
     """Measure layers, once it is sure that they fit and that their chunks are there."""
     plan, modes = workers.plan(tasks)
@@ -482,7 +480,7 @@ def plan(
         ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
     )  # fmt: skip
     opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
-    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=False, make=LayerTask)
+    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=False)
     with _cluster(cluster, memory) as client:
         workers = Workers.find(client, memory, device)
         _check_device(precision, workers.device)

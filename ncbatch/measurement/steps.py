@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -405,14 +405,14 @@ class _Read:
     work: Callable[..., MomentsPass]
 
 
+def job_of(layer: Layer, mode: Mode, folder_of: Callable[[About], Path]) -> Job:
+    """Make the steps of a layer; `folder_of` a state is where class means in files go."""
+    facts = {each.name: getattr(layer, each.name) for each in fields(layer)}
+    return _LayerSteps(**facts).job(mode, folder_of)
+
+
 @dataclass(frozen=True)
-class LayerTask(Layer):
-    """A layer with its steps."""
-
-    def shape(self, *, merged: bool = False) -> Shape:
-        """Give the numbers that its cost depends on; reads nothing but metadata."""
-        return shape_of(self, merged=merged)
-
+class _LayerSteps(Layer):
     # ------------------------------------------------------------------------------- its steps
 
     def job(self, mode: Mode, folder_of: Callable[[About], Path]) -> Job:

@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 import xarray as xr
 
 from ncbatch.errors import OutputError, UsageError
-from ncbatch.measurement.layers import store_names
-from ncbatch.measurement.steps import LayerTask
+from ncbatch.measurement.layers import Layer, store_names
 from ncbatch.results.dataset import KIND, Cell, StoreNotes, cells_of, merged, metric_names, notes_in
 from ncbatch.results.files import load_results
 from ncbatch.store.feature_store import FeatureStore
@@ -138,7 +137,7 @@ class Saved:
         moved = len(by_id) == 1 and not os.path.exists(self.paths[by_id[0]])
         return by_id[0] if moved else None
 
-    def serves(self, task: LayerTask) -> bool:
+    def serves(self, task: Layer) -> bool:
         """Whether a layer's saved results are what measuring it again would give."""
         cell = self._valid(task)
         if cell is None or any(
@@ -150,7 +149,7 @@ class Saved:
             return False
         return bool(cell.classes) or not task.options.per_class
 
-    def _valid(self, task: LayerTask) -> Cell | None:
+    def _valid(self, task: Layer) -> Cell | None:
         """Give a layer's saved results if they are of this version and of the same data."""
         cell = self.cells.get((task.name, task.layer))
         if cell is None or cell.texts.get("cell_version") != __version__:
@@ -162,7 +161,7 @@ class Saved:
         return cell
 
     def union(
-        self, tasks: Sequence[LayerTask], measured: Mapping[At, Cell]
+        self, tasks: Sequence[Layer], measured: Mapping[At, Cell]
     ) -> tuple[dict[At, Cell], list[str]]:
         """Put what was measured now beside what was saved.
 

@@ -18,7 +18,7 @@ from ncbatch.errors import BudgetError, UsageError
 from ncbatch.measurement import run as execution
 from ncbatch.measurement.layers import choose_tasks, wanted_metrics
 from ncbatch.measurement.options import Options
-from ncbatch.measurement.steps import LayerTask, Mode, choose_mode, prices
+from ncbatch.measurement.steps import Mode, choose_mode, prices, shape_of
 from ncbatch.store import FeatureStore, chunks
 from ncbatch.store import format as store_format
 from tests.engine.test_loop import Recorder
@@ -295,10 +295,8 @@ def test_less_memory_means_more_class_blocks_until_nothing_fits(tmp_path):
     options = Options(
         "train", None, None, 1, None, None, False, 1.0, False, "exact", False, 0, False
     )
-    (task,) = choose_tasks(
-        {"s": store}, None, options, *wanted_metrics(None), scanned=False, make=LayerTask
-    )
-    shape = replace(task.shape(), n_used=200_000)
+    (task,) = choose_tasks({"s": store}, None, options, *wanted_metrics(None), scanned=False)
+    shape = replace(shape_of(task), n_used=200_000)
     modes = [choose_mode(shape, gib * 2**30) for gib in (64, 12, 8, 4, 3)]
     assert modes[0] == Mode()
     blocks = [mode.class_blocks for mode in modes[1:]]
