@@ -8,7 +8,6 @@ import types
 import typing
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -20,21 +19,20 @@ from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.arrays.rows import StoredRows
 from ncbatch.errors import DataError
 
-# Packing states into named arrays and back, without pickles.
-
-
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
-def pack(value: Any, name: str = "value") -> Arrays:
-    """Take a state apart into arrays.
+def pack(value: Any, name: str = "value", *, host: bool = True) -> Arrays:
+    """Take a state apart into arrays, without pickles.
 
     Parameters
     ----------
-    value : dataclass, array, StoredRows, number or None
+    value : dataclass, mapping, array, StoredRows, number or None
         Dataclasses may hold all of these.
     name : str, optional
         What the names of the arrays begin with.
+    host : bool, optional
+        Whether arrays of a device are copied to NumPy; otherwise they are left as they are.
 
     Examples
     --------
@@ -44,22 +42,27 @@ def pack(value: Any, name: str = "value") -> Arrays:
     if value is None:
         return {}
     if dataclasses.is_dataclass(value):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {
-            key: array for n, v in value.items() for key, array in pack(v, f"{name}.{n}").items()
+        value = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if not (field.name in _later(value) and getattr(value, field.name) == field.default)
         }
+    if isinstance(value, Mapping):
+        parts = (pack(part, _joined(name, key), host=host) for key, part in value.items())
+        return {key: array for part in parts for key, array in part.items()}
     if isinstance(value, StoredRows):
-        place = np.frombuffer(str(value.path).encode(), np.uint8)
-        return {f"{name}.path": place, f"{name}.shape": np.array(value.shape, np.int64)}
-    return {name: to_numpy(value) if hasattr(value, "shape") else np.asarray(value)}
+        path = np.frombuffer(str(value.path).encode(), np.uint8)
+        return {f"{name}.path": path, f"{name}.shape": np.array(value.shape, np.int64)}
+    if not host and getattr(value, "shape", ()) != ():
+        return {name: value}
+    return {name: np.asarray(to_numpy(value))}
 
 
 def unpack(
     kind: Any,
-    arrays: Mapping[str, npt.NDArray[Any]],
+    arrays: Mapping[str, Array],
     name: str = "value",
-    put: Callable[[npt.NDArray[Any]], Array] = lambda array: array,
+    put: Callable[[Array], Array] = lambda array: array,
 ) -> Any:
     """Put a state of type `kind` together again; the inverse of `pack`.
 
@@ -68,7 +71,7 @@ def unpack(
     kind : type
         A dataclass, array type, number type, or one of those ``| None``.
     arrays : mapping of str to array
-        What `pack` gave.
+        From `pack`.
     name : str, optional
         As given to `pack`.
     put : callable, optional
@@ -76,33 +79,47 @@ def unpack(
 
     Raises
     ------
-    KeyError
-        When an array is missing.
+    DataError
+        When an array is missing, or the file of one.
     """
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if not any(key == name or key.startswith(name + ".") for key in arrays):
+        if not _holds(arrays, name):
             return None
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        names = {field: _joined(name, field) for field in _hints(kind)}
         return kind(
             **{
-                field: unpack(hint, arrays, f"{name}.{field}", put)
+                field: unpack(hint, arrays, names[field], put)
                 for field, hint in _hints(kind).items()
+                if field not in _later(kind) or _holds(arrays, names[field])
             }
         )
     if f"{name}.path" in arrays:
         shape = tuple(int(n) for n in arrays[f"{name}.shape"])
-        return _stored_rows(arrays[f"{name}.path"].tobytes().decode(), shape)
+        rows = StoredRows(arrays[f"{name}.path"].tobytes().decode(), (shape[0], shape[1]))
+        if not rows.complete:
+            raise DataError(f"no rows {shape} in '{rows.path}'", "the file that a state names")
+        return rows
+    if name not in arrays:
+        raise DataError(
+            f"no array '{name}' of a state", f"arrays {', '.join(sorted(arrays))}, and it"
+        )
     if kind in (int, float, bool):
-        return kind(arrays[name][()])
+        return kind(arrays[name])
     return put(arrays[name])
 
 
-def _stored_rows(path: str, shape: tuple[int, ...]) -> StoredRows:
-    rows = StoredRows(path, (shape[0], shape[1]))
-    if not rows.complete:
-        raise KeyError(path)
-    return rows
+def _holds(arrays: Mapping[str, Array], name: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for key in arrays)
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _later(state: Any) -> frozenset[str]:
+    return getattr(state, "later", frozenset())
 
 
 @cache
@@ -118,42 +135,45 @@ class NamedArrays:
     ----------
     called : str
         What the state is called, in messages and in its files.
+    later : frozenset of str
+        Numbers that states of earlier versions lack; they are left out where they are the default.
     """
 
     called: ClassVar[str]
+    later: ClassVar[frozenset[str]] = frozenset()
 
     def to_arrays(self, *, host: bool = True) -> dict[str, Array]:
-        """Give the state as named arrays, to be sent to another process or stored.
+        """Return the state as named arrays, to be sent to another process or stored.
 
         Parameters
         ----------
         host : bool, optional
-            Whether arrays of a device are copied to NumPy; otherwise they are given as they are,
-            not copied.
+            Whether arrays of a device are copied to NumPy; otherwise they are returned as they
+            are, not copied.
 
         Returns
         -------
         dict of str to array
             What `from_arrays` takes; numbers are NumPy arrays of no dimension.
         """
-        return _taken_apart(self, host)
+        return pack(self, "", host=host)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> Self:
-        """Make the state from what `to_arrays` gave; arrays stay in their library, on their device.
+        """Make the state from what `to_arrays` returned, in their library and on their device.
 
         Raises
         ------
         DataError
             When an array is missing, or one has another name.
         """
-        names = set(arrays)
-        made: Self = _put_together(cls, arrays, "", names)
-        if names:
+        state: Self = unpack(cls, arrays, "")
+        unknown = set(arrays) - set(pack(state, "", host=False)) - cls.later
+        if unknown:
             raise DataError(
-                f"arrays {', '.join(sorted(names))}", f"those that {cls.__name__}.to_arrays gives"
+                f"arrays {', '.join(sorted(unknown))}", f"those that {cls.__name__}.to_arrays gives"
             )
-        return made
+        return state
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one ``.npz`` file, complete or not at all."""
@@ -192,41 +212,3 @@ class NamedArrays:
     @classmethod
     def _marker(cls) -> str:
         return f"ncbatch_{cls.called.replace(' ', '_')}"
-
-
-def _taken_apart(value: Any, host: bool, name: str = "") -> dict[str, Array]:
-    if value is None:
-        return {}
-    if is_dataclass(value):
-        start = f"{name}." if name else ""
-        return {
-            key: array
-            for f in fields(value)
-            for key, array in _taken_apart(getattr(value, f.name), host, start + f.name).items()
-        }
-    if hasattr(value, "shape") and value.shape != ():
-        return {name: to_numpy(value) if host else value}
-    return {name: np.asarray(to_numpy(value) if hasattr(value, "shape") else value)}
-
-
-def _put_together(kind: Any, arrays: Mapping[str, Array], name: str, left: set[str]) -> Any:
-    """Make what has type `kind`; the names used are taken out of `left`."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if not any(key == name or key.startswith(f"{name}.") for key in arrays):
-            return None
-        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
-    if is_dataclass(kind):
-        hints, start = typing.get_type_hints(kind), f"{name}." if name else ""
-        made: Any = kind
-        return made(
-            **{
-                f.name: _put_together(hints[f.name], arrays, start + f.name, left)
-                for f in fields(kind)
-            }
-        )
-    if name not in arrays:
-        raise DataError(
-            f"no array '{name}' of a state", f"arrays {', '.join(sorted(arrays))}, and it"
-        )
-    left.discard(name)
-    return kind(arrays[name]) if kind in (int, float) else arrays[name]

@@ -6,6 +6,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ncbatch.arrays.threads import thread_limit
 from ncbatch.engine.cluster import task_slots, task_threads
 from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep
 from ncbatch.engine.loop import load_state, say_changes
-from ncbatch.errors import WorkerError
+from ncbatch.errors import DataError, WorkerError
 
 # The tasks of a graph: pure functions of a job that carry paths and states, not data.
 
@@ -49,7 +50,8 @@ def fold(
     file = f"item-{item.start}-{item.stop}"
     arrays = None if kept is None else kept.load(file)
     if arrays is not None:
-        return unpack(work.kind, arrays)
+        with suppress(DataError):  # kept by an earlier version, in another form
+            return unpack(work.kind, arrays)
     with thread_limit(task_threads(slots)):
         found = work.seal(work.fold(work.start(), item))
     if kept is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from ncbatch.arrays.named_arrays import pack, unpack
 from ncbatch.engine.jobs import Accumulator, Call, Item, Job, Partial, Pass, Progress, Step, Sweep
 from ncbatch.engine.kept import Kept
+from ncbatch.errors import DataError
 
 # A running state is kept when the work since the last time took so many times as long as keeping.
 _KEEP_EVERY = 20.0
@@ -64,7 +65,7 @@ def load_state(work: Pass[Any, Any], kept: Kept) -> Any:
     arrays = kept.load("state")
     try:
         return None if arrays is None else unpack(work.kind, arrays)
-    except KeyError:
+    except DataError:
         return None
 
 

@@ -243,7 +243,7 @@ def write_grid(
         "moments", f"moments of {request.split}/{request.layer}", lambda: read, source.items,
         source.chunk_rows,
     )  # fmt: skip
-    moments = run_jobs([Job(request.layer, (step,))], progress)[0].seen.moments
+    moments = run_jobs([Job(request.layer, (step,))], progress)[0].moments
     statistics = Statistics(moments, weighted=request.weighted, ddof=request.ddof)
     pairs = PairTiles(moments.means, statistics.global_mean, quantities=[])
     try:

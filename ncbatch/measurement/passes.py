@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from ncbatch.arrays.devices import Device, find_device
 from ncbatch.arrays.named_arrays import Arrays, pack, unpack
-from ncbatch.arrays.namespace import Array, to_numpy
+from ncbatch.arrays.namespace import Array
 from ncbatch.engine.jobs import Item
-from ncbatch.measurement.samples import Block, DecisionsRead, MomentsRead, RowSource, to_file
+from ncbatch.measurement.samples import Block, MomentsRead, RowSource, to_file
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.directional import DirectionalVariance
-from ncbatch.states.moments import Moments, MomentsAccumulator, Precision, SeenMoments
+from ncbatch.states.moments import Moments, MomentsAccumulator, Precision
 from ncbatch.states.null import null_labels
 from ncbatch.states.pairs.stats import PairStats
 from ncbatch.states.pairs.sweep import PairTiles
@@ -83,9 +83,8 @@ class MomentsPass:
         first = 0 if self.block is None else self.block[0]
         null = accumulator.null
         return MomentsRead(
-            _sealed(accumulator.real, first),
+            _sealed(accumulator.real, first, accumulator.skipped),
             None if null is None else _sealed(null, first),
-            accumulator.skipped,
         )
 
     def merge(self, a: MomentsRead, b: MomentsRead) -> MomentsRead:
@@ -99,7 +98,7 @@ class MomentsPass:
         null = partial.null
         return replace(
             partial,
-            seen=to_file(partial.seen, self.rows_at, "means"),
+            moments=to_file(partial.moments, self.rows_at, "means"),
             null=None if null is None else to_file(null, self.rows_at, "null"),
         )
 
@@ -165,12 +164,10 @@ class _Moments:
     skipped: int = 0
 
 
-def _sealed(accumulator: MomentsAccumulator, first: int) -> SeenMoments:
-    classes, moments = accumulator.finish_seen()
-    return SeenMoments(to_numpy(classes) + first, Moments(
-        to_numpy(moments.counts), to_numpy(moments.means), to_numpy(moments.traces),
-        None if moments.scatter is None else to_numpy(moments.scatter),
-    ))  # fmt: skip
+def _sealed(accumulator: MomentsAccumulator, first: int, skipped: int = 0) -> Moments:
+    state = Moments.from_arrays(accumulator.seal().to_arrays())
+    assert state.classes is not None
+    return replace(state, classes=state.classes + first, skipped=skipped)
 
 
 class _StatePass:
@@ -201,7 +198,7 @@ class _StatePass:
 
 @dataclass(frozen=True)
 class DecisionsPass(_StatePass):
-    """Reads the rows of a layer once, into `DecisionsRead` over all classes.
+    """Reads the rows of a layer once, into `Decisions` over all classes.
 
     Attributes
     ----------
@@ -219,16 +216,15 @@ class DecisionsPass(_StatePass):
     nearest_mean: Rule
     classifier: Rule | None
     device: str = "cpu"
-    kind: ClassVar[Any] = DecisionsRead
+    kind: ClassVar[Any] = Decisions
 
-    def start(self) -> DecisionsRead:
+    def start(self) -> Decisions:
         """Give the state of no samples."""
-        return DecisionsRead(Decisions.zero(self.source.split.n_classes), 0)
+        return Decisions.zero(self.source.split.n_classes)
 
-    def fold(self, accumulator: DecisionsRead, item: Item) -> DecisionsRead:
+    def fold(self, accumulator: Decisions, item: Item) -> Decisions:
         """Decide the samples of an item."""
         skipped = [accumulator.skipped]
-        found = accumulator.decisions
         staged, device = self._staged(item, skipped), find_device(self.device)
         # The bound within which near-ties are decided again is that of float32, not of TF32.
         with device.matmul_precision("fp32"):
@@ -237,8 +233,8 @@ class DecisionsPass(_StatePass):
                     features, labels, self.source.split.n_classes, self.nearest_mean,
                     predictions[0] if self.classifier is None else self.classifier,
                 )  # fmt: skip
-                found = found.merge(on_host(block))
-        return DecisionsRead(found, sum(skipped))
+                accumulator = accumulator.merge(on_host(block))
+        return replace(accumulator, skipped=sum(skipped))
 
     def _staged(self, item: Item, skipped: list[int]) -> Iterator[tuple[Any, ...]]:
         predictions = None
@@ -254,7 +250,7 @@ class DecisionsPass(_StatePass):
 
 def on_host(state: Any) -> Any:
     """Bring a flat state of arrays to the host."""
-    return type(state)(**{name: to_numpy(value) for name, value in vars(state).items()})
+    return type(state).from_arrays(state.to_arrays())
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from ncbatch.arrays.rows import StackedRows, StoredRows, row_blocks
 from ncbatch.arrays.threads import read_ahead
 from ncbatch.engine.jobs import Item, cut
 from ncbatch.errors import DataError
+from ncbatch.states import decisions
 from ncbatch.states.decisions import Decisions
-from ncbatch.states.moments import Moments, SeenMoments
+from ncbatch.states.moments import Moments
 from ncbatch.store.chunks import read_rows
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import LayerSpec, natural_key
@@ -37,56 +38,42 @@ class MomentsRead:
 
     Attributes
     ----------
-    seen : SeenMoments
-        Of the samples under their labels.
-    null : SeenMoments or None
+    moments : Moments
+        Of the samples under their labels, over classes with samples; counts rows left out because
+        they are not finite.
+    null : Moments or None
         Of the same samples under labels at random, without scatter.
-    skipped : int
-        Rows left out because they are not finite.
     """
 
-    seen: SeenMoments
-    null: SeenMoments | None
-    skipped: int
+    moments: Moments
+    null: Moments | None = None
 
     def merge(self, other: MomentsRead) -> MomentsRead:
         """Combine with what other rows gave."""
         null = None
         if self.null is not None and other.null is not None:
             null = self.null.merge(other.null)
-        return MomentsRead(self.seen.merge(other.seen), null, self.skipped + other.skipped)
+        return MomentsRead(self.moments.merge(other.moments), null)
 
 
-@dataclass(frozen=True)
-class DecisionsRead:
-    """Decisions of the rows of a layer, and how many rows were left out as not finite."""
-
-    decisions: Decisions
-    skipped: int
-
-    def merge(self, other: DecisionsRead) -> DecisionsRead:
-        """Combine with what other rows gave."""
-        return DecisionsRead(self.decisions.merge(other.decisions), self.skipped + other.skipped)
-
-
-def to_file(seen: SeenMoments, folder: Path, name: str) -> SeenMoments:
+def to_file(moments: Moments, folder: Path, name: str) -> Moments:
     """Move class means to a file of a name of its own, complete when it takes that name.
 
     A task may run twice, and both runs' results may be in use: no file is ever written again.
 
     Parameters
     ----------
-    seen : SeenMoments
-        With its means (P, D) in memory.
+    moments : Moments
+        With their means (P, D) in memory.
     folder : Path
         Where the file goes; made if it is not there.
     name : str
         What the file's name begins with.
     """
-    means = seen.moments.means
+    means = moments.means
     blocks = (means[part] for part in row_blocks(len(means)))
     rows = rows_file(folder / f"{name}-{uuid.uuid4().hex[:12]}.rows", blocks, means.shape)
-    return replace(seen, moments=replace(seen.moments, means=rows))
+    return replace(moments, means=rows)
 
 
 def rows_file(path: Path, blocks: Iterable[Any], shape: tuple[int, int]) -> StoredRows:
@@ -116,21 +103,18 @@ def joined(a: MomentsRead, b: MomentsRead) -> MomentsRead:
     null = None
     if a.null is not None and b.null is not None:
         null = _stacked(a.null, b.null)
-    # Both reads met the same rows that are not finite.
-    return MomentsRead(_stacked(a.seen, b.seen), null, max(a.skipped, b.skipped))
+    return MomentsRead(_stacked(a.moments, b.moments), null)
 
 
-def _stacked(a: SeenMoments, b: SeenMoments) -> SeenMoments:
-    x, y = a.moments, b.moments
-    scatter = None if x.scatter is None or y.scatter is None else x.scatter + y.scatter
-    return SeenMoments(
+def _stacked(a: Moments, b: Moments) -> Moments:
+    return Moments(
+        np.concatenate([a.counts, b.counts]),
+        StackedRows([a.means, b.means]),
+        np.concatenate([a.traces, b.traces]),
+        None if a.scatter is None or b.scatter is None else a.scatter + b.scatter,
         np.concatenate([a.classes, b.classes]),
-        Moments(
-            np.concatenate([x.counts, y.counts]),
-            StackedRows([x.means, y.means]),
-            np.concatenate([x.traces, y.traces]),
-            scatter,
-        ),
+        # Both reads met the same rows that are not finite.
+        max(a.skipped, b.skipped),
     )
 
 
@@ -296,9 +280,9 @@ class SummedSplit:
         traces = self._finite(layer, "trace", _whole(arrays["trace"]))[used]
         pooled = self._finite(layer, "scatter", _whole(arrays["scatter"])) if scatter else None
         means: Any = self._means(layer, arrays["mean"], used, rows_at)
-        state = Moments(counts[ids][used], means, traces, pooled)
+        classes = places[used].astype(np.int64)
         skipped = int(self.attributes(layer).get("skipped", 0))
-        return MomentsRead(SeenMoments(places[used].astype(np.int64), state), None, skipped)
+        return MomentsRead(Moments(counts[ids][used], means, traces, pooled, classes, skipped))
 
     def _means(
         self, layer: str, array: zarr.Array[Any], used: npt.NDArray[np.bool_], rows_at: Path | None
@@ -315,7 +299,7 @@ class SummedSplit:
             first += len(block)
         return means
 
-    def decisions(self, layer: str, used: Index | None) -> DecisionsRead:
+    def decisions(self, layer: str, used: Index | None) -> Decisions:
         """Read the decisions; with `used` only those on samples of these classes (K,), >= 0.
 
         Raises
@@ -324,16 +308,17 @@ class SummedSplit:
             When there is not a number per class.
         """
         arrays = self._arrays(layer, DECISIONS)
-        found = Decisions(*(_whole(arrays[name]) for name in _DECISIONS))
-        for name, values in vars(found).items():
+        counts = {name: _whole(arrays[name]) for name in _DECISIONS}
+        for name, values in counts.items():
             if values.shape != (self.store.n_classes,) or (len(values) and values.min() < 0):
                 raise self._bad(
                     layer, DECISIONS, f"array '{name}' of shape {values.shape}",
                     f"({self.store.n_classes},), no number below 0",
                 )  # fmt: skip
         if used is not None:
-            found = Decisions(*(np.where(used >= 0, values, 0) for values in vars(found).values()))
-        return DecisionsRead(found, int(self.attributes(layer, DECISIONS).get("skipped", 0)))
+            counts = {name: np.where(used >= 0, values, 0) for name, values in counts.items()}
+        skipped = int(self.attributes(layer, DECISIONS).get("skipped", 0))
+        return Decisions(**counts, skipped=skipped)
 
     def undecided(self, train: SummedSplit | None, layer: str, classifier: str | None) -> str:
         """Say why stored decisions are not those of the class means of `train`; empty if they are.
@@ -382,7 +367,7 @@ class SummedSplit:
 
 
 _MOMENTS = ("class", "count", "mean", "trace")
-_DECISIONS = tuple(Decisions.__dataclass_fields__)
+_DECISIONS = decisions.DECISIONS
 
 
 def _whole(array: zarr.Array[Any]) -> npt.NDArray[Any]:

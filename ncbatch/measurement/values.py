@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from ncbatch.arrays.rows import ChosenRows, StoredRows, mean_of_rows
 from ncbatch.measurement.layers import Layer, check_classes, device_put
-from ncbatch.measurement.samples import DECISIONS, DecisionsRead, MomentsRead, SummedSplit
+from ncbatch.measurement.samples import DECISIONS, MomentsRead, SummedSplit
 from ncbatch.metrics.by_class import ClassView
 from ncbatch.metrics.statistics import Statistics, Undefined
 from ncbatch.results.dataset import Cell
+from ncbatch.states.decisions import Decisions
 from ncbatch.states.directional import DirectionalVariance
-from ncbatch.states.moments import Moments, SeenMoments
+from ncbatch.states.moments import Moments
 from ncbatch.states.null import null_scatter
 from ncbatch.states.pairs.stats import PairStats
 
@@ -50,18 +51,18 @@ class Measured:
 def measured_of(layer: Layer, read: MomentsRead) -> Measured:
     """Make statistics of what was read, over the classes that have samples."""
     check_classes(
-        len(read.seen.classes), layer.train, "after rows that are not finite were left out"
+        len(read.moments.means), layer.train, "after rows that are not finite were left out"
     )
-    put = device_put(layer.options.device, read.seen.moments.means)
-    statistics = _statistics(layer, _moved(read.seen.moments, put))
+    put = device_put(layer.options.device, read.moments.means)
+    statistics = _statistics(layer, _moved(read.moments, put))
     null = None
-    if layer.null and read.null is not None and len(read.null.classes) > 1:
-        moments = _moved(read.null.moments, put)
+    if layer.null and read.null is not None and len(read.null.means) > 1:
+        moments = _moved(read.null, put)
         if "scatter" in layer.reads:
             moments = null_scatter(statistics.moments, moments)
         null = _statistics(layer, moments)
-    classes = layer.selected.classes[read.seen.classes]
-    return Measured(statistics, null, classes, read.skipped)
+    classes = layer.selected.classes[read.moments.classes]
+    return Measured(statistics, null, classes, read.moments.skipped)
 
 
 def _statistics(layer: Layer, moments: Moments) -> Statistics:
@@ -102,36 +103,36 @@ def _completed(layer: Layer, measured: Measured, results: dict[str, Any]) -> Sta
             statistics, weight=put(weight), bias=None if bias is None else put(bias),
             classes=put(measured.classes),
         )  # fmt: skip
-    decisions: DecisionsRead | None = results.get("decisions")
+    decisions: Decisions | None = results.get("decisions")
     outside: MomentsRead | None = results.get("outside")
     test: MomentsRead | None = results.get("test")
     pairs: PairStats | None = results.get("pairs")
     directional: DirectionalVariance | None = results.get("directional")
-    if outside is not None and len(outside.seen.classes):
-        mean = mean_of_rows(outside.seen.moments.means)
+    if outside is not None and len(outside.moments.means):
+        mean = mean_of_rows(outside.moments.means)
         statistics = replace(statistics, ood_mean=device_put(layer.options.device, means)(mean))
     if test is not None:
-        statistics = replace(statistics, test=_aligned(layer, test.seen, measured))
-    return replace(
-        statistics, pairs=pairs, directional=directional,
-        decisions=None if decisions is None else decisions.decisions,
-    )  # fmt: skip
+        statistics = replace(statistics, test=_aligned(layer, test.moments, measured))
+    return replace(statistics, pairs=pairs, directional=directional, decisions=decisions)
 
 
-def _aligned(layer: Layer, test: SeenMoments, measured: Measured) -> Moments:
+def _aligned(layer: Layer, test: Moments, measured: Measured) -> Moments:
     """Lay test moments out over the classes of train that have samples; copies no means."""
-    means = test.moments.means
+    means = test.means
     put = device_put(layer.options.device, measured.statistics.moments.means)
-    if not len(test.classes):
+    held = test.classes
+    assert held is not None
+    if not len(held):
         means = np.zeros((1, means.shape[1]))
     classes = layer.selected.index[measured.classes]
-    numbers = np.clip(np.searchsorted(test.classes, classes), 0, max(len(test.classes) - 1, 0))
+    numbers = np.clip(np.searchsorted(held, classes), 0, max(len(held) - 1, 0))
     there = np.zeros(len(classes), np.bool_)
-    if len(test.classes):
-        there = test.classes[numbers] == classes
-    counts, traces = np.zeros(len(classes), np.int64), np.zeros(len(classes))
-    counts[there] = test.moments.counts[numbers[there]]
-    traces[there] = test.moments.traces[numbers[there]]
+    if len(held):
+        there = held[numbers] == classes
+    counts = np.zeros(len(classes), np.int64)
+    traces = np.zeros(len(classes))
+    counts[there] = test.counts[numbers[there]]
+    traces[there] = test.traces[numbers[there]]
     on_disk = isinstance(means, StoredRows)
     rows = ChosenRows(means if on_disk else put(means), numbers)
     return Moments(put(counts), rows, put(traces))
@@ -146,7 +147,9 @@ def _skipped(layer: Layer, measured: Measured, results: dict[str, Any]) -> int:
         ("decisions", layer.decided),
     ):
         if name in results and split is not None:
-            found[split.name] = max(found.get(split.name, 0), results[name].skipped)
+            read = results[name]
+            state = read.moments if isinstance(read, MomentsRead) else read
+            found[split.name] = max(found.get(split.name, 0), state.skipped)
     return sum(found.values())
 
 

@@ -29,18 +29,22 @@ class Decisions(NamedArrays):
         Samples whose nearest class mean is the class that the classifier chose.
     ncc_hits, clf_hits : array (K,) of int64
         Samples whose nearest class mean, and whose classifier decision, is the true class.
+    skipped : int
+        Rows that were left out, such as those that are not finite.
     """
 
     samples: Array
     agreements: Array
     ncc_hits: Array
     clf_hits: Array
+    skipped: int = 0
     called = "decisions"
+    later = frozenset({"skipped"})
 
     @classmethod
     def zero(cls, n_classes: int, *, xp: Any = np, device: Any = None) -> Decisions:
         """Make the state of no samples, neutral under `merge`."""
-        return cls(*(xp.zeros((n_classes,), dtype=xp.int64, device=device) for _ in fields(cls)))
+        return cls(*(xp.zeros((n_classes,), dtype=xp.int64, device=device) for _ in DECISIONS))
 
     @classmethod
     def from_block(
@@ -136,7 +140,7 @@ class Decisions(NamedArrays):
 
 
 # What a decisions state is stored as.
-DECISIONS = tuple(each.name for each in fields(Decisions))
+DECISIONS = ("samples", "agreements", "ncc_hits", "clf_hits")
 
 
 def _count_by_class(labels: Array, marks: tuple[Array, ...], n_classes: int) -> Iterator[Array]:

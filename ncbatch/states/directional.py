@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import device
 
+from ncbatch.arrays.named_arrays import NamedArrays
 from ncbatch.arrays.namespace import Array, as_float64, namespace
 from ncbatch.arrays.rows import row_blocks
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
@@ -18,7 +19,7 @@ _TILE_CLASSES = 1024
 
 
 @dataclass(frozen=True)
-class DirectionalVariance:
+class DirectionalVariance(NamedArrays):
     """Per class i: the sum over its samples x and over other classes j of ((x - m_i) . u)^2 / d_ij^2.
 
     Attributes
@@ -28,6 +29,7 @@ class DirectionalVariance:
     """
 
     sums: Array
+    called = "directional variances"
 
     @classmethod
     def zero(cls, n_classes: int, *, xp: Any = np, device: Any = None) -> DirectionalVariance:

@@ -65,23 +65,25 @@ def check_block(features: Array, labels: Array, n_classes: int) -> tuple[Array, 
 Arrays = dict[str, npt.NDArray[Any]]
 
 # Names of arrays of states in a store; docs/store.md has their shapes.
-_MOMENTS = {"count": "counts", "mean": "means", "trace": "traces", "scatter": "scatter"}
+_MOMENTS = {
+    "class": "classes",
+    "count": "counts",
+    "mean": "means",
+    "trace": "traces",
+    "scatter": "scatter",
+}
 
 
-def moments_arrays(seen: SeenMoments) -> Arrays:
-    """Give moments as the arrays of a state in a store."""
-    found = {"class": to_numpy(seen.classes)}
-    for name, attribute in _MOMENTS.items():
-        value = getattr(seen.moments, attribute)
-        if value is not None:
-            found[name] = to_numpy(value)
-    return found
+def moments_arrays(moments: Moments) -> Arrays:
+    """Take moments of classes with samples apart into the arrays of a state in a store."""
+    values = {name: getattr(moments, attribute) for name, attribute in _MOMENTS.items()}
+    return {name: to_numpy(value) for name, value in values.items() if value is not None}
 
 
-def moments_of(arrays: Mapping[str, npt.NDArray[Any]]) -> SeenMoments:
-    """Give moments from the arrays of a state in a store; the inverse of `moments_arrays`."""
-    values = {attribute: arrays.get(name) for name, attribute in _MOMENTS.items()}
-    return SeenMoments(arrays["class"], Moments(**values))
+def moments_of(arrays: Mapping[str, npt.NDArray[Any]]) -> Moments:
+    """Put moments together from the arrays of a state in a store, as `moments_arrays` made them."""
+    values: dict[str, Any] = {field: arrays.get(name) for name, field in _MOMENTS.items()}
+    return Moments(**values)
 
 
 Precision: TypeAlias = Literal["exact", "fp32", "tf32"]
@@ -110,6 +112,11 @@ class Moments(NamedArrays):
         Sum of squared distances to the class mean, per class.
     scatter : array (D, D) of float64, or None
         Pooled within-class scatter, the sum of outer products of residuals.
+    classes : array (K,) of int64, or None
+        Ids of the classes, ascending, where only some are held, such as those with samples; None
+        for 0..K-1.
+    skipped : int
+        Rows that were left out, such as those that are not finite.
 
     Notes
     -----
@@ -121,7 +128,10 @@ class Moments(NamedArrays):
     means: Array
     traces: Array
     scatter: Array | None = None
+    classes: Array | None = None
+    skipped: int = 0
     called = "moments"
+    later = frozenset({"skipped"})
 
     @classmethod
     def zero(
@@ -232,23 +242,95 @@ class Moments(NamedArrays):
     def merge(self, other: Moments) -> Moments:
         """Combine with the state of other samples; neither operand changes.
 
+        Where either side has `classes` the result is over the classes of both. Beside the operands
+        and the result, blocks of a few thousand classes are held.
+
         Raises
         ------
         DataError
-            When K, D or the presence of scatter differ.
+            When D or the presence of scatter differ, or K where neither side has `classes`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> a = Moments.from_block(np.ones((1, 2)), np.array([4]), 100).seen()
+        >>> b = Moments.from_block(np.zeros((2, 2)), np.array([1, 4]), 100).seen()
+        >>> a.merge(b).classes
+        array([1, 4])
+        >>> a.merge(b).means
+        array([[0. , 0. ],
+               [0.5, 0.5]])
         """
         self._check_mergeable(other)
         xp = namespace(self.means)
-        means, traces = xp.empty_like(self.means), xp.empty_like(self.traces)
+        classes = None
+        n_classes = self.means.shape[0]
+        if self.classes is not None or other.classes is not None:
+            classes = xp.unique_values(xp.concat([self._ids, other._ids]))
+            n_classes = classes.shape[0]
+            if _compiled(self, other, n_classes):
+                from ncbatch.states.moments_kernel import merge_seen
+
+                return merge_seen(classes, self, other)
+        counts = xp.empty((n_classes,), dtype=xp.int64, device=device(self.means))
+        traces = xp.empty((n_classes,), dtype=xp.float64, device=device(self.means))
+        means = xp.empty(
+            (n_classes, self.means.shape[1]), dtype=xp.float64, device=device(self.means)
+        )
         scatter = None if self.scatter is None else self.scatter + other.scatter
-        for part in row_blocks(self.means.shape[0]):
-            means[part, :], traces[part], apart = merge_rows(self._rows(part), other._rows(part))
+        for part in row_blocks(n_classes):
+            ids = None if classes is None else classes[part]
+            a = self._rows(part, ids)
+            b = other._rows(part, ids)
+            counts[part] = a[0] + b[0]
+            means[part, :], traces[part], apart = merge_rows(a, b)
             if scatter is not None:
                 scatter += symmetric_product(apart)
-        return Moments(self.counts + other.counts, means, traces, scatter)
+        return Moments(counts, means, traces, scatter, classes, self.skipped + other.skipped)
+
+    def seen(self) -> Moments:
+        """Leave out the classes that have no samples; `classes` tells which are left.
+
+        Where there are none to leave out, the arrays are not copied.
+        """
+        xp = namespace(self.counts)
+        rows = xp.astype(xp.nonzero(self.counts > 0)[0], xp.int64, copy=False)
+        if rows.shape[0] == self.counts.shape[0]:
+            return replace(self, classes=self._ids)
+        return replace(self.select(rows), classes=xp.take(self._ids, rows, axis=0))
+
+    def expand(self, n_classes: int) -> Moments:
+        """Lay the moments out over all classes 0..K-1, zeros where there are no samples.
+
+        Where all are held, the arrays are not copied.
+
+        Parameters
+        ----------
+        n_classes : int
+            K.
+
+        Raises
+        ------
+        DataError
+            When a class is not below `n_classes`.
+        """
+        xp = namespace(self.counts)
+        held = self._ids
+        if held.shape[0] and int(held[-1]) >= n_classes:
+            raise DataError(
+                f"class {int(held[-1])} among the classes seen", f"classes below {n_classes}"
+            )
+        if held.shape[0] == n_classes:
+            return replace(self, classes=None)
+        place = device(held)
+        laid = Moments.zero(n_classes, self.means.shape[1], scatter=False, xp=xp, device=place)
+        for part in row_blocks(n_classes):
+            ids = xp.arange(part.start, part.stop, dtype=held.dtype, device=place)
+            laid.counts[part], laid.means[part, :], laid.traces[part] = self._rows(part, ids)
+        return replace(laid, scatter=self.scatter, skipped=self.skipped)
 
     def select(self, classes: Array) -> Moments:
-        """Keep only `classes`, an integer array (C,) of class ids.
+        """Keep only `classes`, an integer array (C,) of rows of `means`: ids, if all are held.
 
         Raises
         ------
@@ -263,23 +345,55 @@ class Moments(NamedArrays):
                 "the pooled scatter of some classes cannot be had from finished moments",
                 remedy="filter the classes when the features are read",
             )
-        return Moments(
-            counts,
-            xp.take(self.means, classes, axis=0),
-            xp.take(self.traces, classes, axis=0),
-            self.scatter,
+        return replace(
+            self,
+            counts=counts,
+            means=xp.take(self.means, classes, axis=0),
+            traces=xp.take(self.traces, classes, axis=0),
+            classes=None if self.classes is None else xp.take(self.classes, classes, axis=0),
         )
 
-    def _rows(self, part: slice) -> tuple[Array, Array, Array]:
-        return self.counts[part], self.means[part, :], self.traces[part]
+    @property
+    def _ids(self) -> Array:
+        """Ids of the classes, ascending."""
+        if self.classes is not None:
+            return self.classes
+        xp = namespace(self.counts)
+        return xp.arange(self.counts.shape[0], dtype=xp.int64, device=device(self.counts))
+
+    def _rows(self, part: slice, ids: Array | None) -> tuple[Array, Array, Array]:
+        """Take counts, means and traces of rows `part`, or of classes `ids`, ascending.
+
+        `ids` holds every class held between its first and its last; others get zeros.
+        """
+        if ids is None:
+            return self.counts[part], self.means[part, :], self.traces[part]
+        xp = namespace(self.counts)
+        held = self._ids
+        first = int(xp.searchsorted(held, ids[:1])[0])
+        stop = int(xp.searchsorted(held, ids[-1:], side="right")[0])
+        rows = (self.counts[first:stop], self.means[first:stop, :], self.traces[first:stop])
+        if stop - first == ids.shape[0]:
+            return rows
+        seen = xp.zeros(ids.shape, dtype=xp.bool, device=device(ids))
+        if stop > first:
+            between = held[first:stop]
+            place = xp.clip(xp.searchsorted(between, ids), 0, stop - first - 1)
+            seen = xp.take(between, place, axis=0) == ids
+        return tuple(_spread(row, seen) for row in rows)
 
     def _check_mergeable(self, other: Moments) -> None:
-        mine = (*self.means.shape, self.scatter is not None)
-        theirs = (*other.means.shape, other.scatter is not None)
-        if mine != theirs:
+        sizes = [(*state.means.shape, state.scatter is not None) for state in (self, other)]
+        names = "(K, D, scatter)"
+        equal = "equal K and D"
+        if self.classes is not None or other.classes is not None:
+            sizes = [size[1:] for size in sizes]
+            names = "(D, scatter)"
+            equal = "equal D"
+        if sizes[0] != sizes[1]:
             raise DataError(
-                f"moments of (K, D, scatter) = {theirs} cannot be merged into {mine}",
-                "equal K and D, and scatter on both sides or on neither",
+                f"moments of {names} = {sizes[1]} cannot be merged into {sizes[0]}",
+                f"{equal}, and scatter on both sides or on neither",
             )
 
 
@@ -453,24 +567,17 @@ class MomentsAccumulator:
         self._folds().finish()
         return Moments(self._counts, self._sums, self._traces, self._scatter)
 
-    def finish_seen(self) -> tuple[Array, Moments]:
-        """Correct for the pilots and give the state of the classes with samples only.
+    def seal(self) -> Moments:
+        """Correct for the pilots and return the state of the classes with samples only.
 
         The accumulator is spent. Nothing beyond `peak_bytes` is held; of NumPy arrays, rows of
         classes without samples are not touched.
-
-        Returns
-        -------
-        classes : array (P,) of int64
-            The ids of the classes with samples, ascending.
-        moments : Moments
-            Of those, in that order; what `SeenMoments` takes.
         """
         xp = self._xp
         classes = xp.astype(xp.nonzero(self._counts > 0)[0], xp.int64, copy=False)
         counts = xp.take(self._counts, classes, axis=0)
         means, traces = self._folds().finish_seen(classes)
-        return classes, Moments(counts, means, traces, self._scatter)
+        return Moments(counts, means, traces, self._scatter, classes)
 
     @property
     def _compiled(self) -> bool:
@@ -500,167 +607,12 @@ def _piece_rows(n_features: int) -> int:
     return min(_PIECE_ROWS, max(256, _PIECE_BYTES // (8 * n_features)))
 
 
-# SeenMoments: moments of the classes that have samples only, small enough to be sent.
-
-
-@dataclass(frozen=True)
-class SeenMoments:
-    """Moments of P classes with samples, whatever K is.
-
-    Attributes
-    ----------
-    classes : array (P,) of int64
-        Their ids, ascending.
-    moments : Moments
-        Of those classes, in that order.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> a = SeenMoments.of(Moments.from_block(np.ones((1, 2)), np.array([4]), 100))
-    >>> b = SeenMoments.of(Moments.from_block(np.zeros((2, 2)), np.array([1, 4]), 100))
-    >>> a.merge(b).classes
-    array([1, 4])
-    >>> a.merge(b).moments.means
-    array([[0. , 0. ],
-           [0.5, 0.5]])
-    """
-
-    classes: Array
-    moments: Moments
-
-    @classmethod
-    def zero(
-        cls, n_features: int, scatter: bool = True, *, xp: Any = np, device: Any = None
-    ) -> SeenMoments:
-        """Make the state of no samples, neutral under `merge`.
-
-        Parameters
-        ----------
-        n_features : int
-            D.
-        scatter : bool, optional
-            Whether the pooled scatter is kept.
-        xp : module, optional
-            Array namespace of the state.
-        device : optional
-            Device of that namespace.
-        """
-        return cls(
-            xp.zeros((0,), dtype=xp.int64, device=device),
-            Moments.zero(0, n_features, scatter=scatter, xp=xp, device=device),
-        )
-
-    @classmethod
-    def of(cls, moments: Moments) -> SeenMoments:
-        """Leave out the classes (K,) of `moments` that have no samples.
-
-        Where there are none to leave out, the arrays are those of `moments`, not copies.
-        """
-        xp = namespace(moments.counts)
-        classes = xp.astype(xp.nonzero(moments.counts > 0)[0], xp.int64, copy=False)
-        if classes.shape[0] == moments.counts.shape[0]:
-            return cls(classes, moments)
-        return cls(classes, moments.select(classes))
-
-    @property
-    def n_samples(self) -> int:
-        """Samples in all classes together."""
-        return self.moments.n_samples
-
-    def merge(self, other: SeenMoments) -> SeenMoments:
-        """Combine with the state of other samples; neither operand changes.
-
-        Beside the operands and the result, blocks of a few thousand classes are held.
-
-        Raises
-        ------
-        DataError
-            When D or the presence of scatter differ.
-        """
-        mine = (self.moments.means.shape[1], self.moments.scatter is not None)
-        theirs = (other.moments.means.shape[1], other.moments.scatter is not None)
-        if mine != theirs:
-            raise DataError(
-                f"moments of (D, scatter) = {theirs} cannot be merged into {mine}",
-                "equal D, and scatter on both sides or on neither",
-            )
-        xp = namespace(self.classes, other.classes)
-        classes = xp.unique_values(xp.concat([self.classes, other.classes]))
-        if _compiled(self, other, classes.shape[0]):
-            from ncbatch.states.moments_kernel import merge_seen
-
-            sides = ((state.classes, state.moments) for state in (self, other))
-            return SeenMoments(classes, merge_seen(classes, *sides))
-        whole = Moments.zero(
-            classes.shape[0], mine[0], scatter=False, xp=xp, device=device(classes)
-        )
-        scatter = None
-        if self.moments.scatter is not None:
-            scatter = self.moments.scatter + other.moments.scatter
-        for part in row_blocks(classes.shape[0]):
-            a, b = self._laid_over(classes[part]), other._laid_over(classes[part])
-            whole.counts[part] = a[0] + b[0]
-            whole.means[part, :], whole.traces[part], apart = merge_rows(a, b)
-            if scatter is not None:
-                scatter += symmetric_product(apart)
-        return SeenMoments(classes, replace(whole, scatter=scatter))
-
-    def expand(self, n_classes: int) -> Moments:
-        """Give the moments of all classes 0..K-1, zeros where there are no samples.
-
-        Where all have samples, the arrays are those of `moments`, not copies.
-
-        Parameters
-        ----------
-        n_classes : int
-            K.
-
-        Raises
-        ------
-        DataError
-            When a class is not below `n_classes`.
-        """
-        xp = namespace(self.classes)
-        if self.classes.shape[0] and int(self.classes[-1]) >= n_classes:
-            raise DataError(
-                f"class {int(self.classes[-1])} among the classes seen",
-                f"classes below {n_classes}",
-            )
-        state, place = self.moments, device(self.classes)
-        if self.classes.shape[0] == n_classes:
-            return state
-        whole = Moments.zero(n_classes, state.means.shape[1], scatter=False, xp=xp, device=place)
-        for part in row_blocks(n_classes):
-            ids = xp.arange(part.start, part.stop, dtype=self.classes.dtype, device=place)
-            whole.counts[part], whole.means[part, :], whole.traces[part] = self._laid_over(ids)
-        return replace(whole, scatter=state.scatter)
-
-    def _laid_over(self, ids: Array) -> tuple[Array, Array, Array]:
-        """Give counts, means and traces of classes `ids`, ascending; zeros for those not seen.
-
-        `ids` holds every class seen between its first and its last.
-        """
-        xp, state = namespace(self.classes), self.moments
-        first = int(xp.searchsorted(self.classes, ids[:1])[0])
-        stop = int(xp.searchsorted(self.classes, ids[-1:], side="right")[0])
-        rows = (state.counts[first:stop], state.means[first:stop, :], state.traces[first:stop])
-        if stop - first == ids.shape[0]:
-            return rows
-        seen = xp.zeros(ids.shape, dtype=xp.bool, device=device(ids))
-        if stop > first:
-            there = self.classes[first:stop]
-            place = xp.clip(xp.searchsorted(there, ids), 0, stop - first - 1)
-            seen = xp.take(there, place, axis=0) == ids
-        return tuple(_spread(row, seen) for row in rows)
-
-
-def _compiled(a: SeenMoments, b: SeenMoments, n_classes: int) -> bool:
+def _compiled(a: Moments, b: Moments, n_classes: int) -> bool:
     """Whether compiled code, which checks no bounds, merges two states into one of `n_classes`."""
-    return n_classes * a.moments.means.shape[1] >= _COMPILED_VALUES and all(
-        isinstance(state.moments.means, np.ndarray)
-        and state.moments.means.dtype == np.float64
-        and state.moments.means.shape[0] == state.classes.shape[0]
+    return n_classes * a.means.shape[1] >= _COMPILED_VALUES and all(
+        isinstance(state.means, np.ndarray)
+        and state.means.dtype == np.float64
+        and state.means.shape[0] == state._ids.shape[0]
         for state in (a, b)
     )
 
@@ -668,6 +620,6 @@ def _compiled(a: SeenMoments, b: SeenMoments, n_classes: int) -> bool:
 def _spread(rows: Array, seen: Array) -> Array:
     """Lay `rows` (P, ...) over the P places of `seen` (C,) that are true."""
     xp = namespace(rows)
-    whole = xp.zeros((seen.shape[0], *rows.shape[1:]), dtype=rows.dtype, device=device(rows))
-    whole[seen] = rows
-    return whole
+    laid = xp.zeros((seen.shape[0], *rows.shape[1:]), dtype=rows.dtype, device=device(rows))
+    laid[seen] = rows
+    return laid

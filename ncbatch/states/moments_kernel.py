@@ -391,7 +391,7 @@ def in_threads(work: Any, parts: list[slice]) -> None:
         pass
 
 
-# Merging of `SeenMoments` in memory on the CPU: one compiled pass over the union of classes.
+# Merging of `Moments` of some classes in memory on the CPU: one compiled pass over the union of classes.
 #
 # Every class is one thread's work, and products take the same rows whatever the threads, so that the
 # result does not depend on how many there are.
@@ -459,19 +459,16 @@ def merge_classes(
                 row[j] = difference[j] * root
 
 
-def merge_seen(
-    classes: npt.NDArray[np.int64],
-    a: tuple[npt.NDArray[np.int64], Moments],
-    b: tuple[npt.NDArray[np.int64], Moments],
-) -> Moments:
-    """Merge the moments of two sets of classes, each with its ids, over their union `classes`.
+def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moments:
+    """Merge the moments of two sets of classes over their union `classes`.
 
     Beside the operands and the result, `_PRODUCT_BYTES` and two arrays (D, D) are held.
     """
-    n, n_features = classes.shape[0], a[1].means.shape[1]
+    n, n_features = classes.shape[0], a.means.shape[1]
     rows, counts = np.zeros((2, 2, n), np.int64)
     traces = np.zeros(n)
-    for side, (ids, moments) in enumerate((a, b)):
+    for side, moments in enumerate((a, b)):
+        ids = np.arange(len(moments.counts)) if moments.classes is None else moments.classes
         place = np.searchsorted(classes, ids)
         rows[side, place] = np.arange(ids.shape[0])
         counts[side, place] = moments.counts
@@ -480,11 +477,11 @@ def merge_seen(
     scatter = None
     ends = np.concatenate([[0], np.cumsum((counts[0] > 0) & (counts[1] > 0))])
     apart, product = np.empty((0, n_features)), None
-    if a[1].scatter is not None and b[1].scatter is not None:
-        scatter = a[1].scatter + b[1].scatter
+    if a.scatter is not None and b.scatter is not None:
+        scatter = a.scatter + b.scatter
         apart = np.empty((min(int(ends[-1]), _piece_rows(n_features)), n_features))
         product = np.empty_like(scatter)
-    operands = (rows, counts, _frozen(a[1].means), _frozen(b[1].means), traces, means)
+    operands = (rows, counts, _frozen(a.means), _frozen(b.means), traces, means)
     for piece in _pieces(ends, apart.shape[0]):
 
         def merge(part: slice, first: int = piece.start) -> None:
@@ -495,7 +492,7 @@ def merge_seen(
         if scatter is not None:
             both = ends[piece.stop] - ends[piece.start]
             scatter += symmetric_product(apart[:both], out=product)
-    return Moments(counts[0] + counts[1], means, traces, scatter)
+    return Moments(counts[0] + counts[1], means, traces, scatter, classes, a.skipped + b.skipped)
 
 
 def _piece_rows(n_features: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def null_scatter(moments: Moments, null: Moments) -> Moments:
     if moments.scatter is None or moments.n_samples != null.n_samples:
         raise DataError("moments of different samples, or without scatter", "the same samples")
     scatter = moments.scatter + _between(moments) - _between(null)
-    return Moments(null.counts, null.means, null.traces, scatter)
+    return replace(null, scatter=scatter)
 
 
 def _between(moments: Moments) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from ncbatch.arrays.named_arrays import pack, unpack
 from ncbatch.arrays.namespace import Array
 from ncbatch.arrays.rows import StoredRows
+from ncbatch.errors import DataError
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import Moments
 from ncbatch.states.pairs.stats import PairStats
@@ -76,6 +77,6 @@ def test_stored_rows_stay_where_they_are(tmp_path):
     assert found.numbers[0:2].tolist() == rows[0:2].tolist()
     arrays = pack(Inner(1.0, rows))
     rows.path.unlink()
-    with pytest.raises(KeyError):  # never made anew, full of zeros
+    with pytest.raises(DataError):  # never made anew, full of zeros
         unpack(Inner, arrays)
     assert not rows.path.exists()

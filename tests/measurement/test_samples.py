@@ -14,7 +14,7 @@ from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameEr
 from ncbatch.measurement import steps as pricing
 from ncbatch.metrics import CATALOGUE
 from ncbatch.states.decisions import Decisions
-from ncbatch.states.moments import Moments, SeenMoments
+from ncbatch.states.moments import Moments
 from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from ncbatch.store import FeatureStore
 from tests.conftest import run_here
@@ -215,18 +215,18 @@ def test_features_win_and_states_fill_what_lacks_them(pair, tmp_path):
 
 def test_moments_of_the_package_are_what_is_stored(pair):
     X, y = pair.splits["train"]
-    seen = SeenMoments.of(Moments.from_block(X, y, pair.k))
+    seen = Moments.from_block(X, y, pair.k).seen()
     wanted = moments_of(X, y, pair.k)
     np.testing.assert_array_equal(seen.classes, wanted["class"])
-    np.testing.assert_allclose(seen.moments.scatter, wanted["scatter"], rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(seen.moments.traces, wanted["trace"], rtol=1e-9)
+    np.testing.assert_allclose(seen.scatter, wanted["scatter"], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(seen.traces, wanted["trace"], rtol=1e-9)
     rules = (
         nearest_mean_rule(wanted["mean"], wanted["class"], dtype=np.float64),
         linear_rule(pair.W, pair.b, wanted["mean"].mean(axis=0), dtype=np.float64),
     )
     found = Decisions.from_block(*pair.splits["test"], pair.k, *rules)
     stored = pair.states.state("test", "h", "decisions")[0]
-    for name, values in vars(found).items():
+    for name, values in found.to_arrays().items():
         np.testing.assert_array_equal(values, stored[name], err_msg=name)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ncbatch.arrays.namespace import namespace
 from ncbatch.errors import DataError
-from ncbatch.states.moments import Moments, MomentsAccumulator, SeenMoments
+from ncbatch.states.moments import Moments, MomentsAccumulator
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
 from tests.strategies import REGIMES, Features, feature_sets, partitions
@@ -175,10 +175,10 @@ def test_finishing_the_classes_seen_leaves_out_the_others(library: Library, scat
         patch.setattr(
             "ncbatch.states.moments_fold.row_blocks", lambda n: (slice(i, i + 1) for i in range(n))
         )
-        ids, state = accumulated(library.put(X), library.put(y), 10, scatter).finish_seen()
-    assert library.host(ids).tolist() == list(classes)
+        state = accumulated(library.put(X), library.put(y), 10, scatter).seal()
+    assert library.host(state.classes).tolist() == list(classes)
     assert (state.scatter is None) is not scatter
-    want = SeenMoments.of(accumulated(X, y, 10, scatter).finish()).moments
+    want = accumulated(X, y, 10, scatter).finish().seen()
     for name in ("counts", "means", "traces", "scatter")[: 4 if scatter else 3]:
         np.testing.assert_allclose(
             library.host(getattr(state, name)), getattr(want, name), rtol=1e-12, atol=1e-9

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ncbatch.arrays.threads import thread_limit
 from ncbatch.errors import DataError
 from ncbatch.states import moments
-from ncbatch.states.moments import MomentsAccumulator, SeenMoments
+from ncbatch.states.moments import MomentsAccumulator
 from ncbatch.states.moments_kernel import group_rows
 from tests.states.test_moments import assert_equal_to_oracle, assert_same, streamed
 from tests.strategies import DTYPES, REGIMES, Features, feature_sets, partitions
@@ -155,12 +155,12 @@ def test_finishing_the_classes_seen_gives_the_bits_of_all(monkeypatch, share, th
     classes = np.flatnonzero(np.random.default_rng(0).random(1000) < share)
     monkeypatch.setattr("ncbatch.states.moments_kernel.cpu_count", lambda: threads)
     with thread_limit(1):
-        ids, state = accumulated(classes, scatter=scatter).finish_seen()
-        want = SeenMoments.of(accumulated(classes, scatter=scatter).finish())
-    np.testing.assert_array_equal(ids, classes)
+        state = accumulated(classes, scatter=scatter).seal()
+        want = accumulated(classes, scatter=scatter).finish().seen()
+    np.testing.assert_array_equal(state.classes, classes)
     np.testing.assert_array_equal(want.classes, classes)
     for name in FIELDS[: 4 if scatter else 3]:
-        np.testing.assert_array_equal(getattr(state, name), getattr(want.moments, name))
+        np.testing.assert_array_equal(getattr(state, name), getattr(want, name))
 
 
 @pytest.mark.parametrize("scatter", [True, False])
@@ -170,7 +170,7 @@ def test_finishing_leaves_rows_of_other_classes_untouched(scatter: bool):
     others = np.setdiff1d(np.arange(1000), classes)
     sums = accumulator.arrays()["sums"]
     sums[others] = np.nan
-    _, state = accumulator.finish_seen()
+    state = accumulator.seal()
     assert np.all(np.isnan(sums[others]))
     assert not np.shares_memory(state.means, sums)  # or it would keep the memory of all classes
     assert np.all(np.isfinite(state.means))
@@ -180,7 +180,7 @@ def test_finishing_leaves_rows_of_other_classes_untouched(scatter: bool):
 def test_finishing_nearly_all_classes_takes_no_more_memory(share: float):
     classes = np.flatnonzero(np.random.default_rng(0).random(1000) < share)
     accumulator = accumulated(classes)
-    _, state = accumulator.finish_seen()
+    state = accumulator.seal()
     assert np.shares_memory(state.means, accumulator.arrays()["sums"])
 
 

@@ -51,9 +51,8 @@ def assert_same(one, other) -> None:
 
 
 def host(library, state):
-    return type(state)(
-        **{name: None if v is None else library.host(v) for name, v in vars(state).items()}
-    )
+    arrays = {name: library.host(v) for name, v in vars(state).items() if hasattr(v, "shape")}
+    return dataclasses.replace(state, **arrays)
 
 
 @each_library
@@ -103,6 +102,20 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     state = Moments.load(tmp_path / "old.npz")
     assert state.scatter is None
     np.testing.assert_array_equal(state.counts, arrays["counts"])
+
+
+@pytest.mark.parametrize("kind", [Moments, Decisions])
+def test_rows_left_out_are_counted_and_saved(tmp_path, kind):
+    state = dataclasses.replace(kind.zero(*((2, 3) if kind is Moments else (2,))), skipped=3)
+    state.save(tmp_path / "state")
+    assert type(kind.load(tmp_path / "state").skipped) is int
+    assert kind.load(tmp_path / "state").merge(state).skipped == 6
+
+
+def test_classes_are_saved(tmp_path):
+    state = moments(each_library.args[1][0]).seen()
+    state.save(tmp_path / "state")
+    assert_same(Moments.load(tmp_path / "state"), state)
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):

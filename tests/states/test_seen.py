@@ -1,4 +1,4 @@
-"""SeenMoments: the laws of a state, over any sets of classes."""
+"""Moments of some classes: the laws of a state, over any sets of classes."""
 
 import dataclasses
 
@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from ncbatch.arrays.threads import thread_limit
 from ncbatch.errors import DataError
-from ncbatch.states import moments as seen
-from ncbatch.states.moments import Moments, SeenMoments
+from ncbatch.states.moments import Moments
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
 from tests.states.test_moments import assert_same
@@ -23,7 +22,7 @@ FIELDS = ("counts", "means", "traces", "scatter")
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Merge in both ways, compiled code with products of few rows."""
     if request.param == "compiled":
-        monkeypatch.setattr(seen, "_COMPILED_VALUES", 0)
+        monkeypatch.setattr("ncbatch.states.moments._COMPILED_VALUES", 0)
         monkeypatch.setattr("ncbatch.states.moments_kernel._PRODUCT_ROWS", 5)
     return request.param
 
@@ -42,8 +41,8 @@ def assert_same_bits(a: Moments, b: Moments):
 def test_expanding_undoes_leaving_out(data):
     features = data.draw(feature_sets())
     state = Moments.from_block(features.X, features.y, features.n_classes)
-    found = SeenMoments.of(state)
-    assert np.all(found.moments.counts > 0)
+    found = state.seen()
+    assert np.all(found.counts > 0)
     assert found.classes.tolist() == np.unique(features.y[features.y >= 0]).tolist()
     assert found.n_samples == state.n_samples
     assert_same_bits(found.expand(features.n_classes), state)
@@ -54,13 +53,13 @@ def test_merging_commutes_with_expanding(data):
     features = data.draw(feature_sets())
     cuts = data.draw(partitions(len(features.y)))
     a, b, *rest = parts(features, [*cuts[:1], len(features.y) // 2] if cuts else [1])
-    merged = SeenMoments.of(a).merge(SeenMoments.of(b))
+    merged = a.seen().merge(b.seen())
     expanded, want = merged.expand(features.n_classes), a.merge(b)
     for name in FIELDS[:2]:
         np.testing.assert_array_equal(getattr(expanded, name), getattr(want, name))
     np.testing.assert_allclose(expanded.traces, want.traces, rtol=1e-12)
     assert_same(expanded, want)
-    for other in map(SeenMoments.of, rest):
+    for other in map(Moments.seen, rest):
         merged, want = merged.merge(other), want.merge(other.expand(features.n_classes))
     assert_same(merged.expand(features.n_classes), want)
 
@@ -71,9 +70,9 @@ def test_a_tree_of_merges_equals_the_oracle(regime: str, monkeypatch: pytest.Mon
     n = len(data.y)
     monkeypatch.setattr(
         "ncbatch.states.moments.row_blocks",
-        lambda rows: (slice(i, min(i + 7, rows)) for i in range(0, rows, 7)),
+        lambda rows, _=0: (slice(i, min(i + 7, rows)) for i in range(0, rows, 7)),
     )
-    states = [SeenMoments.of(part) for part in parts(data, [n // 5, n // 3, n // 2])]
+    states = [part.seen() for part in parts(data, [n // 5, n // 3, n // 2])]
     whole = states[0].merge(states[1]).merge(states[2].merge(states[3])).expand(data.n_classes)
     oracle = class_moments(data.X, data.y, data.n_classes)
     seen = oracle.counts > 0
@@ -88,15 +87,15 @@ def test_a_tree_of_merges_equals_the_oracle(regime: str, monkeypatch: pytest.Mon
 
 def test_zero_is_neutral_and_operands_stay():
     data = REGIMES["zipf"](0)
-    state = SeenMoments.of(parts(data, [50])[0])
-    before = [np.copy(getattr(state.moments, name)) for name in FIELDS]
-    zero = SeenMoments.zero(data.X.shape[1], True)
+    state = parts(data, [50])[0].seen()
+    before = [np.copy(getattr(state, name)) for name in FIELDS]
+    zero = Moments.zero(0, data.X.shape[1]).seen()
     for result in (state.merge(zero), zero.merge(state)):
         np.testing.assert_array_equal(result.classes, state.classes)
-        assert_same_bits(result.moments, state.moments)
+        assert_same_bits(result, state)
     state.merge(state)
     for name, old in zip(FIELDS, before, strict=True):
-        np.testing.assert_array_equal(getattr(state.moments, name), old)
+        np.testing.assert_array_equal(getattr(state, name), old)
     assert zero.merge(zero).n_samples == 0
     assert_same_bits(zero.expand(4), Moments.zero(4, data.X.shape[1]))
 
@@ -113,7 +112,7 @@ def test_every_library_merges(library: Library, scatter: bool):
         )
         for p in (slice(100), slice(100, n))
     ]
-    got = SeenMoments.of(states[0]).merge(SeenMoments.of(states[1])).expand(data.n_classes)
+    got = states[0].seen().merge(states[1].seen()).expand(data.n_classes)
     a, b = parts(data, [100], scatter)
     want = a.merge(b)
     assert (got.scatter is None) is not scatter
@@ -122,10 +121,10 @@ def test_every_library_merges(library: Library, scatter: bool):
         np.testing.assert_allclose(value, getattr(want, name), rtol=1e-10, atol=1e-9)
 
 
-def state_of(n: int, n_classes: int, seed: int) -> SeenMoments:
+def state_of(n: int, n_classes: int, seed: int) -> Moments:
     rng = np.random.default_rng(seed)
     y = (n_classes * rng.random(n) ** 3).astype(np.int64)
-    return SeenMoments.of(Moments.from_block(1e3 + rng.normal(size=(n, 6)), y, n_classes))
+    return Moments.from_block(1e3 + rng.normal(size=(n, 6)), y, n_classes).seen()
 
 
 def test_products_of_any_size_and_any_threads_merge_alike(way: str, monkeypatch):
@@ -139,42 +138,42 @@ def test_products_of_any_size_and_any_threads_merge_alike(way: str, monkeypatch)
             found.append(a.merge(b))
     assert len(np.intersect1d(a.classes, b.classes)) > 50
     for other in found[1:]:
-        assert_same_bits(other.moments, found[0].moments)
+        assert_same_bits(other, found[0])
     for rows in (1, 1000):
         monkeypatch.setattr("ncbatch.states.moments_kernel._PRODUCT_ROWS", rows)
-        other = a.merge(b).moments
-        np.testing.assert_array_equal(other.means, found[0].moments.means)
-        np.testing.assert_array_equal(other.traces, found[0].moments.traces)
-        np.testing.assert_allclose(other.scatter, found[0].moments.scatter, rtol=1e-12, atol=1e-9)
+        other = a.merge(b)
+        np.testing.assert_array_equal(other.means, found[0].means)
+        np.testing.assert_array_equal(other.traces, found[0].traces)
+        np.testing.assert_allclose(other.scatter, found[0].scatter, rtol=1e-12, atol=1e-9)
 
 
 def test_layouts_and_what_cannot_be_written_merge_to_the_same_bits():
     a, b = state_of(300, 100, 0), state_of(200, 100, 1)
-    want = a.merge(b).moments
-    frozen = a.moments.means.copy()
+    want = a.merge(b)
+    frozen = a.means.copy()
     frozen.flags.writeable = False
-    wide = np.repeat(a.moments.means, 2, axis=1)[:, ::2]
+    wide = np.repeat(a.means, 2, axis=1)[:, ::2]
     for means in (frozen, np.asfortranarray(frozen), wide):
-        other = SeenMoments(a.classes, dataclasses.replace(a.moments, means=means))
-        assert_same_bits(other.merge(b).moments, want)
+        other = dataclasses.replace(a, means=means)
+        assert_same_bits(other.merge(b), want)
 
 
 def test_a_side_whose_means_are_too_few_is_not_read_beyond_them():
     a, b = state_of(300, 100, 0), state_of(200, 100, 1)
-    short = dataclasses.replace(a.moments, means=a.moments.means[:-3])
+    short = dataclasses.replace(a, means=a.means[:-3])
     with pytest.raises((ValueError, IndexError)):
-        SeenMoments(a.classes, short).merge(b)
+        short.merge(b)
 
 
 def test_what_does_not_fit_is_refused():
-    state = SeenMoments.of(Moments.from_block(np.ones((2, 3)), np.array([4, 7]), 9))
+    state = Moments.from_block(np.ones((2, 3)), np.array([4, 7]), 9).seen()
     with pytest.raises(DataError, match="class 7"):
         state.expand(7)
-    for other in (SeenMoments.zero(4), SeenMoments.zero(3, scatter=False)):
+    for other in (Moments.zero(0, 4).seen(), Moments.zero(0, 3, scatter=False).seen()):
         with pytest.raises(DataError, match="cannot be merged"):
             state.merge(other)
 
 
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SeenMoments.zero(2).classes = None  # type: ignore[misc]
+        Moments.zero(0, 2).classes = None  # type: ignore[misc]

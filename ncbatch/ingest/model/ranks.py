@@ -289,9 +289,9 @@ class RankStates:
             arrays, _ = self.store.state(self.split, layer, part.kind) or ({}, {})
             state: Any = moments_of(arrays)
             if kind == "decisions":
-                state = Decisions(*(arrays[name] for name in DECISIONS))
+                state = Decisions.from_arrays({name: arrays[name] for name in DECISIONS})
             whole = state if whole is None else whole.merge(state)
-        values = dict(vars(whole)) if kind == "decisions" else moments_arrays(whole)
+        values = whole.to_arrays() if kind == "decisions" else moments_arrays(whole)
         about = {"n_samples": sum(int(part.about["n_samples"]) for part in parts)}
         about |= next(
             (found for found in deciding if "classifier_fingerprint" in found), deciding[0]

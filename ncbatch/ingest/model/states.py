@@ -21,7 +21,7 @@ from ncbatch.ingest.model.ranks import StatePlan
 from ncbatch.ingest.model.room import FoldPrice, choose_place
 from ncbatch.ingest.model.target import Target, wait_for
 from ncbatch.states.decisions import DECISIONS, Decisions
-from ncbatch.states.moments import Arrays, MomentsAccumulator, SeenMoments, moments_arrays
+from ncbatch.states.moments import Arrays, MomentsAccumulator, moments_arrays
 from ncbatch.states.moments_fold import Scratch
 from ncbatch.states.rules import Rule, linear_rule, nearest_mean_rule
 from ncbatch.store.feature_store import FeatureStore
@@ -251,13 +251,12 @@ class LayerFold:
             block = Decisions.from_block(
                 features, labels, self.n_classes, self.decider.nearest, classifier
             )
-            found = Decisions(*(to_numpy(values) for values in vars(block).values()))
-            self.decisions = self.decisions.merge(found)
+            self.decisions = self.decisions.merge(Decisions.from_arrays(block.to_arrays()))
         self.position += int(labels.shape[0])
 
     def running(self) -> Arrays:
         """Give all that it is so far, on the host and over the classes seen: see `restore`."""
-        found = {} if self.decisions is None else dict(vars(self.decisions))
+        found = {} if self.decisions is None else self.decisions.to_arrays()
         if self.moments is None:
             return found
         arrays = self.moments.arrays()
@@ -282,7 +281,7 @@ class LayerFold:
         """
         self.position = position
         if self.decisions is not None:
-            self.decisions = Decisions(*(arrays[name] for name in DECISIONS))
+            self.decisions = Decisions.from_arrays({name: arrays[name] for name in DECISIONS})
         if self.moments is None:
             return
         own = self.moments.arrays()
@@ -309,11 +308,10 @@ class LayerFold:
         """Give the arrays of the finished states by kind; the fold is spent."""
         found: dict[str, Arrays] = {}
         if self.moments is not None:
-            classes, moments = self.moments.finish_seen()
-            found["moments"] = moments_arrays(SeenMoments(classes, moments))
+            found["moments"] = moments_arrays(self.moments.seal())
             self.moments = None
         if self.decisions is not None:
-            found["decisions"] = dict(vars(self.decisions))
+            found["decisions"] = self.decisions.to_arrays()
         return found
 
 
