@@ -6,6 +6,7 @@ return Python floats, or arrays of the library they were given.
 
 from ncbatch.metrics.by_class import ClassView
 from ncbatch.metrics.catalogue import CATALOGUE, find_metrics
+from ncbatch.metrics.geometry import structure_error
 from ncbatch.metrics.metric import Metric
 from ncbatch.metrics.reference import (
     class_dist_norm_vars,
@@ -26,7 +27,6 @@ from ncbatch.metrics.reference import (
     variability_cdnv,
 )
 from ncbatch.metrics.statistics import Statistics, Undefined
-from ncbatch.metrics.structure import structure_error
 
 __all__ = [
     "CATALOGUE",

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.arrays.namespace import to_numpy
-from ncbatch.metrics.nc1 import nearest_cdnv
 from ncbatch.metrics.statistics import Statistics
 
 Values = npt.NDArray[np.float64]
@@ -47,7 +46,7 @@ class ClassView:
         }
         if s.pairs is not None and s.pairs.nearest is not None:
             near = s.pairs.nearest
-            cdnv, exists = nearest_cdnv(s)
+            cdnv, exists = s.nearest_cdnv
             found["nearest"] = np.where(near.index >= 0, self.ids[near.index], np.nan)
             found["nearest_distance"] = np.sqrt(near.square)
             found["nearest_cdnv"] = np.where(exists, cdnv, np.nan)

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Mapping
 from ncbatch.errors import unknown_name
 from ncbatch.metrics.metric import Metric
 from ncbatch.metrics.nc1 import NC1
-from ncbatch.metrics.nc2 import NC2
-from ncbatch.metrics.nc3_to_nc5 import NC3
+from ncbatch.metrics.nc2 import NC2, NC2_WEIGHT
+from ncbatch.metrics.nc3_to_nc5 import NC3, NC4, NC5
 from ncbatch.metrics.spectra import SPECTRA
 
-CATALOGUE: Mapping[str, Metric] = {m.name: m for m in (*NC1, *NC2, *NC3, *SPECTRA)}
+# In the order of variables in results, which files of others rely on.
+_TABLES = (NC1, NC2, NC3, NC2_WEIGHT, NC4, NC5, SPECTRA)
+CATALOGUE: Mapping[str, Metric] = {metric.name: metric for table in _TABLES for metric in table}
 
 
 def find_metrics(names: Iterable[str] | None = None) -> list[Metric]:
-    """Give the metrics of those `names`, in the table's order.
+    """Return the metrics of those `names`, in the table's order.
 
     Parameters
     ----------

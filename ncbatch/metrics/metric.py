@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ncbatch.arrays.namespace import Array, namespace, scalar
 from ncbatch.metrics.statistics import Statistics, Undefined
-from ncbatch.states.pairs.stats import Tally
+
+if TYPE_CHECKING:
+    from ncbatch.states.pairs.stats import Tally
 
 PAPYAN = "Papyan, Han & Donoho 2020, doi:10.1073/pnas.2015509117"
 HAN = "Han, Papyan & Donoho 2022, arXiv:2106.02073"
@@ -70,8 +73,12 @@ class Metric:
     @property
     def pair_quantities(self) -> frozenset[str]:
         """The quantities of the pair sweep that it reads."""
-        found = (r.removeprefix("pairs.") for r in self.reads if r.startswith("pairs."))
-        return frozenset(found)
+        prefix = "pairs."
+        return frozenset(r.removeprefix(prefix) for r in self.reads if r.startswith(prefix))
+
+    def alias(self, name: str, long_name: str) -> Metric:
+        """Return the same metric under another name, which results carry beside this one."""
+        return replace(self, name=name, long_name=long_name)
 
     @property
     def has_null(self) -> bool:
@@ -108,8 +115,8 @@ def variance(values: Array, what: str, ddof: int) -> float:
 
 
 def tally(statistics: Statistics, quantity: str) -> Tally:
-    """Give a tally of the pair sweep that holds any pair."""
-    found = getattr(statistics.pairs, quantity)
-    if not isinstance(found, Tally) or not found.n:
+    """Return a tally of the pair sweep that holds any pair."""
+    pairs: Tally | None = getattr(statistics.pairs, quantity)
+    if pairs is None or not pairs.n:
         raise Undefined("no pair of classes is left: all coincide or have no direction")
-    return found
+    return pairs

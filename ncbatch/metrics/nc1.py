@@ -7,6 +7,7 @@ import numpy as np
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
 from ncbatch.arrays.rows import float64_blocks, take_rows
 from ncbatch.metrics import yardsticks
+from ncbatch.metrics.geometry import ridge_trace, separation_eigenvalues
 from ncbatch.metrics.metric import (
     GALANTI,
     HAN,
@@ -19,7 +20,6 @@ from ncbatch.metrics.metric import (
     reads,
     tally,
 )
-from ncbatch.metrics.spectrum import ridge_trace, separation_eigenvalues
 from ncbatch.metrics.statistics import Statistics, Undefined
 
 _XU = "Xu & Liu 2023, arXiv:2306.03440"
@@ -74,22 +74,8 @@ def _quantile(s: Statistics, q: float) -> float:
     return float(np.quantile(to_numpy(_ratios(s)), q))
 
 
-def nearest_cdnv(s: Statistics) -> tuple[Array, Array]:
-    """Give the CDNV of each class with its nearest, and which classes it exists for."""
-    if s.pairs is None or s.pairs.nearest is None:
-        raise Undefined("no pairs")
-    near = s.pairs.nearest
-    variances, size = to_numpy(s.variances), to_numpy(s.sizes)
-    # The sweep's distance may come from float32 products: it chose, this measures.
-    square = to_numpy(s.nearest_squares)
-    exists = (near.index >= 0) & (square > 1e-24 * (size + size[near.index]))
-    spread = 0.5 * (variances + variances[near.index])
-    exists = exists & np.isfinite(spread)
-    return spread / np.where(exists, square, 1.0) ** s.dist_exp, exists
-
-
 def _nearest_mean(s: Statistics) -> float:
-    values, exists = nearest_cdnv(s)
+    values, exists = s.nearest_cdnv
     return mean(values[exists], "a nearest class mean that is not its own, and a V_c")
 
 

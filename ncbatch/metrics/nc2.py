@@ -8,6 +8,7 @@ import numpy as np
 
 from ncbatch.arrays.namespace import Array, namespace, to_numpy
 from ncbatch.metrics import yardsticks
+from ncbatch.metrics.geometry import structure_error
 from ncbatch.metrics.metric import (
     KOTHAPALLI,
     LIU,
@@ -21,7 +22,6 @@ from ncbatch.metrics.metric import (
     variance,
 )
 from ncbatch.metrics.statistics import Statistics, Undefined
-from ncbatch.metrics.structure import structure_error
 
 WELCH = "Welch 1974, doi:10.1109/TIT.1974.1055219"
 WANG = "Wang & Isola 2020, arXiv:2005.10242"
@@ -71,6 +71,19 @@ def _riesz(s: Statistics, *, variance: bool) -> float:
 def _riesz_log(s: Statistics, *, variance: bool) -> float:
     found = tally(s, "riesz")
     return finite(found.log_variance if variance else found.log_abs_mean, "the value is zero")
+
+
+def _weight_etf_error(s: Statistics) -> float:
+    rows = s.classifier_rows
+    return finite(structure_error(rows, rows), "W is zero")
+
+
+def _weight_norm_cv(s: Statistics) -> float:
+    norms = namespace(s.duality.squares).sqrt(s.duality.squares)
+    average = mean(norms, "a classifier row")
+    if average == 0.0:
+        raise Undefined("W is zero")
+    return math.sqrt(variance(norms, "a classifier row", s.class_ddof)) / average
 
 
 NC2 = (
@@ -194,3 +207,24 @@ NC2 = (
         "mean over classes of min_j |u_c - u_j|", JIANG, reads("pairs.nearest"), _tammes_mean,
     ),
 )  # fmt: skip
+
+# The classifier's rows in the place of the class means; in results they follow NC3.
+NC2_WEIGHT = (
+    Metric(
+        "nc2_weight_etf_err",
+        "distance of classifier rows from a simplex ETF",
+        "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W W^T",
+        KOTHAPALLI,
+        reads("classifier"),
+        _weight_etf_error,
+        floor=yardsticks.structure_floor,
+    ),
+    Metric(
+        "nc2_weight_norm_cv",
+        "relative spread of norms of classifier rows",
+        "std over classes of |w_c| over their mean",
+        PAPYAN,
+        reads("classifier"),
+        _weight_norm_cv,
+    ),
+)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
-from ncbatch.arrays.namespace import namespace, scalar
+from ncbatch.arrays.namespace import as_float64, namespace, scalar
+from ncbatch.arrays.rows import float64_blocks
 from ncbatch.metrics import yardsticks
+from ncbatch.metrics.geometry import directions, structure_error
 from ncbatch.metrics.metric import (
     AMMAR,
     KOTHAPALLI,
@@ -17,9 +19,7 @@ from ncbatch.metrics.metric import (
     reads,
     variance,
 )
-from ncbatch.metrics.reference import similarities
 from ncbatch.metrics.statistics import Statistics, Undefined
-from ncbatch.metrics.structure import structure_error
 
 _ALIGNED = "a direction of both mean and classifier row"
 
@@ -49,29 +49,20 @@ def _bias(s: Statistics) -> float:
     return math.sqrt(scalar(namespace(logits).sum(logits * logits)))
 
 
-def _weight_etf_error(s: Statistics) -> float:
-    rows = s.classifier_rows
-    return finite(structure_error(rows, rows), "W is zero")
-
-
-def _weight_norm_cv(s: Statistics) -> float:
-    norms = namespace(s.duality.squares).sqrt(s.duality.squares)
-    average = mean(norms, "a classifier row")
-    if average == 0.0:
-        raise Undefined("W is zero")
-    return math.sqrt(variance(norms, "a classifier row", s.class_ddof)) / average
-
-
 def _ood_deviation(s: Statistics) -> float:
     if s.ood_mean is None:
         raise Undefined("no out-of-distribution row is left")
-    xp, means = namespace(s.sizes), s.moments.means
+    xp = namespace(s.sizes)
     if not scalar(xp.sum(s.ood_mean**2)) > 0.0:
         raise Undefined("the mean of the out-of-distribution data is zero")
-    some = s.sizes > 0.0
-    if not bool(xp.any(some)):
+    nonzero = s.sizes > 0.0
+    if not bool(xp.any(nonzero)):
         raise Undefined("all class means are zero")
-    return scalar(xp.mean(xp.abs(similarities(means, s.ood_mean, cos=True)[some])))
+    outside = directions(as_float64(s.ood_mean)[None, :])
+    cosines = [
+        xp.sum(directions(block) * outside, axis=1) for _, block in float64_blocks(s.moments.means)
+    ]
+    return scalar(xp.mean(xp.abs(xp.concat(cosines)[nonzero])))
 
 
 def _rate(s: Statistics, kind: str) -> float:
@@ -80,29 +71,29 @@ def _rate(s: Statistics, kind: str) -> float:
     return finite(s.decisions.rate(kind), "no sample to decide")
 
 
+UNIFORM_DUALITY = Metric(
+    "nc3u_uni_dual",
+    "uniform duality: variance of classifier-mean products",
+    "var over classes of w_c . Mc_c",
+    WU,
+    reads("classifier"),
+    lambda s: variance(s.dots, "samples", s.class_ddof),
+    "weight^2 feature^2",
+    random=yardsticks.dot_variance,
+)
 NC3 = (
     Metric(
         "nc3_dual_err", "distance of classifier and means from a simplex ETF",
         "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W Mc^T", KOTHAPALLI,
         reads("classifier"), _dual_error, floor=yardsticks.structure_floor, random=yardsticks.dual_error,
     ),
-    Metric(
-        "nc3u_uni_dual", "uniform duality: variance of classifier-mean products",
-        "var over classes of w_c . Mc_c", WU,
-        reads("classifier"), lambda s: variance(s.dots, "samples", s.class_ddof), "weight^2 feature^2",
-        random=yardsticks.dot_variance,
-    ),
+    UNIFORM_DUALITY,
     Metric(
         "nc3_dot_mean", "mean classifier-mean product", "mean over classes of w_c . Mc_c", WU,
         reads("classifier"), lambda s: mean(s.dots, "samples"), "weight feature",
         random=yardsticks.zero,
     ),
-    Metric(
-        "nc3_dot_var", "variance of classifier-mean products",
-        "var over classes of w_c . Mc_c", WU,
-        reads("classifier"), lambda s: variance(s.dots, "samples", s.class_ddof), "weight^2 feature^2",
-        random=yardsticks.dot_variance,
-    ),
+    UNIFORM_DUALITY.alias("nc3_dot_var", "variance of classifier-mean products"),
     Metric(
         "nc3_cos_mean", "mean cosine of classifier row and class mean",
         "mean over classes of cos(w_c, Mc_c)", WU,
@@ -134,34 +125,43 @@ NC3 = (
         "nc3_bias", "bias collapse", "norm over classes of W m_G + b", PAPYAN,
         reads("classifier"), _bias, "logit",
     ),
-    Metric(
-        "nc2_weight_etf_err", "distance of classifier rows from a simplex ETF",
-        "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W W^T", KOTHAPALLI,
-        reads("classifier"), _weight_etf_error, floor=yardsticks.structure_floor,
-    ),
-    Metric(
-        "nc2_weight_norm_cv", "relative spread of norms of classifier rows",
-        "std over classes of |w_c| over their mean", PAPYAN,
-        reads("classifier"), _weight_norm_cv,
-    ),
-    Metric(
-        "nc4_agree", "agreement of nearest class mean and classifier",
-        "share of samples with argmin_c |x - m_c| = argmax_k (W x + b)_k", PAPYAN,
-        reads("decisions"), lambda s: _rate(s, "agreements"),
-    ),
-    Metric(
-        "nc4_ncc_accuracy", "accuracy of the nearest class mean",
-        "share of samples with argmin_c |x - m_c| = y", PAPYAN,
-        reads("decisions"), lambda s: _rate(s, "ncc_hits"),
-    ),
-    Metric(
-        "nc4_clf_accuracy", "accuracy of the classifier",
-        "share of samples with argmax_k (W x + b)_k = y", PAPYAN,
-        reads("decisions"), lambda s: _rate(s, "clf_hits"),
-    ),
-    Metric(
-        "nc5_ood_dev", "alignment of class means with outside data",
-        "mean over classes of |cos(m_c, m_G^ood)|", AMMAR,
-        reads("ood"), _ood_deviation, random=yardsticks.cosine_size,
-    ),
 )  # fmt: skip
+
+NC4 = (
+    Metric(
+        "nc4_agree",
+        "agreement of nearest class mean and classifier",
+        "share of samples with argmin_c |x - m_c| = argmax_k (W x + b)_k",
+        PAPYAN,
+        reads("decisions"),
+        lambda s: _rate(s, "agreements"),
+    ),
+    Metric(
+        "nc4_ncc_accuracy",
+        "accuracy of the nearest class mean",
+        "share of samples with argmin_c |x - m_c| = y",
+        PAPYAN,
+        reads("decisions"),
+        lambda s: _rate(s, "ncc_hits"),
+    ),
+    Metric(
+        "nc4_clf_accuracy",
+        "accuracy of the classifier",
+        "share of samples with argmax_k (W x + b)_k = y",
+        PAPYAN,
+        reads("decisions"),
+        lambda s: _rate(s, "clf_hits"),
+    ),
+)
+
+NC5 = (
+    Metric(
+        "nc5_ood_dev",
+        "alignment of class means with outside data",
+        "mean over classes of |cos(m_c, m_G^ood)|",
+        AMMAR,
+        reads("ood"),
+        _ood_deviation,
+        random=yardsticks.cosine_size,
+    ),
+)

@@ -1,4 +1,4 @@
-"""NC3, NC4 and NC5: class means against the classifier, its decisions and outside data."""
+"""Functions with the names, positional order and defaults of the field's reference package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from array_api_compat import device
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
 from ncbatch.arrays.rows import CentredRows, block_rows, mean_of_rows, row_blocks, take_rows
 from ncbatch.errors import UsageError
-from ncbatch.metrics.spectrum import between_class_spectrum
-from ncbatch.metrics.structure import square_norms, structure_error
+from ncbatch.metrics.geometry import (
+    between_class_spectrum,
+    directions,
+    square_norms,
+    structure_error,
+)
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.pairs.sweep import PairTiles, sweep_pairs
 
@@ -163,14 +167,6 @@ def kernel_stats(
         math.copysign(_exp(tally.log_abs_mean), tally.mean) if quantity == "riesz" else tally.mean
     )
     return mean, _exp(tally.log_variance) if quantity == "riesz" else tally.variance
-
-
-def directions(centred: Array) -> Array:
-    """Scale rows to unit length; a zero row stays zero."""
-    xp = namespace(centred)
-    norms = xp.sqrt(xp.sum(centred * centred, axis=1))
-    norms = xp.where(norms > 0.0, norms, xp.ones_like(norms))
-    return centred / norms[:, None]
 
 
 def _square_distances(data: Array, tile_size: int | None) -> Array:

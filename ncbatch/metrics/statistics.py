@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import device
 
-from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
 from ncbatch.arrays.rows import (
     CentredRows,
     ChosenRows,
@@ -18,14 +18,19 @@ from ncbatch.arrays.rows import (
     product_rows,
     take_rows,
 )
-from ncbatch.metrics.reference import directions
-from ncbatch.metrics.spectrum import Spectrum, between_class_spectrum
-from ncbatch.metrics.structure import symmetric_sum
-from ncbatch.states.decisions import Decisions
-from ncbatch.states.directional import DirectionalVariance
-from ncbatch.states.moments import Moments
+from ncbatch.metrics.geometry import (
+    Spectrum,
+    between_class_spectrum,
+    directions,
+    symmetric_sum,
+)
 from ncbatch.states.pairs.means import COINCIDENT
-from ncbatch.states.pairs.stats import PairStats
+
+if TYPE_CHECKING:
+    from ncbatch.states.decisions import Decisions
+    from ncbatch.states.directional import DirectionalVariance
+    from ncbatch.states.moments import Moments
+    from ncbatch.states.pairs.stats import PairStats
 
 # Classifier rows beside class means, compared class by class in one pass over both.
 
@@ -327,18 +332,32 @@ class Statistics:
         return self.moments.within_covariance + between
 
     @cached_property
-    def nearest_squares(self) -> Array:
-        """|m_c - m_j|^2 (K,) with j the nearest class of the pair sweep."""
+    def nearest_cdnv(self) -> tuple[Array, Array]:
+        """The CDNV of each class with its nearest (K,), and which classes it exists for.
+
+        Raises
+        ------
+        Undefined
+            Without pairs.
+        """
         if self.pairs is None or self.pairs.nearest is None:
             raise Undefined("no pairs")
         means = self.moments.means
+        index = self.pairs.nearest.index
         xp = namespace(means)
-        index = xp.asarray(np.maximum(self.pairs.nearest.index, 0), device=device(means))
-        found = []
+        partners = xp.asarray(np.maximum(index, 0), device=device(means))
+        squares = []
+        # The sweep's distance may come from float32 products: it chose, this measures.
         for part, block in float64_blocks(means):
-            apart = block - as_float64(take_rows(means, index[part]))
-            found.append(xp.sum(apart * apart, axis=1))
-        return xp.concat(found)
+            apart = block - as_float64(take_rows(means, partners[part]))
+            squares.append(xp.sum(apart * apart, axis=1))
+        square = to_numpy(xp.concat(squares))
+        variances = to_numpy(self.variances)
+        sizes = to_numpy(self.sizes)
+        spread = 0.5 * (variances + variances[index])
+        exists = (index >= 0) & (square > COINCIDENT * (sizes + sizes[index]))
+        exists &= np.isfinite(spread)
+        return spread / np.where(exists, square, 1.0) ** self.dist_exp, exists
 
     @property
     def classifier_rows(self) -> Array:

@@ -9,7 +9,7 @@ import pytest
 
 from ncbatch.arrays.rows import CentredRows, StoredRows
 from ncbatch.metrics import CATALOGUE, ClassView, Statistics, Undefined, structure_error
-from ncbatch.metrics.structure import symmetric_sum
+from ncbatch.metrics.geometry import symmetric_sum
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.directional import DirectionalVariance
 from ncbatch.states.moments import Moments
