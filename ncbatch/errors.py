@@ -21,7 +21,9 @@ class NcbatchError(Exception):
 
     def __init__(self, found: str, expected: str = "", remedy: str = "") -> None:
         super().__init__(found, expected, remedy)
-        self.found, self.expected, self.remedy = found, expected, remedy
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
 
     def __str__(self) -> str:
         first = f"{self.found}; expected {self.expected}" if self.expected else self.found
@@ -63,6 +65,11 @@ class OutputError(NcbatchError, OSError):
 
 class UnknownNameError(NcbatchError, LookupError):
     """A layer, split, metric or member that does not exist."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UnknownNameError:

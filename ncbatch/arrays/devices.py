@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ncbatch.arrays.namespace import Array, namespace
 from ncbatch.arrays.threads import cpu_count
-from ncbatch.errors import UsageError
+from ncbatch.errors import UsageError, first_line
 
 # Copies to a device that overlap with computing on it, through two staging buffers.
 
@@ -467,7 +467,7 @@ def _cuda_device() -> CudaDevice:
         cupy = _cupy()
     except ImportError as error:
         raise UsageError(
-            f"CuPy is not installed ({_first_line(error)})",
+            f"CuPy is not installed ({first_line(error)})",
             "CuPy, an NVIDIA GPU and its driver",
             "install it with: pip install 'ncbatch[gpu]'; or compute with --device cpu",
         ) from error
@@ -479,7 +479,7 @@ def _cuda_device() -> CudaDevice:
         float(cupy.ones(2).sum())
     except Exception as error:  # CUDA's errors, missing libraries and failed compilations
         raise UsageError(
-            f"CuPy sees no CUDA device that works ({_first_line(error)})",
+            f"CuPy sees no CUDA device that works ({first_line(error)})",
             "an NVIDIA GPU, and a driver for CuPy's version of CUDA",
             "see what 'nvidia-smi' and 'python -c \"import cupy; cupy.show_config()\"' say;"
             " or compute with --device cpu",
@@ -528,7 +528,3 @@ def _pool_free_bytes(cupy: Any) -> int:
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise UsageError(f"precision '{precision}'", ", ".join(PRECISIONS[:-1]) + " or tf32")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import psutil
 
-from ncbatch.errors import UsageError, WorkerError
+from ncbatch.errors import UsageError, WorkerError, first_line
 from ncbatch.version import __version__
 
 # How many threads a task may use: the processors of a host, dealt out to its workers' task slots.
@@ -301,11 +301,6 @@ def _same_environment() -> Iterator[None]:
                 os.environ[name] = before[name]
             else:
                 os.environ.pop(name, None)
-
-
-def first_line(error: BaseException) -> str:
-    """Give the first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 __all__ = ["open_cluster", "task_slots", "task_threads"]

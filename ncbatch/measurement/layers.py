@@ -28,6 +28,7 @@ from ncbatch.measurement.samples import (
 from ncbatch.metrics.catalogue import CATALOGUE, find_metrics
 from ncbatch.metrics.metric import Metric
 from ncbatch.store.feature_store import FeatureStore
+from ncbatch.store.place import absolute
 from ncbatch.store.split import Split
 
 AnySplit: TypeAlias = Split | SummedSplit
@@ -432,7 +433,7 @@ def store_names(paths: Sequence[str]) -> list[str]:
     >>> store_names(["/runs/a/features.zarr", "/runs/b/features.zarr"])
     ['a/features.zarr', 'b/features.zarr']
     """
-    whole = [path if "://" in path else os.path.abspath(path) for path in paths]
+    whole = [absolute(path) for path in paths]
     parts = [[part for part in path.split(os.sep) if part] for path in whole]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

@@ -24,7 +24,7 @@ from ncbatch.errors import BudgetError, UsageError
 from ncbatch.measurement.layers import Layer, StoreLike, choose_tasks, open_stores, wanted_metrics
 from ncbatch.measurement.options import Options, _check_device, _class_ids, conventions
 from ncbatch.measurement.steps import Mode, choose_mode, job_of, prices, shape_of
-from ncbatch.measurement.update import At, Saved, absolute
+from ncbatch.measurement.update import At, Saved
 from ncbatch.metrics.catalogue import CATALOGUE
 from ncbatch.metrics.metric import Metric
 from ncbatch.results.dataset import (
@@ -36,6 +36,7 @@ from ncbatch.results.dataset import (
     with_collapse,
 )
 from ncbatch.states.moments import Precision
+from ncbatch.store.place import absolute
 from ncbatch.version import __version__
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from ncbatch.measurement.layers import Layer, store_names
 from ncbatch.results.dataset import KIND, Cell, StoreNotes, cells_of, merged, metric_names, notes_in
 from ncbatch.results.files import load_results
 from ncbatch.store.feature_store import FeatureStore
+from ncbatch.store.place import absolute
 from ncbatch.version import __version__
 
 At: TypeAlias = tuple[str, str]
@@ -180,11 +181,6 @@ class Saved:
             cells[at] = measured[at] if earlier is None else merged(earlier, measured[at])
         now = dict.fromkeys(task.name for task in tasks)
         return cells, [*(name for name in self.paths if name not in now), *now]
-
-
-def absolute(path: str) -> str:
-    """Give a path that holds wherever a process runs; addresses stay as they are."""
-    return path if "://" in path else os.path.abspath(path)
 
 
 def _is_nested(value: Any) -> bool:

@@ -70,7 +70,7 @@ def map_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-async def gathered(requests: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+async def gather(requests: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Wait for many small requests, a bounded number at once; results come in their order."""
     gate = asyncio.Semaphore(SMALL_REQUESTS)
 
@@ -174,7 +174,7 @@ def find_nodes(
             key = "/".join(part for part in (group.path, name, "zarr.json") if part)
             raise CorruptionError(f"metadata '{key}' cannot be read", "", "restore it") from error
 
-    found = sync(gathered(node(name) for name in names))
+    found = sync(gather(node(name) for name in names))
     return [
         None if node is None else zarr.Array(node) if isinstance(node, zarr.AsyncArray)
         else zarr.Group(node)
@@ -356,7 +356,7 @@ def trim(array: zarr.Array[Any], rows: int) -> None:
     if array.shape[0] == rows:
         return
     beyond = [index for index in stored_chunks(array) if index * array.chunks[0] >= rows]
-    sync(gathered(array.store.delete(chunk_key(array, index)) for index in sorted(beyond)))
+    sync(gather(array.store.delete(chunk_key(array, index)) for index in sorted(beyond)))
     sync(array.async_array.resize((rows, *array.shape[1:]), delete_outside_chunks=False))
 
 
@@ -430,6 +430,6 @@ def checksums(array: zarr.Array[Any]) -> bytes:
         return b"missing" if found is None else found.to_bytes()
 
     digest = hashlib.sha256(repr((array.shape, array.chunks, str(array.dtype))).encode())
-    for index, found in zip(indices, sync(gathered(map(tail, indices))), strict=True):
+    for index, found in zip(indices, sync(gather(map(tail, indices))), strict=True):
         digest.update(index.to_bytes(8, "little") + found)
     return digest.digest()

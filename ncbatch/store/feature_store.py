@@ -33,7 +33,7 @@ from ncbatch.store.format import (
 )
 from ncbatch.store.place import (
     as_text,
-    check_root,
+    check_metadata,
     check_writable,
     delete_store,
     is_there,
@@ -273,7 +273,7 @@ class FeatureStore(StoreHeader):
         """
         where = as_text(path)
         store = cls(open_root(where, storage_options), where)
-        check_root(store._root, where)
+        check_metadata(where)
         return store
 
     @property

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import ml_dtypes
@@ -18,7 +15,7 @@ from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.common import DataTypeValidationError
 from zarr.core.dtype.npy.float import BaseFloat
 
-from ncbatch.errors import CorruptionError, StoreError, UsageError
+from ncbatch.errors import StoreError, UsageError
 
 # bfloat16 as a Zarr data type: stock zarr can neither create nor open it.
 
@@ -169,28 +166,6 @@ def chunk_rows(spec: LayerSpec, n_samples: int | None = None) -> int:
     if n_samples is not None:
         rows = min(rows, 1 << max(n_samples - 1, 0).bit_length())
     return rows
-
-
-def check_metadata(root: Path) -> None:
-    """Refuse a local store of which a metadata file is damaged; reads nothing else.
-
-    Raises
-    ------
-    CorruptionError
-        Names the file.
-    """
-    for folder, folders, files in os.walk(root):
-        if "zarr.json" not in files:
-            continue
-        file = Path(folder) / "zarr.json"
-        try:
-            kind = json.loads(file.read_text(encoding="utf-8"))["node_type"]
-        except FileNotFoundError:  # a writer at work
-            continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptionError(f"metadata '{file}' cannot be read", "", "restore it") from error
-        if kind == "array":
-            folders.clear()
 
 
 def read_header(group: zarr.Group, path: str) -> dict[str, Any]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
-from ncbatch.arrays.atomic import take_name
 from ncbatch.errors import StoreError, UsageError
 from ncbatch.store.chunks import (
     chunk_fault,
@@ -24,7 +21,6 @@ from ncbatch.store.chunks import (
     find_node,
     find_nodes,
     found_group,
-    gathered,
     open_array,
     present_chunks,
     stored_chunks,
@@ -32,7 +28,7 @@ from ncbatch.store.chunks import (
     trim,
 )
 from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec, chunk_rows
-from ncbatch.store.place import RemoteStore
+from ncbatch.store.place import RemoteStore, rename
 
 # What each writer of a split owns, and the record it keeps of what it has committed.
 
@@ -510,29 +506,6 @@ def _check_labels(group: zarr.Group, stop: int, records: list[CommitRecord]) -> 
         label[block * rows : min((block + 1) * rows, stop)] = -1
 
 
-# What is complete takes its name, and the place of what it replaces.
-
-
-def rename(group: zarr.Group, staged: str, name: str) -> None:
-    """Give a node of `group` another name; a node that has it is deleted.
-
-    Where nothing can be renamed the node is copied within the store, its own metadata last: until
-    then no node of that name is seen, and what was written stays under its staged name.
-
-    Raises
-    ------
-    StoreError
-        When the store can do neither.
-    """
-    if isinstance(group.store, LocalStore):
-        root = Path(group.store.root) / group.path
-        take_name(root / staged, root / name, root / f"{staged}{STAGED}replaced")
-    elif isinstance(group.store, RemoteStore):
-        sync(_copy(group.store, f"{group.path}/{staged}", f"{group.path}/{name}"))
-    else:
-        raise StoreError(f"{group.store_path} cannot rename", "a folder or an object store")
-
-
 def finish_renaming(split: zarr.Group) -> None:
     """Let layers and predictions take their names whose replacing was interrupted.
 
@@ -560,14 +533,3 @@ def finish_renaming(split: zarr.Group) -> None:
 def delete_node(group: zarr.Group, name: str) -> None:
     """Delete a node of `group` with all below, even where its own metadata is gone already."""
     sync(group.store.delete_dir(f"{group.path}/{name}"))
-
-
-async def _copy(store: RemoteStore, staged: str, name: str) -> None:
-    own = "/zarr.json"
-    await store.delete(name + own)
-    await store.delete_dir(name)
-    keys = [key async for key in store.list_prefix(staged)]
-    inner = [key.removeprefix(staged) for key in keys if key != staged + own]
-    await gathered(store.copy(staged + key, name + key) for key in inner)
-    await store.copy(staged + own, name + own)
-    await store.delete_dir(staged)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.numpy
@@ -17,7 +16,6 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
-from ncbatch.arrays.atomic import take_name
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import CorruptionError, DataError
 from ncbatch.store.chunks import (
@@ -31,6 +29,7 @@ from ncbatch.store.chunks import (
     subgroups,
 )
 from ncbatch.store.format import ATTRIBUTE, CLASSIFIER, DTYPES, STAGED, check_name
+from ncbatch.store.place import rename
 
 # The linear classifiers of layers, as they are stored.
 
@@ -213,7 +212,6 @@ if TYPE_CHECKING:
 State = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
 
 _CHUNK_BYTES = 4 * 2**20
-_REPLACED = "replaced"
 # Names of dimensions of arrays that are not over classes alone.
 _DIMENSIONS = {"mean": ("class", "unit"), "scatter": ("unit", "other_unit")}
 
@@ -250,7 +248,7 @@ def store_state(
             del group[staged]
         raise
     if staged != kind:
-        _take_name(group, staged, kind)
+        rename(group, staged, kind)
 
 
 def _checked(name: str, array: Any) -> npt.NDArray[Any]:
@@ -276,13 +274,6 @@ def _store_array(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None
     )  # fmt: skip
     if values.size:
         array[...] = values
-
-
-def _take_name(group: zarr.Group, staged: str, name: str) -> None:
-    """Let a state that is complete take its name, and the place of an earlier one."""
-    assert isinstance(group.store, LocalStore)
-    root = Path(group.store.root) / group.path
-    take_name(root / staged, root / name, root / f"{staged}{STAGED}{_REPLACED}")
 
 
 def state_arrays(

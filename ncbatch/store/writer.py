@@ -21,6 +21,7 @@ from ncbatch.store.chunks import (
     open_array,
 )
 from ncbatch.store.format import STAGED, LayerSpec, chunk_rows
+from ncbatch.store.place import rename
 from ncbatch.store.ranks import (
     CommitRecord,
     Layout,
@@ -30,7 +31,6 @@ from ncbatch.store.ranks import (
     finalize_split,
     join_split,
     record_arrays,
-    rename,
     to_resume,
 )
 from ncbatch.store.split import Split

@@ -90,7 +90,7 @@ def test_a_state_that_fails_leaves_the_earlier_one(store, monkeypatch):
 
 
 def test_a_kill_in_the_middle_leaves_it_absent(store, monkeypatch):
-    monkeypatch.setattr(states, "_take_name", lambda *_: None)
+    monkeypatch.setattr(states, "rename", lambda *_: None)
     store.set_state("train", "h", "moments", arrays())
     assert store.state("train", "h", "moments") is None
     assert store.state_splits == []
