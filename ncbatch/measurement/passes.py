@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.arrays.devices import Device, find_device
-from ncbatch.arrays.named_arrays import Arrays, pack, unpack
+from ncbatch.arrays.named_arrays import Arrays, pack
 from ncbatch.arrays.namespace import Array
 from ncbatch.engine.jobs import Item
 from ncbatch.measurement.samples import Block, MomentsRead, RowSource, to_file
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.directional import DirectionalVariance
+from ncbatch.states.fold import StateFold
 from ncbatch.states.moments import Moments, MomentsAccumulator, Precision
 from ncbatch.states.null import null_labels
 from ncbatch.states.pairs.stats import PairStats
@@ -122,10 +123,10 @@ class MomentsPass:
     def _device(self) -> Device:
         return find_device(self.device)
 
-    def _part(self, arrays: Arrays, name: str) -> dict[str, Array]:
+    def _part(self, arrays: Arrays, name: str) -> Arrays:
         prefix = f"value.{name}."
         return {
-            key.removeprefix(prefix): self._device.put(value)
+            key.removeprefix(prefix): value
             for key, value in arrays.items()
             if key.startswith(prefix)
         }
@@ -171,13 +172,17 @@ def _sealed(accumulator: MomentsAccumulator, first: int, skipped: int = 0) -> Mo
 
 
 class _StatePass:
-    """What passes share whose accumulator is a mergeable state on the host."""
+    """What passes share whose accumulator merges the states of blocks on the host."""
 
     kind: ClassVar[Any]
 
-    def seal(self, accumulator: Any) -> Any:
-        """Give the state."""
-        return accumulator
+    def start(self) -> StateFold[Any]:
+        """Start from no samples."""
+        raise NotImplementedError
+
+    def seal(self, accumulator: StateFold[Any]) -> Any:
+        """Return the state."""
+        return accumulator.seal()
 
     def merge(self, a: Any, b: Any) -> Any:
         """Combine the states of different items."""
@@ -187,13 +192,15 @@ class _StatePass:
         """Give the state."""
         return partial
 
-    def save(self, accumulator: Any) -> Arrays:
-        """Give all that the state is."""
-        return pack(accumulator)
+    def save(self, accumulator: StateFold[Any]) -> Arrays:
+        """Return all that the state is."""
+        return accumulator.arrays()
 
-    def restore(self, arrays: Arrays) -> Any:
-        """Give the state back."""
-        return unpack(self.kind, arrays)
+    def restore(self, arrays: Arrays) -> StateFold[Any]:
+        """Go on from what `save` returned."""
+        accumulator = self.start()
+        accumulator.restore(arrays)
+        return accumulator
 
 
 @dataclass(frozen=True)
@@ -218,39 +225,40 @@ class DecisionsPass(_StatePass):
     device: str = "cpu"
     kind: ClassVar[Any] = Decisions
 
-    def start(self) -> Decisions:
-        """Give the state of no samples."""
-        return Decisions.zero(self.source.split.n_classes)
+    def start(self) -> StateFold[Decisions]:
+        """Start from no samples."""
+        return StateFold(Decisions.zero(self.source.split.n_classes), self._decide)
 
-    def fold(self, accumulator: Decisions, item: Item) -> Decisions:
-        """Decide the samples of an item."""
-        skipped = [accumulator.skipped]
-        staged, device = self._staged(item, skipped), find_device(self.device)
+    def _decide(
+        self, features: Array, labels: Array, predictions: Array | None = None
+    ) -> Decisions:
+        return Decisions.from_block(
+            features,
+            labels,
+            self.source.split.n_classes,
+            self.nearest_mean,
+            predictions if self.classifier is None else self.classifier,
+        )
+
+    def fold(self, accumulator: StateFold[Decisions], item: Item) -> StateFold[Decisions]:
+        """Add an item."""
+        device = find_device(self.device)
         # The bound within which near-ties are decided again is that of float32, not of TF32.
         with device.matmul_precision("fp32"):
-            for features, labels, *predictions in device.stream(staged):
-                block = Decisions.from_block(
-                    features, labels, self.source.split.n_classes, self.nearest_mean,
-                    predictions[0] if self.classifier is None else self.classifier,
-                )  # fmt: skip
-                accumulator = accumulator.merge(on_host(block))
-        return replace(accumulator, skipped=sum(skipped))
+            for block in device.stream(self._staged(item, accumulator)):
+                accumulator.add(*block)
+        return accumulator
 
-    def _staged(self, item: Item, skipped: list[int]) -> Iterator[tuple[Any, ...]]:
+    def _staged(self, item: Item, accumulator: StateFold[Decisions]) -> Iterator[tuple[Any, ...]]:
         predictions = None
         if self.classifier is None:
             predictions = self.source.split.predictions(item.start, item.stop).astype(np.int64)
         for block in self.source.blocks(item):
-            skipped.append(block.n_skipped)
+            accumulator.skip(block.n_skipped)
             if predictions is None:
                 yield block.features, block.labels
             else:
                 yield block.features, block.labels, predictions[block.numbers - item.start]
-
-
-def on_host(state: Any) -> Any:
-    """Bring a flat state of arrays to the host."""
-    return type(state).from_arrays(state.to_arrays())
 
 
 @dataclass(frozen=True)
@@ -262,17 +270,21 @@ class DirectionalPass(_StatePass):
     device: str = "cpu"
     kind: ClassVar[Any] = DirectionalVariance
 
-    def start(self) -> DirectionalVariance:
-        """Give the state of no samples."""
-        return DirectionalVariance.zero(self.pairs.n_classes)
+    def start(self) -> StateFold[DirectionalVariance]:
+        """Start from no samples."""
+        return StateFold(
+            DirectionalVariance.zero(self.pairs.n_classes),
+            partial(DirectionalVariance.from_block, pairs=self.pairs),
+        )
 
-    def fold(self, accumulator: DirectionalVariance, item: Item) -> DirectionalVariance:
-        """Add the samples of an item."""
+    def fold(
+        self, accumulator: StateFold[DirectionalVariance], item: Item
+    ) -> StateFold[DirectionalVariance]:
+        """Add an item."""
         blocks: Iterator[Block] = self.source.blocks(item)
         staged = ((block.features, block.labels) for block in blocks)
-        for features, labels in find_device(self.device).stream(staged):
-            block = DirectionalVariance.from_block(features, labels, self.pairs)
-            accumulator = accumulator.merge(on_host(block))
+        for block in find_device(self.device).stream(staged):
+            accumulator.add(*block)
         return accumulator
 
 
@@ -287,15 +299,15 @@ class PairPass(_StatePass):
     pairs: PairTiles | None
     kind: ClassVar[Any] = PairStats
 
-    def start(self) -> PairStats:
-        """Give the state of no pairs."""
-        return PairStats.zero()
+    def start(self) -> StateFold[PairStats]:
+        """Start from no samples."""
+        return StateFold(PairStats.zero(), None if self.pairs is None else self.pairs.fold)
 
-    def fold(self, accumulator: PairStats, item: Item) -> PairStats:
-        """Add some tiles."""
-        if self.pairs is None:
-            return accumulator
-        return accumulator.merge(self.pairs.fold(self._tiles[item.start : item.stop]))
+    def fold(self, accumulator: StateFold[PairStats], item: Item) -> StateFold[PairStats]:
+        """Add an item."""
+        if self.pairs is not None:
+            accumulator.add(self._tiles[item.start : item.stop])
+        return accumulator
 
     @cached_property
     def _tiles(self) -> list[tuple[slice, slice]]:

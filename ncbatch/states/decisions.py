@@ -13,7 +13,7 @@ from ncbatch.arrays.named_arrays import NamedArrays
 from ncbatch.arrays.namespace import Array, namespace, to_numpy
 from ncbatch.arrays.segments import Segments, segment_sum
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states.moments import check_block
+from ncbatch.states.fold import check_block
 from ncbatch.states.rules import Rule
 
 

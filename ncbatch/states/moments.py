@@ -9,60 +9,14 @@ from typing import Any, Literal, TypeAlias
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import device, is_numpy_array, is_torch_array
+from array_api_compat import device, is_numpy_array
 
-from ncbatch.arrays.named_arrays import NamedArrays
+from ncbatch.arrays.named_arrays import Arrays, NamedArrays
 from ncbatch.arrays.namespace import Array, as_float64, namespace, to_numpy
 from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.errors import DataError
+from ncbatch.states.fold import check_block, detached
 from ncbatch.states.moments_fold import Folding, Scratch, merge_rows
-
-# Blocks of labelled samples, as states take them.
-
-
-def detached(values: Array) -> Array:
-    """Give a torch tensor without its history; a state would keep all that it was computed from."""
-    return values.detach() if is_torch_array(values) else values
-
-
-def check_block(features: Array, labels: Array, n_classes: int) -> tuple[Array, Array]:
-    """Check a block's shapes and labels and drop rows that are no samples.
-
-    Raises
-    ------
-    DataError
-        When shapes, libraries or devices do not fit, or a label is not below `n_classes`; names the row.
-    """
-    if len(features.shape) != 2 or tuple(labels.shape) != (features.shape[0],):
-        raise DataError(
-            f"features {tuple(features.shape)} with labels {tuple(labels.shape)}",
-            "features (N, D) with labels (N,)",
-        )
-    features = detached(features)
-    try:
-        xp = namespace(features, labels)
-    except TypeError as error:
-        kinds = " with ".join(
-            f"{type(x).__module__}.{type(x).__name__}" for x in (features, labels)
-        )
-        raise DataError(f"features and labels of {kinds}", "arrays of one library") from error
-    if device(features) != device(labels):
-        raise DataError(
-            f"features on {device(features)} with labels on {device(labels)}", "one device"
-        )
-    labels = xp.astype(labels, xp.int64, copy=False)
-    if labels.shape[0] and int(xp.max(labels)) >= n_classes:
-        row = int(xp.argmax(labels))
-        raise DataError(
-            f"label {int(labels[row])} in row {row}", f"labels below {n_classes}, the classes"
-        )
-    samples = labels >= 0
-    if bool(xp.all(samples)):
-        return features, labels
-    return features[samples], labels[samples]
-
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 # Names of arrays of states in a store; docs/store.md has their shapes.
 _MOMENTS = {
@@ -94,6 +48,8 @@ _COMPILED_VALUES = 2**22
 _COMPILER_BYTES = 192 * 2**20
 # Blocks of NumPy arrays are folded in pieces of at most so many rows and bytes of float64.
 _PIECE_ROWS, _PIECE_BYTES = 8192, 64 * 2**20
+# What is saved of a running state for each class with samples, beside its count.
+_RUNNING = ("pilots", "sums", "traces")
 # Dtypes that are exact in float64.
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 
@@ -518,41 +474,75 @@ class MomentsAccumulator:
         """Price what compiled folds keep in their scratch between blocks, but for K numbers."""
         return _piece_rows(n_features) * (n_features * 8 + 24) + n_features**2 * 8
 
-    def arrays(self) -> dict[str, Array]:
-        """Give all that the running state is, to be saved and restored.
+    @property
+    def running_bytes(self) -> int:
+        """Bytes of what `arrays` returns."""
+        n_seen = int(self._xp.count_nonzero(self._counts))
+        return self.state_bytes(
+            n_seen,
+            self._sums.shape[1],
+            scatter=self._scatter is not None,
+            itemsize=int(self._pilots.dtype.itemsize),
+        )
+
+    def arrays(self) -> Arrays:
+        """Return all that the running state is, on the host and over the classes with samples.
 
         Returns
         -------
         dict of str to array
-            The arrays themselves, not copies: the next `add` changes them.
+            Not copied where they are of NumPy and all classes have samples: the next `add` changes
+            them.
         """
-        return {name: getattr(self, f"_{name}") for name in self._shapes}
+        counts = to_numpy(self._counts)
+        classes = np.flatnonzero(counts)
+        arrays = {"class": classes, "count": counts[classes]}
+        for name in _RUNNING:
+            rows = getattr(self, f"_{name}")
+            if len(classes) < len(counts):
+                rows = self._xp.take(rows, self._xp.asarray(classes, **self._place), axis=0)
+            arrays[name] = to_numpy(rows)
+        if self._scatter is not None:
+            arrays["scatter"] = to_numpy(self._scatter)
+        return arrays
 
-    def restore(self, arrays: dict[str, Array]) -> None:
-        """Continue from what `arrays` gave, to the same bits as without a break.
+    def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Go on from what `arrays` returned, to the same bits as without a break.
 
         Parameters
         ----------
-        arrays : dict of str to array
+        arrays : mapping of str to array
             Of an accumulator made with the same arguments. They are taken over, not copied, where
-            their library and device allow it.
+            all classes have samples and their library allows it.
 
         Raises
         ------
         DataError
             When they are not those of such an accumulator; nothing has changed then.
         """
-        found = {name: tuple(value.shape) for name, value in arrays.items()}
-        expected = {name: shape for name, (shape, _) in self._shapes.items()}
-        if found != expected:
-            raise DataError(f"a running state of {found}", f"{expected}")
-        xp, taken = self._xp, {}
-        for name, (_, dtype) in self._shapes.items():
-            value = xp.asarray(arrays[name], dtype=dtype, **self._place)
+        shapes = {name: tuple(value.shape) for name, value in arrays.items()}
+        n_seen = shapes["class"][0]
+        expected: dict[str, tuple[int, ...]] = {"class": (n_seen,), "count": (n_seen,)}
+        expected |= {name: (n_seen, *self._shapes[name][0][1:]) for name in _RUNNING}
+        if "scatter" in self._shapes:
+            expected["scatter"] = self._shapes["scatter"][0]
+        if shapes != expected or (n_seen and arrays["class"][-1] >= self._counts.shape[0]):
+            raise DataError(
+                f"a running state of {shapes}",
+                f"{expected}, of classes below {self._counts.shape[0]}",
+            )
+        restored = {}
+        for name, (shape, dtype) in self._shapes.items():
+            value = arrays["count" if name == "counts" else name]
+            if name != "scatter" and n_seen < shape[0]:
+                # Memory of the classes that have no samples is not touched.
+                value = np.zeros((shape[0], *value.shape[1:]), value.dtype)
+                value[arrays["class"]] = arrays["count" if name == "counts" else name]
+            value = self._xp.asarray(value, dtype=dtype, **self._place)
             if is_numpy_array(value):
                 value = np.require(value, requirements=["C", "W"])
-            taken[name] = value
-        self._take(taken)
+            restored[name] = value
+        self._take(restored)
 
     def add(self, features: Array, labels: Array) -> None:
         """Fold a block: `features` (B, D) floats and `labels` (B,) ids in 0..K-1."""

@@ -28,7 +28,7 @@ from ncbatch.arrays.rows import (
 )
 from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 from ncbatch.errors import UsageError
-from ncbatch.states.moments import detached
+from ncbatch.states.fold import detached
 
 # Leading scores: the greatest scores of each row over tiles of classes, never rows x classes.
 

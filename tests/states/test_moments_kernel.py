@@ -168,7 +168,7 @@ def test_finishing_leaves_rows_of_other_classes_untouched(scatter: bool):
     classes = np.arange(0, 1000, 3)
     accumulator = accumulated(classes, scatter=scatter)
     others = np.setdiff1d(np.arange(1000), classes)
-    sums = accumulator.arrays()["sums"]
+    sums = accumulator._sums
     sums[others] = np.nan
     state = accumulator.seal()
     assert np.all(np.isnan(sums[others]))
@@ -181,7 +181,7 @@ def test_finishing_nearly_all_classes_takes_no_more_memory(share: float):
     classes = np.flatnonzero(np.random.default_rng(0).random(1000) < share)
     accumulator = accumulated(classes)
     state = accumulator.seal()
-    assert np.shares_memory(state.means, accumulator.arrays()["sums"])
+    assert np.shares_memory(state.means, accumulator._sums)
 
 
 def test_layouts_and_labels_of_any_integer_give_the_same_bits():
@@ -259,9 +259,13 @@ def test_restored_state_continues_to_the_same_bits(
 
 
 def test_states_of_another_accumulator_are_refused():
-    state = MomentsAccumulator(3, 2, like=np.empty((0, 2))).arrays()
+    accumulator = MomentsAccumulator(3, 2, like=np.empty((0, 2)))
+    accumulator.add(np.ones((2, 2)), np.array([0, 2]))
+    state = accumulator.arrays()
+    assert state["class"].tolist() == [0, 2]
     for other in (
-        MomentsAccumulator(4, 2, like=np.empty((0, 2))),
+        MomentsAccumulator(2, 2, like=np.empty((0, 2))),
+        MomentsAccumulator(3, 4, like=np.empty((0, 4))),
         MomentsAccumulator(3, 2, like=np.empty((0, 2)), scatter=False),
     ):
         with pytest.raises(DataError, match="a running state"):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays.namespace import Array, first_nonfinite_row, namespace, to_numpy
+from ncbatch.arrays.named_arrays import Arrays
+from ncbatch.arrays.namespace import Array, first_nonfinite_row, to_numpy
 from ncbatch.arrays.rows import mean_of_rows
 from ncbatch.errors import DataError, StoreError, unknown_name
 from ncbatch.ingest.model.head import Head
@@ -21,7 +22,7 @@ from ncbatch.ingest.model.ranks import StatePlan
 from ncbatch.ingest.model.room import FoldPrice, choose_place
 from ncbatch.ingest.model.target import Target, wait_for
 from ncbatch.states.decisions import DECISIONS, Decisions
-from ncbatch.states.moments import Arrays, MomentsAccumulator, moments_arrays
+from ncbatch.states.moments import MomentsAccumulator, moments_arrays
 from ncbatch.states.moments_fold import Scratch
 from ncbatch.states.rules import Rule, linear_rule, nearest_mean_rule
 from ncbatch.store.feature_store import FeatureStore
@@ -188,9 +189,6 @@ def float32_roundoff() -> float:
 # LayerFold: the samples of one layer of a dump, folded into moments and decisions as they come.
 
 
-_RUNNING = ("pilots", "sums", "traces")
-
-
 @dataclass
 class LayerFold:
     """What the samples of one layer are folded into.
@@ -234,12 +232,7 @@ class LayerFold:
         """Bytes of what `running` gives."""
         if self.moments is None:
             return 0
-        arrays = self.moments.arrays()
-        counts, pilots = arrays["counts"], arrays["pilots"]
-        n_seen = int(namespace(counts).count_nonzero(counts))
-        return MomentsAccumulator.state_bytes(
-            n_seen, int(pilots.shape[1]), itemsize=int(pilots.dtype.itemsize)
-        )
+        return self.moments.running_bytes
 
     def add(self, features: Array, labels: Array, decided: Array | None) -> None:
         """Fold a block: `features` (B, D), `labels` (B,) in 0..K-1, the model's decisions (B,)."""
@@ -256,20 +249,8 @@ class LayerFold:
 
     def running(self) -> Arrays:
         """Give all that it is so far, on the host and over the classes seen: see `restore`."""
-        found = {} if self.decisions is None else self.decisions.to_arrays()
-        if self.moments is None:
-            return found
-        arrays = self.moments.arrays()
-        counts = to_numpy(arrays["counts"])
-        classes = np.flatnonzero(counts)
-        found |= {"class": classes, "count": counts[classes]}
-        for name in _RUNNING:
-            rows = arrays[name]
-            if len(classes) < self.n_classes:
-                xp = namespace(rows)
-                rows = xp.take(rows, beside(rows, classes), axis=0)
-            found[name] = to_numpy(rows)
-        return found | {"scatter": to_numpy(arrays["scatter"])}
+        decisions = {} if self.decisions is None else self.decisions.to_arrays()
+        return decisions | ({} if self.moments is None else self.moments.arrays())
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]], position: int) -> None:
         """Go on to the same bits from what `running` gave when `position` samples were folded.
@@ -282,27 +263,8 @@ class LayerFold:
         self.position = position
         if self.decisions is not None:
             self.decisions = Decisions.from_arrays({name: arrays[name] for name in DECISIONS})
-        if self.moments is None:
-            return
-        own = self.moments.arrays()
-        classes = arrays["class"]
-        whole = {"scatter": beside(own["scatter"], arrays["scatter"])}
-        for name, stored in {
-            "counts": "count",
-            **dict(zip(_RUNNING, _RUNNING, strict=True)),
-        }.items():
-            rows = arrays[stored]
-            if rows.shape[1:] != tuple(own[name].shape[1:]):
-                raise DataError(
-                    f"a running state of rows {rows.shape[1:]}", f"{own[name].shape[1:]}"
-                )
-            if len(classes) < self.n_classes:
-                # Memory of the classes that have no samples is not touched.
-                spread = np.zeros((self.n_classes, *rows.shape[1:]), rows.dtype)
-                spread[classes] = rows
-                rows = spread
-            whole[name] = beside(own[name], rows)
-        self.moments.restore(whole)
+        if self.moments is not None:
+            self.moments.restore({n: array for n, array in arrays.items() if n not in DECISIONS})
 
     def finish(self) -> dict[str, Arrays]:
         """Give the arrays of the finished states by kind; the fold is spent."""
