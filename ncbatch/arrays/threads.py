@@ -21,7 +21,14 @@ Block = TypeVar("Block")
 
 def cpu_count() -> int:
     """Count the processors that this process may use, or fewer within `thread_limit`."""
-    return _limit.threads or _processors()
+    return _limit.threads or len(processors())
+
+
+def processors() -> set[int]:
+    """Return the numbers of the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
 
 
 @contextmanager
@@ -122,12 +129,6 @@ class _Limit:
 
 
 _limit = _Limit()
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Opening a cluster: local threads, processes or GPUs, a scheduler that runs, or the caller's client."""
+"""Opening a cluster: local threads, processes or GPUs, a running scheduler, or a given client."""
 
 from __future__ import annotations
 
@@ -8,112 +8,35 @@ import logging
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import psutil
 
+from ncbatch.arrays.threads import processors
 from ncbatch.errors import UsageError, WorkerError, first_line
 from ncbatch.version import __version__
 
-# How many threads a task may use: the processors of a host, dealt out to its workers' task slots.
+# A `distributed.Client`. Importing distributed takes half a second, so only its users do.
+Client: TypeAlias = Any
 
-
-def task_slots(client: Any) -> Mapping[str, int]:
-    """Count the threads that each task may use, so that neither idle cores nor a crowd remain.
-
-    Parameters
-    ----------
-    client : distributed.Client
-        Of any cluster.
-
-    Returns
-    -------
-    mapping of str to int
-        For each host and set of processors that a worker there may use, the threads of a task;
-        to be passed to the tasks, for `task_threads`.
-
-    Notes
-    -----
-    A processor is shared by the task slots of all workers of its host that may use it. So workers
-    that are bound to sockets (as dask-cuda's are), and jobs on parts of a node, get what is theirs.
-    """
-    found = client.run(_place, on_error="ignore")
-    slots: dict[tuple[str, int], int] = {}
-    for host, processors, threads, _ in found.values():
-        for processor in processors:
-            slots[host, processor] = slots.get((host, processor), 0) + threads
-    share: dict[str, int] = {}
-    for host, processors, _, quota in found.values():
-        whole = sum(1 / slots[host, processor] for processor in processors)
-        # A container may be given less time than the processors it sees.
-        whole *= quota / len(processors)
-        share[_key(host, processors)] = max(1, int(whole + 1e-9))
-    return share
-
-
-def task_threads(slots: Mapping[str, int]) -> int:
-    """Count the threads that the running task may use.
-
-    Parameters
-    ----------
-    slots : mapping of str to int
-        What `task_slots` gave.
-
-    Returns
-    -------
-    int
-        At least 1. A worker that came later counts as alone on its host; outside of a worker, all
-        processors.
-    """
-    from distributed import get_worker
-
-    try:
-        worker = get_worker()
-    except ValueError:
-        return len(processors_here())
-    host, processors, threads, quota = _place(worker)
-    return slots.get(_key(host, processors), max(1, quota // threads))
-
-
-def _place(dask_worker: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Give a worker's host, its processors, its threads, and how many processors it has time for.
-
-    The argument's name makes `Client.run` pass the worker.
-    """
-    from dask.system import cpu_count
-    from distributed.comm import get_address_host
-
-    processors = tuple(sorted(processors_here()))
-    quota = min(len(processors), cpu_count())
-    return (
-        get_address_host(dask_worker.address), processors, dask_worker.state.nthreads, quota
-    )  # fmt: skip
-
-
-def _key(host: str, processors: tuple[int, ...]) -> str:
-    return f"{host} {','.join(map(str, processors))}"
-
-
-def processors_here() -> set[int]:
-    """Give the numbers of the processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
-
-
-# Clusters on this machine: threads, processes or GPUs, listening on the loopback address only.
-
-
-# Seconds that workers have to leave, which only a run that failed or was stopped can make last.
+# Seconds that a scheduler has to answer, that its first worker has to come, and that workers have
+# to leave, which only a run that failed or was stopped can make last.
+CONNECT_SECONDS = 10
+WORKER_SECONDS = 30
 CLOSE_SECONDS = 10
 
+_EXPECTED = (
+    "sync, threads, processes, cuda (or threads:N, processes:N, cuda:N), tcp://HOST:PORT, "
+    "tls://HOST:PORT, the path of a scheduler file, or a distributed.Client"
+)
+_LOCAL = re.compile(r"(threads|processes|cuda)(?::(.*))?")
 _LOOPBACK = "127.0.0.1"
 
 # What Dask and dask-cuda set in the process that starts workers; see `_same_environment`.
@@ -122,200 +45,6 @@ _BLAS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # Of the device's memory, what RMM's pool takes at first; it grows where that is not enough.
 _POOL_SHARE = 0.5
-
-
-def start_local(kind: str, n_workers: int | None, memory: int | None, stack: ExitStack) -> Any:
-    """Start a cluster on this machine.
-
-    Parameters
-    ----------
-    kind : {"threads", "processes", "cuda"}
-        What its workers are.
-    n_workers : int or None
-        How many threads or processes; None for as many as there are processors or GPUs.
-    memory : int or None
-        Bytes that each process may use, see `open_cluster`.
-    stack : ExitStack
-        Closes it.
-
-    Returns
-    -------
-    distributed.Client
-        Connected to it.
-
-    Raises
-    ------
-    UsageError
-        When dask-cuda is not installed.
-    WorkerError
-        When workers do not start.
-    """
-    from distributed import Client as DaskClient
-
-    stack.enter_context(_same_environment())
-    with _same_environment():
-        cluster = _cluster(kind, n_workers, memory)
-    stack.callback(_close, cluster)
-    return stack.enter_context(DaskClient(cluster, set_as_default=False))
-
-
-def _close(cluster: Any) -> None:
-    # What is still running after that is killed with this process, whose children they are.
-    with suppress(TimeoutError):
-        cluster.close(CLOSE_SECONDS)
-
-
-def _cluster(kind: str, n_workers: int | None, memory: int | None) -> Any:
-    if kind == "cuda":
-        return _cuda_cluster(n_workers)
-    if kind == "threads":
-        return _thread_cluster(n_workers or len(processors_here()))
-    return _process_cluster(n_workers or _fitting(len(processors_here()), memory))
-
-
-def _thread_cluster(n_threads: int) -> Any:
-    from distributed import LocalCluster
-
-    # States stay in this process and are not copied: its "inproc" addresses have no host to give.
-    return LocalCluster(
-        n_workers=1, threads_per_worker=n_threads, processes=False,
-        worker_dashboard_address=f"{_LOOPBACK}:0", **_local_options(),
-    )  # fmt: skip
-
-
-def _process_cluster(n_workers: int) -> Any:
-    import dask
-    from distributed import LocalCluster
-
-    # A nanny would set one thread in each worker, whatever the number of workers; a variable that
-    # the user has set is left alone.
-    threads = dict.fromkeys(_BLAS_VARIABLES, max(1, len(processors_here()) // n_workers))
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": _nanny_variables() | threads}):
-        try:
-            return LocalCluster(
-                n_workers=n_workers, threads_per_worker=1, processes=True, host=_LOOPBACK,
-                preload=[__name__], **_local_options(),
-            )  # fmt: skip
-        except RuntimeError as error:
-            raise WorkerError(
-                f"{n_workers} worker processes did not start: {first_line(error)}",
-                "processes that can import what this one runs",
-                "a script that starts processes needs: if __name__ == '__main__':",
-            ) from error
-
-
-def _local_options() -> dict[str, Any]:
-    """Give what every local cluster is started with.
-
-    The plan says what a task needs. Dask's own limit would pause workers, spill states to disk and
-    kill workers at 95 % of it, whatever the plan says: no limit.
-    """
-    return {
-        "memory_limit": 0,
-        "dashboard_address": f"{_LOOPBACK}:0",
-        "silence_logs": logging.CRITICAL,
-    }
-
-
-def dask_setup(worker: Any) -> None:
-    """Leave Ctrl-C to the process that started the workers; Dask calls this in each of them.
-
-    A terminal sends it to all of them, and each would print where it was.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _nanny_variables() -> dict[str, Any]:
-    import dask
-
-    return dict(dask.config.get("distributed.nanny.pre-spawn-environ", {}))
-
-
-def _fitting(processors: int, memory: int | None) -> int:
-    """Count the processes to start: one per processor, but no more than fit into free memory."""
-    if not memory:
-        return processors
-    return max(1, min(processors, int(psutil.virtual_memory().available) // memory))
-
-
-def _cuda_cluster(n_workers: int | None) -> Any:
-    try:
-        dask_cuda = import_module("dask_cuda")
-    except ImportError as error:
-        raise UsageError(
-            f"cluster 'cuda' without dask-cuda ({error})",
-            "dask-cuda, CuPy and an NVIDIA driver",
-            "install them with: pip install 'ncbatch[gpu]'",
-        ) from error
-    # One thread per GPU: it keeps tasks from sharing a device, and resources would keep Dask from
-    # queueing them. Spilling is off: it knows the results of tasks only, not what they hold.
-    options = {
-        **_local_options(),
-        "host": _LOOPBACK,
-        "preload": [__name__],
-        "threads_per_worker": 1,
-    }
-    options |= {"n_workers": n_workers, "device_memory_limit": 0} | _memory_pool()
-    try:
-        return dask_cuda.LocalCUDACluster(**options)
-    except Exception as error:  # the driver's own errors have no common class
-        raise WorkerError(
-            f"no cluster of GPUs: {first_line(error)}",
-            "an NVIDIA GPU and driver that dask-cuda can use" + (
-                f", {n_workers} of them" if n_workers else ""
-            ),
-            "see what 'nvidia-smi' says; without a GPU use 'processes'",
-        ) from error  # fmt: skip
-
-
-def _memory_pool() -> dict[str, Any]:
-    """Let CuPy and torch draw on one pool, where RMM is installed to make one.
-
-    Allocations are tracked because the pool's free part cannot be told otherwise
-    (`CudaDevice.free_bytes`); there are few, and large ones.
-    """
-    if find_spec("rmm") is None:
-        return {}
-    libraries = ["cupy"]
-    if find_spec("torch") is not None:
-        import torch
-
-        if torch.version.cuda:  # a CPU build has no allocator to set
-            libraries.append("torch")
-    return {
-        "rmm_pool_size": _POOL_SHARE,
-        "rmm_allocator_external_lib_list": libraries,
-        "rmm_track_allocations": True,
-    }
-
-
-@contextmanager
-def _same_environment() -> Iterator[None]:
-    """Put the variables back that Dask's nannies set here so that workers inherit them."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in (*_OTHER_VARIABLES, *_BLAS_VARIABLES, *_nanny_variables()):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                os.environ.pop(name, None)
-
-
-__all__ = ["open_cluster", "task_slots", "task_threads"]
-
-# A `distributed.Client`; importing distributed takes half a second, so it is named where it is used.
-Client: TypeAlias = Any
-
-# Seconds that a scheduler has to answer, and that its first worker has to come.
-CONNECT_SECONDS, WORKER_SECONDS = 10, 30
-
-_EXPECTED = (
-    "sync, threads, processes, cuda (or threads:N, processes:N, cuda:N), tcp://HOST:PORT, "
-    "tls://HOST:PORT, the path of a scheduler file, or a distributed.Client"
-)
-_LOCAL = re.compile(r"(threads|processes|cuda)(?::(.*))?")
 
 
 @contextmanager
@@ -359,18 +88,19 @@ def open_cluster(
     environment are afterwards as they were.
     """
     if not isinstance(cluster, str | os.PathLike | None):
-        yield _given_client(cluster)
+        _check_client(cluster)
+        yield cluster
         return
-    asked = _parse(cluster, n_workers)
-    if asked is None:
+    place = _parse(cluster, n_workers)
+    if place is None:
         yield None
         return
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        if isinstance(asked, _Local):
-            client = start_local(asked.kind, asked.n_workers, memory, stack)
+        if isinstance(place, _Local):
+            client = _start_local(place.kind, place.n_workers, memory, stack)
         else:
-            client = _connect(asked.address, stack)
+            client = _connect(place, stack)
         _check_versions(client)
         yield client
 
@@ -378,20 +108,15 @@ def open_cluster(
 # ------------------------------------------------------------------------------ what was asked for
 
 
-@dataclass(frozen=True)
-class _Local:
+class _Local(NamedTuple):
+    """A cluster to start on this machine: of threads, processes or cuda, and how many."""
+
     kind: str
     n_workers: int | None
 
 
-@dataclass(frozen=True)
-class _Running:
-    address: str
-
-
-def _parse(
-    cluster: str | os.PathLike[str] | None, n_workers: int | None
-) -> _Local | _Running | None:
+def _parse(cluster: str | os.PathLike[str] | None, n_workers: int | None) -> _Local | str | None:
+    """Read what was asked for: None for no cluster, or the address of a scheduler that runs."""
     name = "sync" if cluster is None else os.fspath(cluster)
     if name == "sync":
         return None
@@ -399,14 +124,15 @@ def _parse(
         kind, number = local.groups()
         if number is not None and not number.isdecimal():
             raise UsageError(f"cluster '{name}'", f"a number of workers, as in {kind}:2")
-        count = n_workers if n_workers is not None else None if number is None else int(number)
-        if count is not None and count < 1:
-            raise UsageError(f"a cluster of {count} workers", "1 or more")
-        return _Local(kind, count)
+        if n_workers is None and number is not None:
+            n_workers = int(number)
+        if n_workers is not None and n_workers < 1:
+            raise UsageError(f"a cluster of {n_workers} workers", "1 or more")
+        return _Local(kind, n_workers)
     if re.match(r"(tcp|tls)://", name):
-        return _Running(name)
+        return name
     if Path(name).is_file():
-        return _Running(_address_in(Path(name)))
+        return _read_address(Path(name))
     if "://" not in name and (os.sep in name or name.endswith(".json")):
         raise UsageError(
             f"no scheduler file '{name}'",
@@ -416,8 +142,7 @@ def _parse(
     raise UsageError(f"cluster '{name}'", _EXPECTED)
 
 
-def _address_in(file: Path) -> str:
-    """Read the address from a scheduler file."""
+def _read_address(file: Path) -> str:
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["address"])
     except (ValueError, KeyError, TypeError) as error:
@@ -427,7 +152,7 @@ def _address_in(file: Path) -> str:
         ) from error
 
 
-def _given_client(client: Client) -> Client:
+def _check_client(client: Client) -> None:
     from distributed import Client as DaskClient
 
     if not isinstance(client, DaskClient):
@@ -438,7 +163,6 @@ def _given_client(client: Client) -> Client:
         raise UsageError(f"a client that is {client.status}", "one that is connected")
     _wait_for_worker(client, "the client's scheduler", "start some, or scale the cluster up")
     _check_versions(client)
-    return client
 
 
 @contextmanager
@@ -494,9 +218,11 @@ def _check_scheduler(address: str) -> None:
     arguments = Security().get_connection_args("client")
     if address.startswith("tls") and arguments.get("ssl_context") is None:
         raise UsageError(
-            f"cluster '{address}' without certificates", "those of this cluster",
-            "name them in Dask's configuration: distributed.comm.tls.ca-file, client.cert, client.key",
-        )  # fmt: skip
+            f"cluster '{address}' without certificates",
+            "those of this cluster",
+            "name them in Dask's configuration: "
+            "distributed.comm.tls.ca-file, client.cert, client.key",
+        )
     try:
         with ThreadPoolExecutor(1) as pool:
             identity = pool.submit(asyncio.run, _identity(address, arguments)).result()
@@ -512,9 +238,10 @@ def _check_scheduler(address: str) -> None:
         ) from error
     if identity.get("type") != "Scheduler":
         raise WorkerError(
-            f"a {identity.get('type', 'stranger')} at {address}", "a scheduler",
+            f"a {identity.get('type', 'stranger')} at {address}",
+            "a scheduler",
             "give the address that the scheduler printed when it started",
-        )  # fmt: skip
+        )
 
 
 async def _identity(address: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -523,6 +250,166 @@ async def _identity(address: str, arguments: dict[str, Any]) -> dict[str, Any]:
     async with rpc(address, timeout=CONNECT_SECONDS, connection_args=arguments) as scheduler:
         answer = await asyncio.wait_for(scheduler.identity(), CONNECT_SECONDS)
         return dict(answer)
+
+
+# --------------------------------------------------------------------------------- local clusters
+
+
+def _start_local(kind: str, n_workers: int | None, memory: int | None, stack: ExitStack) -> Client:
+    """Start a cluster on this machine; `stack` closes it."""
+    from distributed import Client as DaskClient
+
+    stack.enter_context(_same_environment())
+    with _same_environment():
+        if kind == "cuda":
+            cluster = _cuda_cluster(n_workers)
+        elif kind == "threads":
+            cluster = _thread_cluster(n_workers or len(processors()))
+        else:
+            cluster = _process_cluster(n_workers or _fitting(len(processors()), memory))
+    stack.callback(_close, cluster)
+    return stack.enter_context(DaskClient(cluster, set_as_default=False))
+
+
+def _close(cluster: Any) -> None:
+    # What is still running after that is killed with this process, whose children they are.
+    with suppress(TimeoutError):
+        cluster.close(CLOSE_SECONDS)
+
+
+def _thread_cluster(n_threads: int) -> Any:
+    from distributed import LocalCluster
+
+    # States stay in this process and are not copied: its "inproc" addresses have no host to give.
+    return LocalCluster(
+        n_workers=1,
+        threads_per_worker=n_threads,
+        processes=False,
+        worker_dashboard_address=f"{_LOOPBACK}:0",
+        **_local_options(),
+    )
+
+
+def _process_cluster(n_workers: int) -> Any:
+    import dask
+    from distributed import LocalCluster
+
+    # A nanny would set one thread in each worker, whatever the number of workers; a variable that
+    # the user has set is left alone.
+    threads = dict.fromkeys(_BLAS_VARIABLES, max(1, len(processors()) // n_workers))
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": _nanny_variables() | threads}):
+        try:
+            return LocalCluster(
+                n_workers=n_workers,
+                threads_per_worker=1,
+                processes=True,
+                host=_LOOPBACK,
+                preload=[__name__],
+                **_local_options(),
+            )
+        except RuntimeError as error:
+            raise WorkerError(
+                f"{n_workers} worker processes did not start: {first_line(error)}",
+                "processes that can import what this one runs",
+                "a script that starts processes needs: if __name__ == '__main__':",
+            ) from error
+
+
+def _local_options() -> dict[str, Any]:
+    # The plan says what a task needs. Dask's own limit would pause workers, spill states to disk
+    # and kill workers at 95 % of it, whatever the plan says: no limit.
+    return {
+        "memory_limit": 0,
+        "dashboard_address": f"{_LOOPBACK}:0",
+        "silence_logs": logging.CRITICAL,
+    }
+
+
+def dask_setup(worker: Any) -> None:
+    """Leave Ctrl-C to the process that started the workers; Dask calls this in each of them.
+
+    A terminal sends it to all of them, and each would print where it was.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _nanny_variables() -> dict[str, Any]:
+    import dask
+
+    return dict(dask.config.get("distributed.nanny.pre-spawn-environ", {}))
+
+
+def _fitting(processors: int, memory: int | None) -> int:
+    """Count the processes to start: one per processor, but no more than fit into free memory."""
+    if not memory:
+        return processors
+    return max(1, min(processors, int(psutil.virtual_memory().available) // memory))
+
+
+def _cuda_cluster(n_workers: int | None) -> Any:
+    try:
+        dask_cuda = import_module("dask_cuda")
+    except ImportError as error:
+        raise UsageError(
+            f"cluster 'cuda' without dask-cuda ({error})",
+            "dask-cuda, CuPy and an NVIDIA driver",
+            "install them with: pip install 'ncbatch[gpu]'",
+        ) from error
+    # One thread per GPU: it keeps tasks from sharing a device, and resources would keep Dask from
+    # queueing them. Spilling is off: it knows the results of tasks only, not what they hold.
+    options = {
+        **_local_options(),
+        "host": _LOOPBACK,
+        "preload": [__name__],
+        "n_workers": n_workers,
+        "threads_per_worker": 1,
+        "device_memory_limit": 0,
+        **_memory_pool(),
+    }
+    try:
+        return dask_cuda.LocalCUDACluster(**options)
+    except Exception as error:  # the driver's own errors have no common class
+        number = f", {n_workers} of them" if n_workers else ""
+        raise WorkerError(
+            f"no cluster of GPUs: {first_line(error)}",
+            f"an NVIDIA GPU and driver that dask-cuda can use{number}",
+            "see what 'nvidia-smi' says; without a GPU use 'processes'",
+        ) from error
+
+
+def _memory_pool() -> dict[str, Any]:
+    """Let CuPy and torch draw on one pool, where RMM is installed to make one.
+
+    Allocations are tracked because the pool's free part cannot be told otherwise
+    (`CudaDevice.free_bytes`); there are few, and large ones.
+    """
+    if find_spec("rmm") is None:
+        return {}
+    libraries = ["cupy"]
+    if find_spec("torch") is not None:
+        import torch
+
+        if torch.version.cuda:  # a CPU build has no allocator to set
+            libraries.append("torch")
+    return {
+        "rmm_pool_size": _POOL_SHARE,
+        "rmm_allocator_external_lib_list": libraries,
+        "rmm_track_allocations": True,
+    }
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """Put the variables back that Dask's nannies set here so that workers inherit them."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in (*_OTHER_VARIABLES, *_BLAS_VARIABLES, *_nanny_variables()):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
 
 
 # --------------------------------------------------------------------------------------- workers
@@ -547,3 +434,87 @@ def _check_versions(client: Client) -> None:
 
 def _version() -> str:
     return __version__
+
+
+# ------------------------------------------------------------------------------ threads of a task
+
+
+def task_slots(client: Any) -> Mapping[str, int]:
+    """Count the threads that each task may use, so that neither idle cores nor a crowd remain.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of any cluster.
+
+    Returns
+    -------
+    mapping of str to int
+        For each host and set of processors that a worker there may use, the threads of a task;
+        to be passed to the tasks, for `task_threads`.
+
+    Notes
+    -----
+    A processor is shared by the task slots of all workers of its host that may use it. So workers
+    that are bound to sockets (as dask-cuda's are), and jobs on parts of a node, get what is theirs.
+    """
+    places = client.run(_place, on_error="ignore").values()
+    n_slots: Counter[tuple[str, int]] = Counter()
+    for place in places:
+        for processor in place.processors:
+            n_slots[place.host, processor] += place.n_threads
+    threads: dict[str, int] = {}
+    for place in places:
+        share = sum(1 / n_slots[place.host, processor] for processor in place.processors)
+        # A container may be given less time than the processors it sees.
+        share *= place.quota / len(place.processors)
+        # 1/3 + 1/3 + 1/3 may come out a little below 1.
+        threads[place.key] = max(1, int(share + 1e-9))
+    return threads
+
+
+def task_threads(slots: Mapping[str, int]) -> int:
+    """Count the threads that the running task may use.
+
+    Parameters
+    ----------
+    slots : mapping of str to int
+        From `task_slots`.
+
+    Returns
+    -------
+    int
+        At least 1. A worker that came later counts as alone on its host; outside of a worker, all
+        processors.
+    """
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:
+        return len(processors())
+    place = _place(worker)
+    return slots.get(place.key, max(1, place.quota // place.n_threads))
+
+
+class _Place(NamedTuple):
+    """A worker's host, processors and threads, and how many processors' time it gets."""
+
+    host: str
+    processors: tuple[int, ...]
+    n_threads: int
+    quota: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.host} {','.join(map(str, self.processors))}"
+
+
+def _place(dask_worker: Any) -> _Place:
+    # The argument's name makes `Client.run` pass the worker.
+    from dask.system import cpu_count
+    from distributed.comm import get_address_host
+
+    usable = tuple(sorted(processors()))
+    host = get_address_host(dask_worker.address)
+    return _Place(host, usable, dask_worker.state.nthreads, min(len(usable), cpu_count()))

@@ -1,4 +1,4 @@
-"""Running passes: fold their items, in order, into one state; and jobs, in a plain loop."""
+"""Jobs: steps that read or compute, each with its price; what they are made of, and cut into."""
 
 from __future__ import annotations
 
@@ -87,26 +87,23 @@ class Item:
 class Pass(Protocol[Accumulator, Partial]):
     """One sweep over data that produces a state.
 
-    Items are folded into an accumulator on the device; sealed, it is a state that is compact, can
-    be merged and can be packed (`ncbatch.engine.packing.pack`), of type `kind`.
+    Items are folded into an accumulator on the device. Sealed, it is a state of type `kind`: it is
+    compact, can be packed (`ncbatch.arrays.named_arrays.pack`), and has a `merge` for the state of
+    other items that changes neither.
     """
 
-    kind: ClassVar[Any]  # the type of the sealed state
+    kind: ClassVar[Any]
 
     def start(self) -> Accumulator:
         """Make what items are folded into."""
         ...
 
     def fold(self, accumulator: Accumulator, item: Item) -> Accumulator:
-        """Load an item and fold it in; the accumulator may be changed and given back."""
+        """Load an item and fold it in; the accumulator may be changed and returned."""
         ...
 
     def seal(self, accumulator: Accumulator) -> Partial:
         """Turn the accumulator, which is spent then, into a state."""
-        ...
-
-    def merge(self, a: Partial, b: Partial) -> Partial:
-        """Combine the states of two disjoint sets of items; neither operand changes."""
         ...
 
     def finish(self, partial: Partial) -> Partial:
@@ -114,7 +111,7 @@ class Pass(Protocol[Accumulator, Partial]):
         ...
 
     def save(self, accumulator: Accumulator) -> Arrays:
-        """Give all that an accumulator is, as named arrays."""
+        """Pack an accumulator."""
         ...
 
     def restore(self, arrays: Arrays) -> Accumulator:
@@ -156,8 +153,6 @@ class Sweep:
         ``make(*results of needs) -> Pass``; picklable.
     items : sequence of Item
         Its parts, which depend on the data and the options only.
-    grain : int
-        Rows or tiles that an item cannot be cut below.
     needs : tuple of str
         Names of the steps whose results `make` takes.
     unit : str
@@ -172,14 +167,13 @@ class Sweep:
     label: str
     make: Callable[..., Pass[Any, Any]]
     items: Sequence[Item]
-    grain: int = 1
     needs: tuple[str, ...] = ()
     unit: str = "B"
     about: About = field(default_factory=dict)
     price: Price | None = None
 
     def kept(self, root: Path | None) -> Kept | None:
-        """Give the place of its kept work."""
+        """Return the place of its kept work."""
         return None if root is None else Kept(root, self.about)
 
     def finished(self, root: Path | None) -> Kept | None:

@@ -16,8 +16,8 @@ from ncbatch.arrays.atomic import replacing
 from ncbatch.arrays.named_arrays import Arrays
 from ncbatch.errors import OutputError
 
-# What a state was made from, flat. "state" and "place" say of what it is; "holds" lists parts, and a
-# state that holds more serves as well; all else must be equal.
+# What a state was made from, flat. "state" and "place" say of what it is; "holds" lists parts, and
+# a state that holds more serves as well; all else must be equal.
 About: TypeAlias = Mapping[str, Any]
 
 _ABOUT = "about.json"
@@ -102,12 +102,12 @@ class Kept:
         str or None
             Such as ``"precision was exact, is fp32"``.
         """
-        found = [
+        reasons = (
             _difference(about, self.about)
             for about in _all(self.root)
             if all(about.get(name) == self.about.get(name) for name in _SUBJECT)
-        ]
-        return min(found, key=len) if found else None
+        )
+        return min(reasons, key=len, default=None)
 
 
 def find_finished(root: Path, about: About) -> Kept | None:
@@ -126,8 +126,9 @@ def find_finished(root: Path, about: About) -> Kept | None:
 
 def digest(about: About) -> str:
     """Hash what a state depends on, wherever it lies; 16 hexadecimal digits."""
-    found = {name: value for name, value in about.items() if name != "place"}
-    text = json.dumps(found, sort_keys=True, default=str)
+    # Data that was moved is known by its fingerprint.
+    rest = {name: value for name, value in about.items() if name != "place"}
+    text = json.dumps(rest, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Running passes: fold their items, in order, into one state; and jobs, in a plain loop."""
+"""Running jobs in this process, one after the other: a plain loop over items."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ from typing import Any
 import numpy as np
 
 from ncbatch.arrays.named_arrays import pack, unpack
-from ncbatch.engine.jobs import Accumulator, Call, Item, Job, Partial, Pass, Progress, Step, Sweep
+from ncbatch.engine.jobs import Call, Job, Pass, Progress, Step, Sweep
 from ncbatch.engine.kept import Kept
 from ncbatch.errors import DataError
 
 # A running state is kept when the work since the last time took so many times as long as keeping.
 _KEEP_EVERY = 20.0
-
-
-def run(work: Pass[Accumulator, Partial], items: Sequence[Item]) -> Partial:
-    """Fold the items of a pass in a plain loop and give the finished state."""
-    accumulator = work.start()
-    for item in items:
-        accumulator = work.fold(accumulator, item)
-    return work.finish(work.seal(accumulator))
 
 
 def run_jobs(
@@ -45,23 +37,11 @@ def run_jobs(
     list
         A result per job.
     """
-    found = []
-    for job in jobs:
-        results: dict[str, Any] = {}
-        for i, step in enumerate(job.steps):
-            given = [results[name] for name in step.needs]
-            if isinstance(step, Call):
-                results[step.name] = step.compute(*given)
-            else:
-                results[step.name] = _run_sweep(step, given, progress, state)
-            _forget(results, job.steps[i + 1 :])
-            del given
-        found.append(results[job.steps[-1].name])
-    return found
+    return [_run_job(job, progress, state) for job in jobs]
 
 
 def load_state(work: Pass[Any, Any], kept: Kept) -> Any:
-    """Give a finished state that is kept; None when it cannot be read."""
+    """Read a finished state that is kept; None when it cannot be read."""
     arrays = kept.load("state")
     try:
         return None if arrays is None else unpack(work.kind, arrays)
@@ -78,8 +58,32 @@ def say_changes(step: Sweep, state: Path | None, progress: Progress | None) -> N
             progress.note(f"{step.label} starts anew: {changes}")
 
 
-def _run_sweep(step: Sweep, given: list[Any], progress: Progress | None, state: Path | None) -> Any:
-    work = step.make(*given)
+def _run_job(job: Job, progress: Progress | None, state: Path | None) -> Any:
+    results: dict[str, Any] = {}
+    for i, step in enumerate(job.steps):
+        inputs = [results[name] for name in step.needs]
+        if isinstance(step, Call):
+            results[step.name] = step.compute(*inputs)
+        else:
+            results[step.name] = _run_sweep(step, inputs, progress, state)
+        # Before the next step, or its peak would come on top of what no step needs any more.
+        del inputs
+        _forget(results, job.steps[i + 1 :])
+    return results[job.steps[-1].name]
+
+
+def _forget(results: dict[str, Any], steps: Sequence[Step]) -> None:
+    """Let go of results that no later step needs, but the last."""
+    needed = {name for step in steps for name in step.needs}
+    if steps:
+        for name in results.keys() - needed:
+            del results[name]
+
+
+def _run_sweep(
+    step: Sweep, inputs: list[Any], progress: Progress | None, state: Path | None
+) -> Any:
+    work = step.make(*inputs)
     finished = step.finished(state)
     if finished is not None:
         result = load_state(work, finished)
@@ -89,55 +93,33 @@ def _run_sweep(step: Sweep, given: list[Any], progress: Progress | None, state: 
     if progress:
         progress.begin(step.label, sum(item.size for item in step.items), step.unit)
     try:
-        return _Loop(work, step, progress, step.kept(state)).run()
+        return _fold_items(work, step, progress, step.kept(state))
     finally:
         if progress:
             progress.end()
 
 
-class _Loop:
-    """Folds the items of a sweep into one running state, which is kept from time to time."""
-
-    def __init__(
-        self, work: Pass[Any, Any], step: Sweep, progress: Progress | None, kept: Kept | None
-    ) -> None:
-        self._work, self._step, self._progress, self._kept = work, step, progress, kept
-        self._since, self._cost = time.monotonic(), 0.0
-
-    def run(self) -> Any:
-        first, accumulator = self._resumed()
-        for number, item in enumerate(self._step.items):
-            if number >= first:
-                accumulator = self._work.fold(accumulator, item)
-                self._keep(accumulator, number + 1)
-            if self._progress:
-                self._progress.advance(item.size)
-        result = self._work.finish(self._work.seal(accumulator))
-        if self._kept is not None:
-            self._kept.conclude(pack(result))
-        return result
-
-    def _resumed(self) -> tuple[int, Any]:
-        arrays = self._kept.load("running") if self._kept is not None else None
-        if arrays is None:
-            return 0, self._work.start()
-        first = int(arrays.pop("items_done"))
-        return first, self._work.restore(arrays)
-
-    def _keep(self, accumulator: Any, done: int) -> None:
-        now = time.monotonic()
-        if self._kept is None or now - self._since < _KEEP_EVERY * self._cost:
-            return
-        if done == len(self._step.items):
-            return
-        self._kept.save("running", {**self._work.save(accumulator), "items_done": np.array(done)})
-        self._since = time.monotonic()
-        self._cost = self._since - now
-
-
-def _forget(results: dict[str, Any], steps: Sequence[Step]) -> None:
-    """Let go of results that no later step needs, but the last."""
-    needed = {name for step in steps for name in step.needs}
-    for name in [n for n in results if n not in needed]:
-        if steps:
-            del results[name]
+def _fold_items(
+    work: Pass[Any, Any], step: Sweep, progress: Progress | None, kept: Kept | None
+) -> Any:
+    """Fold the items into one running state, which is kept from time to time."""
+    arrays = kept.load("running") if kept is not None else None
+    n_done = 0 if arrays is None else int(arrays.pop("items_done"))
+    accumulator = work.start() if arrays is None else work.restore(arrays)
+    last_kept = time.monotonic()
+    keeping = 0.0
+    for number, item in enumerate(step.items, start=1):
+        if number > n_done:
+            accumulator = work.fold(accumulator, item)
+            now = time.monotonic()
+            is_due = number < len(step.items) and now - last_kept >= _KEEP_EVERY * keeping
+            if kept is not None and is_due:
+                kept.save("running", {**work.save(accumulator), "items_done": np.array(number)})
+                last_kept = time.monotonic()
+                keeping = last_kept - now
+        if progress:
+            progress.advance(item.size)
+    result = work.finish(work.seal(accumulator))
+    if kept is not None:
+        kept.conclude(pack(result))
+    return result

@@ -72,17 +72,18 @@ class Plan:
     def __str__(self) -> str:
         head = ("step", "reads", "items", "block rows", "tile", "read", "FLOP", "peak", "GPU peak")
         rows = [head, *(_cells(price, self.base_bytes) for price in self.prices)]
-        total = ("all", "", f"{self.items:,}", "", "", format_bytes(self.bytes_read),
-                 f"{self.flops:.2e}", format_bytes(self.peak_bytes), _size(self.device_bytes))  # fmt: skip
-        rows.append(total)
-        used = [i for i in range(len(head)) if any(row[i] for row in rows[1:])]
-        widths = {i: max(len(row[i]) for row in rows) for i in used}
-        lines = [
-            "  ".join(
-                row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in used
-            ).rstrip()
-            for row in rows
-        ]
+        total = {
+            "step": "all",
+            "items": f"{self.items:,}",
+            "read": format_bytes(self.bytes_read),
+            "FLOP": f"{self.flops:.2e}",
+            "peak": format_bytes(self.peak_bytes),
+            "GPU peak": _size(self.device_bytes),
+        }
+        rows.append(tuple(total.get(name, "") for name in head))
+        used = [column for column in zip(*rows, strict=True) if any(column[1:])]
+        columns = [_aligned(column, left=column is used[0]) for column in used]
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
         lines.append(
             f"peak memory of a worker: {format_bytes(self.peak_bytes)}, "
             f"the interpreter's {format_bytes(self.base_bytes)} included, "
@@ -93,13 +94,25 @@ class Plan:
 
 def _cells(price: Price, base: int) -> tuple[str, ...]:
     return (
-        price.step, f"{price.n_reads:,}" if price.n_reads else "",
-        f"{price.n_items:,}" if price.n_items else "",
-        f"{price.block_rows:,}" if price.block_rows else "",
-        f"{price.tile_classes:,}" if price.tile_classes else "",
-        _size(price.bytes_read), f"{price.flops:.2e}" if price.flops else "",
-        format_bytes(base + price.peak_bytes), _size(price.device_bytes),
-    )  # fmt: skip
+        price.step,
+        _number(price.n_reads),
+        _number(price.n_items),
+        _number(price.block_rows),
+        _number(price.tile_classes),
+        _size(price.bytes_read),
+        f"{price.flops:.2e}" if price.flops else "",
+        format_bytes(base + price.peak_bytes),
+        _size(price.device_bytes),
+    )
+
+
+def _aligned(column: tuple[str, ...], *, left: bool) -> list[str]:
+    width = max(map(len, column))
+    return [cell.ljust(width) if left else cell.rjust(width) for cell in column]
+
+
+def _number(number: int) -> str:
+    return f"{number:,}" if number else ""
 
 
 def _size(n_bytes: int) -> str:
@@ -159,8 +172,8 @@ def check_budget(plan: Plan) -> None:
     dearest = max(plan.prices, key=lambda price: price.peak_bytes)
     at_once = f", {plan.at_once} at once," if plan.at_once > 1 else ""
     raise BudgetError(
-        f"{dearest.step}{at_once} needs {format_bytes(plan.peak_bytes)} resident, the interpreter's "
-        f"{format_bytes(plan.base_bytes)} included",
+        f"{dearest.step}{at_once} needs {format_bytes(plan.peak_bytes)} resident, "
+        f"the interpreter's {format_bytes(plan.base_bytes)} included",
         f"at most {format_bytes(plan.budget)}",
         f"give at least --memory {_rounded_up(plan.peak_bytes)}, or measure fewer metrics",
     )

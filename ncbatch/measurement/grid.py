@@ -240,9 +240,8 @@ def write_grid(
     source.split.check_chunks(request.layer)
     read = MomentsPass(source, len(classes), False, "exact")
     step = Sweep(
-        "moments", f"moments of {request.split}/{request.layer}", lambda: read, source.items,
-        source.chunk_rows,
-    )  # fmt: skip
+        "moments", f"moments of {request.split}/{request.layer}", lambda: read, source.items
+    )
     moments = run_jobs([Job(request.layer, (step,))], progress)[0].moments
     statistics = Statistics(moments, weighted=request.weighted, ddof=request.ddof)
     pairs = PairTiles(moments.means, statistics.global_mean, quantities=[])

@@ -88,10 +88,6 @@ class MomentsPass:
             None if null is None else _sealed(null, first),
         )
 
-    def merge(self, a: MomentsRead, b: MomentsRead) -> MomentsRead:
-        """Combine the states of different items."""
-        return a.merge(b)
-
     def finish(self, partial: MomentsRead) -> MomentsRead:
         """Let the class means go to their file, where that is asked for."""
         if self.rows_at is None:
@@ -183,10 +179,6 @@ class _StatePass:
     def seal(self, accumulator: StateFold[Any]) -> Any:
         """Return the state."""
         return accumulator.seal()
-
-    def merge(self, a: Any, b: Any) -> Any:
-        """Combine the states of different items."""
-        return a.merge(b)
 
     def finish(self, partial: Any) -> Any:
         """Give the state."""

@@ -650,7 +650,7 @@ def _sweep(
     needs: tuple[str, ...] = (),
 ) -> Sweep:
     """Make the step of a pass over rows."""
-    return Sweep(name, label, make, source.items, source.chunk_rows, needs, about=about)
+    return Sweep(name, label, make, source.items, needs, about=about)
 
 
 def _tile_items(n_classes: int, *, stored: bool) -> list[Item]:

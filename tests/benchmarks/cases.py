@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 import ncbatch as nc
-from ncbatch.engine import jobs as run
 from ncbatch.measurement.passes import MomentsPass
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import MomentsAccumulator
@@ -25,6 +24,7 @@ from tests.benchmarks.data import (
     class_means,
     feature_blocks,
     rows_of,
+    run,
     stored,
 )
 from tests.benchmarks.fresh import fresh_sample

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ncbatch import FeatureStore
+from ncbatch.engine.jobs import Item, Job, Pass, Sweep
+from ncbatch.engine.loop import run_jobs
 from ncbatch.measurement.samples import RowSource, count_labels, select_classes
 from tests.benchmarks.case import Shape
 from tests.benchmarks.limits import feature_files, raw_read
@@ -85,6 +88,11 @@ def rows_of(store: FeatureStore) -> tuple[RowSource, int]:
     split = store.split("train")
     selection = select_classes(count_labels(split))
     return RowSource(split, LAYER, selection.index), len(selection.classes)
+
+
+def run(work: Pass[Any, Any], items: Sequence[Item]) -> Any:
+    """Run a pass over items in a plain loop; returns its state."""
+    return run_jobs([Job("job", (Sweep("pass", "pass", lambda: work, items),))])[0]
 
 
 def in_memory(store: FeatureStore) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine import jobs as run
 from ncbatch.measurement.passes import MomentsPass
 from ncbatch.states.moments import Moments, MomentsAccumulator
 from ncbatch.states.rules import nearest_mean_rule
@@ -25,6 +24,7 @@ from tests.benchmarks.data import (
     class_means,
     in_memory,
     rows_of,
+    run,
     stored,
 )
 from tests.benchmarks.measuring import measured, timed

@@ -22,6 +22,9 @@ class Count:
     total: int
     rounded: float
 
+    def merge(self, other: Count) -> Count:
+        return Count(self.total + other.total, self.rounded + other.rounded)
+
 
 @dataclass(frozen=True)
 class Counting:
@@ -52,9 +55,6 @@ class Counting:
 
     def seal(self, accumulator: Count) -> Count:
         return accumulator
-
-    def merge(self, a: Count, b: Count) -> Count:
-        return Count(a.total + b.total, a.rounded + b.rounded)
 
     def finish(self, partial: Count) -> Count:
         return partial

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ from distributed import Client
 from distributed.client import default_client
 from distributed.security import Security
 
-from ncbatch.engine import cluster as local
 from ncbatch.engine import cluster as opening
-from ncbatch.engine import cluster as slots
 from ncbatch.engine.cluster import open_cluster, task_slots, task_threads
 from ncbatch.errors import UsageError, WorkerError
 from ncbatch.version import __version__
@@ -82,8 +80,15 @@ def test_a_file_that_is_no_scheduler_file_is_refused(tmp_path: Path):
 # --------------------------------------------------------------------------------- local clusters
 
 
-@pytest.mark.parametrize("bokeh", [False, True])
-@pytest.mark.parametrize("name", ["threads", "processes:2"])
+@pytest.mark.parametrize(
+    ("name", "bokeh"),
+    [
+        ("threads", False),
+        pytest.param("threads", True, marks=pytest.mark.slow),
+        pytest.param("processes:2", False, marks=pytest.mark.slow),
+        pytest.param("processes:2", True, marks=pytest.mark.slow),
+    ],
+)
 def test_local_clusters_listen_on_loopback_only_and_leave_the_environment_alone(
     name: str, bokeh: bool, monkeypatch: pytest.MonkeyPatch
 ):
@@ -106,6 +111,7 @@ def test_local_clusters_listen_on_loopback_only_and_leave_the_environment_alone(
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_processes_get_their_share_of_threads_and_keep_what_the_user_set(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -125,10 +131,11 @@ def test_a_number_given_apart_wins():
 
 def test_no_more_processes_start_than_fit_into_free_memory(monkeypatch: pytest.MonkeyPatch):
     free = types.SimpleNamespace(available=10 * 2**30)
-    monkeypatch.setattr(local.psutil, "virtual_memory", lambda: free)
-    assert [local._fitting(8, m and m * 2**30) for m in (None, 1, 3, 5, 99)] == [8, 8, 3, 2, 1]
+    monkeypatch.setattr(opening.psutil, "virtual_memory", lambda: free)
+    assert [opening._fitting(8, m and m * 2**30) for m in (None, 1, 3, 5, 99)] == [8, 8, 3, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_dead_local_worker_is_replaced():
     with open_cluster("processes:1") as client:
         dead = kill_worker(client)
@@ -136,6 +143,7 @@ def test_a_dead_local_worker_is_replaced():
         assert dead not in client.nthreads()
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_by_a_whole_run(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -156,6 +164,7 @@ def test_nothing_is_printed_by_a_whole_run(tmp_path: Path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "hello\nhello\n3\n", "")
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -184,11 +193,12 @@ def test_cuda_without_dask_cuda_says_how_to_install_it(monkeypatch: pytest.Monke
 def fake_dask_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     def install(cluster: Any) -> None:
         module = types.SimpleNamespace(LocalCUDACluster=cluster)
-        monkeypatch.setattr(local, "import_module", lambda name: module)
+        monkeypatch.setattr(opening, "import_module", lambda name: module)
 
     return install
 
 
+@pytest.mark.slow
 def test_cuda_asks_for_a_worker_of_one_thread_per_gpu(
     fake_dask_cuda: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ):
@@ -204,7 +214,7 @@ def test_cuda_asks_for_a_worker_of_one_thread_per_gpu(
         return LocalCluster(**kept)
 
     fake_dask_cuda(cluster)
-    monkeypatch.setattr(local, "find_spec", lambda name: object() if name == "rmm" else None)
+    monkeypatch.setattr(opening, "find_spec", lambda name: object() if name == "rmm" else None)
     with open_cluster("cuda:1") as client:
         assert client.submit(double, 1).result() == 2
         assert "RAPIDS_NO_INITIALIZE" not in os.environ
@@ -241,9 +251,30 @@ def test_cuda_computes_on_a_gpu():
 # --------------------------------------------------------------------------- schedulers that run
 
 
-def test_an_address_a_file_and_a_client_reach_the_scheduler(
-    scheduler_address: str, scheduler_file: Path
-):
+@pytest.fixture(scope="module")
+def near_scheduler() -> Iterator[str]:
+    """Start a scheduler with two workers in this process; yields its address, on loopback."""
+    from distributed import LocalCluster
+
+    options: dict[str, Any] = {"processes": False, "protocol": "tcp", "host": "127.0.0.1"}
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0, **options
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.slow
+def test_a_scheduler_of_another_process_is_reached(scheduler_address: str, scheduler_file: Path):
+    for cluster in (scheduler_address, scheduler_file):
+        with open_cluster(cluster) as client:
+            assert client.submit(double, 4).result() == 8
+            assert len(client.nthreads()) == 2
+
+
+def test_an_address_a_file_and_a_client_reach_the_scheduler(near_scheduler: str, tmp_path: Path):
+    scheduler_address = near_scheduler
+    scheduler_file = tmp_path / "scheduler.json"
+    scheduler_file.write_text(json.dumps({"address": scheduler_address}))
     for cluster in (scheduler_address, scheduler_file, str(scheduler_file)):
         with open_cluster(cluster) as client:
             assert client.submit(double, 4).result() == 8
@@ -274,13 +305,14 @@ def test_somebody_else_at_an_address_is_an_error_soon(monkeypatch: pytest.Monkey
             pass
 
 
-def test_the_address_of_a_worker_is_no_scheduler(scheduler_address: str):
-    with open_cluster(scheduler_address) as client:
+def test_the_address_of_a_worker_is_no_scheduler(near_scheduler: str):
+    with open_cluster(near_scheduler) as client:
         worker = next(iter(client.nthreads()))
     with pytest.raises(WorkerError, match="a Worker at tcp://"), open_cluster(worker):
         pass
 
 
+@pytest.mark.slow
 def test_an_address_that_nobody_answers_prints_two_lines(tmp_path: Path):
     script = (
         "import sys; from ncbatch.engine import cluster; cluster.CONNECT_SECONDS = 1\n"
@@ -294,6 +326,7 @@ def test_an_address_that_nobody_answers_prints_two_lines(tmp_path: Path):
     assert len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_workers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(opening, "WORKER_SECONDS", 0.5)
     file = tmp_path / "scheduler.json"
@@ -305,6 +338,7 @@ def test_a_scheduler_without_workers_is_an_error(tmp_path: Path, monkeypatch: py
             pass
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_a_scheduler_is_replaced(scheduler_address: str):
     with open_cluster(scheduler_address) as client:
         kill_worker(client)
@@ -312,6 +346,7 @@ def test_a_killed_worker_of_a_scheduler_is_replaced(scheduler_address: str):
     wait_for_workers(scheduler_address, 2)
 
 
+@pytest.mark.slow
 def test_workers_of_another_version_are_refused(
     scheduler_address: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -323,20 +358,30 @@ def test_workers_of_another_version_are_refused(
         pass
 
 
-def test_workers_without_ncbatch_are_refused(
-    scheduler_address: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_workers_without_ncbatch_are_refused(near_scheduler: str, monkeypatch: pytest.MonkeyPatch):
     def version() -> str:
         raise ModuleNotFoundError("No module named 'ncbatch'")
 
     monkeypatch.setattr(opening, "_version", version)
     with (
         pytest.raises(WorkerError, match=r"cannot import ncbatch(.|\n)*pip install"),
-        open_cluster(scheduler_address),
+        open_cluster(near_scheduler),
     ):
         pass
 
 
+def test_workers_that_run_another_version_are_named(
+    near_scheduler: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(opening, "_version", lambda: "999.0")
+    with (
+        pytest.raises(WorkerError, match=f"runs ncbatch 999.0; expected {__version__}"),
+        open_cluster(near_scheduler),
+    ):
+        pass
+
+
+@pytest.mark.slow
 def test_tls(tmp_path: Path):
     pytest.importorskip("cryptography")
     import dask
@@ -378,12 +423,12 @@ class Workers:
         self.places = places
 
     def run(self, function: Any, on_error: str) -> dict[str, Any]:
-        return {f"tcp://{i}": place for i, place in enumerate(self.places)}
+        return {f"tcp://{i}": opening._Place(*place) for i, place in enumerate(self.places)}
 
 
 def threads(*places: tuple[str, tuple[int, ...], int, int]) -> list[int]:
-    found = task_slots(Workers(*places))
-    return [found[slots._key(host, processors)] for host, processors, *_ in places]
+    slots = task_slots(Workers(*places))
+    return [slots[opening._Place(*place).key] for place in places]
 
 
 def test_processors_are_dealt_out_to_the_slots_that_may_use_them():
@@ -403,13 +448,18 @@ def test_processors_are_dealt_out_to_the_slots_that_may_use_them():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("threads", 1), ("threads:1", PROCESSORS), ("processes:1", PROCESSORS), ("processes:2", PROCESSORS // 2)],
-)  # fmt: skip
+    [
+        ("threads", 1),
+        ("threads:1", PROCESSORS),
+        pytest.param("processes:1", PROCESSORS, marks=pytest.mark.slow),
+        pytest.param("processes:2", PROCESSORS // 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_task_finds_its_threads(name: str, expected: int):
     with open_cluster(name) as client:
-        found = task_slots(client)
-        json.dumps(found)  # plain, so that it travels with any task
-        assert client.submit(task_threads, found).result() == max(1, expected)
+        slots = task_slots(client)
+        json.dumps(slots)  # plain, so that it travels with any task
+        assert client.submit(task_threads, slots).result() == max(1, expected)
         later: dict[str, int] = {}  # a worker that was not there when the slots were counted
         alone = PROCESSORS // next(iter(client.nthreads().values()))
         assert client.submit(task_threads, later).result() == alone

@@ -16,16 +16,30 @@ from ncbatch.engine.jobs import Call, Item, Job, Sweep
 from ncbatch.engine.loop import run_jobs
 from ncbatch.errors import WorkerError
 from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
-from tests.engine.counting import Counting
+from tests.engine.counting import Count, Counting
 from tests.engine.test_loop import NUMBERS, Recorder, _give, _text
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 N = 24
 MANY = tuple(NUMBERS[i % len(NUMBERS)] + i for i in range(N))
 
 
+@pytest.fixture(scope="module")
+def client():
+    """Connect to two workers of one thread, in this process."""
+    from distributed import Client, LocalCluster
+
+    workers = {"n_workers": 2, "threads_per_worker": 1, "processes": False}
+    with (
+        LocalCluster(**workers, dashboard_address=None, memory_limit=0) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
 @pytest.fixture
-def client(scheduler_address):
+def processes(scheduler_address):
+    """Connect to two workers in processes of their own, which may be killed."""
     from distributed import Client
 
     with Client(scheduler_address, set_as_default=False) as client:
@@ -33,10 +47,10 @@ def client(scheduler_address):
         yield client
 
 
-def job(work: Counting, name="job", items=None, grain=1, about=None) -> Job:
-    items = items or [Item(i, i + 3, 3) for i in range(0, N, 3)]
+def job(work: Counting, name="job", about=None) -> Job:
+    items = [Item(i, i + 3, 3) for i in range(0, N, 3)]
     about = about or {"state": "count", "place": name, "fingerprint": name}
-    sweep = Sweep("count", f"counting {name}", partial(_give, work), items, grain, about=about)
+    sweep = Sweep("count", f"counting {name}", partial(_give, work), items, about=about)
     double = Sweep(
         "double", f"double {name}", _doubled, [Item(0, 1, 1)], needs=("count",),
         about={**about, "state": "double"},
@@ -67,51 +81,74 @@ def test_an_error_of_an_item_is_the_users(client):
         run_graph(client, [job(Counting((*MANY[:5], -1, *MANY[6:])))])
 
 
-def test_a_killed_worker_is_survived(client, scheduler_address, tmp_path):
+def test_a_sweep_without_items_has_the_state_of_none(client):
+    sweep = Sweep("count", "counting nothing", partial(_give, Counting(())), [])
+    assert run_graph(client, [Job("job", (sweep,))]) == run_jobs([Job("job", (sweep,))])
+
+
+@pytest.mark.parametrize("damage", [b"", None])
+def test_finished_states_are_kept_and_damaged_ones_count_as_absent(client, tmp_path, damage):
+    log, state = tmp_path / "log", tmp_path / "state"
+    result = run_graph(client, [job(Counting(MANY, log))], state=state)
+    n_folded = len(log.read_text().split())
+    assert run_graph(client, [job(Counting(MANY, log))], state=state) == result
+    assert run_jobs([job(Counting(MANY, log))], state=state) == result
+    assert len(log.read_text().split()) == n_folded
+    for file in state.glob("*/state.npz"):
+        file.write_bytes(file.read_bytes()[:100] if damage is None else damage)
+    recorder = Recorder()
+    assert run_graph(client, [job(Counting(MANY, log))], recorder, state) == result
+    assert len(log.read_text().split()) == 2 * n_folded
+    assert recorder.calls[-1] == "end"
+
+
+# ------------------------------------------------------------------------ processes that are killed
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_survived(processes, scheduler_address, tmp_path):
     work = Counting(MANY, tmp_path / "log", slow=0.3)
-    killer = threading.Timer(0.8, kill_worker, [client])
+    killer = threading.Timer(0.8, kill_worker, [processes])
     killer.start()
-    assert run_graph(client, [job(work)]) == run_graph(client, [job(Counting(MANY))])
+    assert run_graph(processes, [job(work)]) == run_graph(processes, [job(Counting(MANY))])
     killer.join()
     wait_for_workers(scheduler_address, 2)
 
 
-def test_an_item_that_kills_workers_is_halved_and_then_reported(
-    client, scheduler_address, tmp_path
+@pytest.mark.slow
+def test_an_item_that_kills_its_workers_is_named_and_what_others_finished_stays_kept(
+    processes, scheduler_address, tmp_path
 ):
+    state = tmp_path / "state"
     log = tmp_path / "log"
-    with pytest.raises(WorkerError, match=r"counting job: rows 7\.\.7 kill every worker"):
-        run_graph(client, [job(Counting(MANY, log, deadly=(7,)))])
-    assert {"0-3", "8-9"} <= set(log.read_text().split())  # what is beside it was done
+    jobs = [job(Counting(MANY), "living"), job(Counting(MANY, deadly=(7,)), "deadly")]
+    with pytest.raises(WorkerError, match=r"counting deadly: rows 6\.\.8 kill every worker"):
+        run_graph(processes, jobs, state=state)
     wait_for_workers(scheduler_address, 2)
+    again = [job(Counting(MANY, log), "living")]
+    [text] = run_graph(processes, again, state=state)
+    assert text.split()[0] == run_jobs([job(Counting(MANY), "living")])[0].split()[0]
+    assert not log.exists()
 
 
-def test_a_merge_that_kills_workers_is_reported(client, scheduler_address):
+@pytest.mark.slow
+def test_a_merge_that_kills_workers_is_reported(processes, scheduler_address):
     with pytest.raises(WorkerError, match="workers died of task 'ncbatch-merge-"):
-        run_graph(client, [job(Unmergeable(MANY))])
+        run_graph(processes, [job(Unmergeable(MANY))])
     wait_for_workers(scheduler_address, 2)
 
 
-class Unmergeable(Counting):
-    def merge(self, a, b):
+class DeadlyCount(Count):
+    def merge(self, other):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_halves_that_live_give_the_result(client, scheduler_address):
-    # Kills its process while an item of more than one row is folded.
-    whole = run_graph(client, [job(Counting(MANY))])
-    found = run_graph(client, [job(Picky(MANY))])
-    assert found[0].split()[0] == whole[0].split()[0]
-    wait_for_workers(scheduler_address, 2)
+class Unmergeable(Counting):
+    def seal(self, accumulator):
+        return DeadlyCount(accumulator.total, accumulator.rounded)
 
 
-class Picky(Counting):
-    def fold(self, accumulator, item):
-        if item.start <= 4 < item.stop and item.stop - item.start > 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().fold(accumulator, item)
-
-
+@pytest.mark.slow
 def test_a_scheduler_that_dies_ends_the_run(tmp_path, monkeypatch):
     from distributed import Client
 
@@ -142,38 +179,36 @@ def test_a_scheduler_that_dies_ends_the_run(tmp_path, monkeypatch):
                 run_graph(client, [job(Counting(MANY, tmp_path / "log", slow=0.5))])
 
 
-def test_kept_items_are_not_done_again(client, tmp_path):
+@pytest.mark.slow
+def test_kept_items_are_not_done_again(processes, tmp_path):
     log, state = tmp_path / "log", tmp_path / "state"
     bad = Counting((*MANY[:-1], -1), log)
     with pytest.raises(ValueError, match="negative"):
-        run_graph(client, [job(bad)], state=state)
+        run_graph(processes, [job(bad)], state=state)
     done = log.read_text().split()
     time.sleep(0.5)  # items that workers had begun are finished, and kept
     done = log.read_text().split()
     kept = {path.stem.removeprefix("item-") for path in state.glob("*/item-*.npz")}
     assert kept == set(done)
     assert kept
-    found = run_graph(client, [job(Counting(MANY, log))], state=state)
+    found = run_graph(processes, [job(Counting(MANY, log))], state=state)
     assert sorted(log.read_text().split()) == sorted(f"{i}-{i + 3}" for i in range(0, N, 3))
-    assert found == run_graph(client, [job(Counting(MANY))])
+    assert found == run_graph(processes, [job(Counting(MANY))])
     assert not list(state.glob("*/item-*.npz"))
-    done = log.read_text()
-    assert run_graph(client, [job(Counting(MANY, log))], state=state) == found
-    assert run_jobs([job(Counting(MANY, log))], state=state) == found
-    assert log.read_text() == done
 
 
-def test_a_killed_client_resumes_to_the_same_bits(client, scheduler_address, tmp_path):
+@pytest.mark.slow
+def test_a_killed_client_resumes_to_the_same_bits(processes, scheduler_address, tmp_path):
     log, state = tmp_path / "log", tmp_path / "state"
     script = f"""
         from pathlib import Path
         from distributed import Client
         from ncbatch.engine.graph import run_graph
-        from tests.engine.counting import Counting
+        from tests.engine.counting import Count, Counting
         from tests.engine.test_graph import MANY, job
         with Client("{scheduler_address}") as client:
             work = Counting(MANY, Path("{log}"), slow=0.4)
-            run_graph(client, [job(work)], state=Path("{state}"))
+            run_graph(processes, [job(work)], state=Path("{state}"))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT)
     while not (log.exists() and len(log.read_text().split()) > 2):
@@ -183,7 +218,7 @@ def test_a_killed_client_resumes_to_the_same_bits(client, scheduler_address, tmp
     time.sleep(1.5)  # items that workers had begun are finished, and kept
     done = log.read_text().split()
     assert len(done) < N // 3
-    found = run_graph(client, [job(Counting(MANY, log))], state=state)
+    found = run_graph(processes, [job(Counting(MANY, log))], state=state)
     again = log.read_text().split()[len(done) :]
     assert not set(done) & set(again)
-    assert found == run_graph(client, [job(Counting(MANY))])
+    assert found == run_graph(processes, [job(Counting(MANY))])

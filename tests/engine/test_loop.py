@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from ncbatch.engine import jobs as run
 from ncbatch.engine.jobs import Call, Item, Job, Sweep
 from ncbatch.engine.kept import Kept
 from ncbatch.engine.loop import run_jobs
@@ -41,6 +40,10 @@ def job(work: Counting, about=None, items=ITEMS) -> Job:
 
 def _give(work):
     return work
+
+
+def run(work: Counting, items: list[Item]) -> Count:
+    return run_jobs([Job("job", (Sweep("count", "counting", partial(_give, work), items),))])[0]
 
 
 def _text(count: Count) -> str:
@@ -78,9 +81,7 @@ def test_a_step_takes_the_results_it_needs_and_others_are_let_go():
 
 @pytest.fixture
 def keeps_every_item(monkeypatch):
-    import importlib
-
-    monkeypatch.setattr(importlib.import_module("ncbatch.engine.jobs"), "_KEEP_EVERY", 0.0)
+    monkeypatch.setattr("ncbatch.engine.loop._KEEP_EVERY", 0.0)
 
 
 @pytest.mark.usefixtures("keeps_every_item")

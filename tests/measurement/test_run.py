@@ -151,7 +151,7 @@ _MEASURE = """
 import importlib, sys, time
 import ncbatch as nc
 from ncbatch.store.split import Split
-importlib.import_module("ncbatch.engine.jobs")._KEEP_EVERY = 0.0
+importlib.import_module("ncbatch.engine.loop")._KEEP_EVERY = 0.0
 read = Split.read
 def slowly(self, *a, **b):
     with open("{log}", "a") as log:
