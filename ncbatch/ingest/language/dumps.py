@@ -22,8 +22,8 @@ from ncbatch.ingest.model.capture import device_of
 from ncbatch.ingest.model.dumps import dump, make_target
 from ncbatch.ingest.model.places import Place
 from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
-from ncbatch.ingest.model.room import Room, check_states_room
-from ncbatch.ingest.model.target import one_dtype, open_if_there, stored_dtypes
+from ncbatch.ingest.model.room import check_rows_room, check_states_room
+from ncbatch.ingest.model.target import Request, one_dtype, open_if_there, stored_dtypes
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import DTYPES, check_name
 from ncbatch.store.ranks import Share
@@ -261,9 +261,9 @@ def dump_language_model(
     with _full_named(store):
         seen = probe(lm, places, feed.example(), device_of(lm.module))
     if not moments:
-        room = Room.needed(store, split, seen.widths, stored_dtype, corpus.n_samples, overwrite)
-        room.check()
-        _note(progress, str(room))
+        n = corpus.n_samples
+        said = check_rows_room(store, split, seen.widths, stored_dtype, n, overwrite)
+        _note(progress, said)
     else:
         n, n_classes = corpus.n_samples, lm.n_tokens
         # Which classes the model will decide for is not known.
@@ -374,9 +374,10 @@ def _complete(
     overwrite: bool,
 ) -> FeatureStore | None:
     """Give the store if nothing is left to resume; refuse what `dump` would, before texts are read."""
-    given = (store, split, places, dtype, n_classes, share)
-    how: dict[str, Any] = {"n_samples": 1, "resume": resume, "overwrite": overwrite}
-    target = make_target(given, moments=moments, means=means, **how)
+    request = Request(
+        store, split, places, dtype, n_classes, share, 1, resume=resume, overwrite=overwrite
+    )
+    target = make_target(request, moments=moments, means=means)
     described = target.done and places.keys() <= target.opened.layer_notes.keys()
     return target.opened if described else None
 

@@ -12,7 +12,6 @@ import numpy as np
 from ncbatch.errors import DataError
 from ncbatch.ingest.language.model import LanguageModel
 from ncbatch.ingest.model.capture import capturing
-from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch, Place, find_places
 
 if TYPE_CHECKING:
@@ -157,8 +156,7 @@ def probe(
 
     shape = np.shape(inputs["input_ids"])
     batch = Batch.of(np.zeros(shape, np.int64), 0)
-    nothing = Head.find(model.module, False, None)
-    with capturing(model.module, places, "flatten", nothing) as capture:
+    with capturing(model.module, places) as capture:
         handle = model.module.register_forward_hook(see)
         try:
             rows = capture.run({**inputs, "output_hidden_states": True}, batch, device)

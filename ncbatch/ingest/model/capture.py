@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ncbatch.errors import DataError
 from ncbatch.ingest.model.head import Head
-from ncbatch.ingest.model.places import Batch, Place, Pool, find_module
+from ncbatch.ingest.model.places import Batch, Place, Pool
 from ncbatch.store.format import DTYPES
 
 if TYPE_CHECKING:
@@ -23,12 +24,15 @@ Receive: TypeAlias = "Callable[[str, torch.Tensor], Any]"
 
 
 class Capture:
-    """Runs a model with hooks in place and gives the rows they took; made by `capturing`."""
+    """Runs a model with hooks in place and returns the rows they took; made by `capturing`."""
 
     def __init__(
         self, model: torch.nn.Module, places: Mapping[str, Place], pool: Pool, head: Head
     ) -> None:
-        self._model, self._places, self._pool, self._head = model, places, pool, head
+        self.head = head
+        self._model = model
+        self._places = places
+        self._pool = pool
         self._batch: Batch | None = None
         self._receive: Receive | None = None
         self._rows: dict[str, Any] = {}
@@ -37,17 +41,13 @@ class Capture:
     def attach(self, hooks: ExitStack) -> None:
         """Register the hooks; they go when `hooks` is closed."""
         for name, place in self._places.items():
-            module = find_module(self._model, place.path)
-            take = self._taker(name, place)
+            module = self._model.get_submodule(place.path)
+            register = module.register_forward_hook
             if place.of_input:
-                handle = module.register_forward_pre_hook(
-                    lambda _, args, kwargs, take=take: take((args, kwargs)), with_kwargs=True
-                )
-            else:
-                handle = module.register_forward_hook(lambda _, __, out, take=take: take(out))
-            hooks.callback(handle.remove)
-        for order, module in enumerate(self._head.candidates.values()):
-            handle = module.register_forward_hook(self._watcher(order), with_kwargs=True)
+                register = module.register_forward_pre_hook
+            hooks.callback(register(partial(self._take, name), with_kwargs=True).remove)
+        for order, module in enumerate(self.head.candidates.values()):
+            handle = module.register_forward_hook(partial(self._see, order), with_kwargs=True)
             hooks.callback(handle.remove)
 
     def run(
@@ -80,10 +80,11 @@ class Capture:
         """
         import torch
 
-        self._batch, self._rows, self._receive = batch, {}, receive
+        self._batch = batch
+        self._receive = receive
         self._calls.clear()
-        self._head.calls = 0
-        self._head.decisions = None
+        self.head.calls = 0
+        self.head.decisions = None
         args, kwargs = _arguments(inputs, device)
         try:
             # Not inference_mode: what a module keeps from this pass must serve in training too.
@@ -93,45 +94,43 @@ class Capture:
             self._batch = None
         for name, place in self._places.items():
             _check_once(f"module '{place.path}'", self._calls[name])
-        if self._head.named or (self._head.needed and self._head.path is not None):
-            _check_once(f"head '{self._head.path}'", self._head.calls)
-        rows, self._rows = self._rows, {}
-        return {name: rows[name] for name in self._places}
+        if self.head.named or (self.head.needed and self.head.path is not None):
+            _check_once(f"head '{self.head.path}'", self.head.calls)
+        rows = {name: self._rows[name] for name in self._places}
+        self._rows = {}  # or they would be held until the next pass has made as many
+        return rows
 
-    def _taker(self, name: str, place: Place) -> Callable[[Any], None]:
-        def take(value: Any) -> None:
-            self._calls[name] += 1
-            if self._batch is None or self._calls[name] > 1:
-                return
-            tensor = _first_tensor(value)
-            if tensor is None:
-                raise DataError(f"'{place}' holds no tensor", "a tensor, or a tuple of tensors")
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            if dtype not in DTYPES:
-                raise DataError(f"'{place}' has dtype {dtype}", "one of: " + ", ".join(DTYPES))
-            rows = self._batch.rows(tensor, self._pool, place)
-            self._rows[name] = rows if self._receive is None else self._receive(name, rows)
+    def _take(self, name: str, _: torch.nn.Module, *passed: Any) -> None:
+        place = self._places[name]
+        self._calls[name] += 1
+        if self._batch is None or self._calls[name] > 1:
+            return
+        # Hooks are told (args, kwargs) before the module runs, and its output too afterwards.
+        tensor = _first_tensor(passed if place.of_input else passed[2])
+        if tensor is None:
+            raise DataError(f"'{place}' holds no tensor", "a tensor, or a tuple of tensors")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise DataError(f"'{place}' has dtype {dtype}", "one of: " + ", ".join(DTYPES))
+        rows = self._batch.rows(tensor, self._pool, place)
+        self._rows[name] = rows if self._receive is None else self._receive(name, rows)
 
-        return take
-
-    def _watcher(self, order: int) -> Callable[..., None]:
-        def see(_: Any, args: Any, kwargs: Any, out: Any) -> None:
-            if self._batch is not None:
-                self._head.see(
-                    order, self._batch, _first_tensor((args, kwargs)), _first_tensor(out)
-                )
-
-        return see
+    def _see(self, order: int, _: torch.nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if self._batch is not None:
+            self.head.see(order, self._batch, _first_tensor((args, kwargs)), _first_tensor(out))
 
 
 @contextmanager
 def capturing(
-    model: torch.nn.Module, places: Mapping[str, Place], pool: Pool, head: Head
+    model: torch.nn.Module,
+    places: Mapping[str, Place],
+    pool: Pool = "flatten",
+    head: Head | None = None,
 ) -> Iterator[Capture]:
     """Hold a model in eval mode with hooks; afterwards it is as it was, module by module."""
     # model.train() would set every module alike: a frozen batch norm would wake up.
     modes = [(module, module.training) for module in model.modules()]
-    capture = Capture(model, places, pool, head)
+    capture = Capture(model, places, pool, head or Head({}))
     with ExitStack() as hooks:
         try:
             model.eval()
@@ -142,8 +141,8 @@ def capturing(
                 module.training = mode
 
 
-def device_of(model: torch.nn.Module) -> Any:
-    """Give the device of a model's parameters, or of its buffers; the CPU without any."""
+def device_of(model: torch.nn.Module) -> torch.device | str:
+    """Return the device of a model's parameters, or of its buffers; the CPU without any."""
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
             return tensor.device
@@ -151,19 +150,19 @@ def device_of(model: torch.nn.Module) -> Any:
 
 
 def _arguments(inputs: Any, device: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Move inputs to `device` and give them as the model takes them."""
+    """Move inputs to `device`, and sort them by how the model takes them."""
     import torch
 
-    def moved(value: Any) -> Any:
+    def move(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             value = torch.as_tensor(value)
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     if isinstance(inputs, Mapping):
-        return [], {name: moved(value) for name, value in inputs.items()}
+        return [], {name: move(value) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return [moved(value) for value in inputs], {}
-    return [moved(inputs)], {}
+        return [move(value) for value in inputs], {}
+    return [move(inputs)], {}
 
 
 def _first_tensor(value: Any) -> torch.Tensor | None:
@@ -172,9 +171,9 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
 
     if isinstance(value, torch.Tensor):
         return value
-    parts: Sequence[Any] = ()
+    parts: Any = ()
     if isinstance(value, Mapping):
-        parts = list(value.values())
+        parts = value.values()
     elif isinstance(value, tuple | list):
         parts = value
     elif dataclasses.is_dataclass(value):

@@ -9,19 +9,18 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ncbatch.arrays.namespace import to_numpy
-from ncbatch.errors import DataError, StoreError, UsageError
-from ncbatch.ingest.model.capture import capturing, device_of
+from ncbatch.errors import DataError, UsageError
+from ncbatch.ingest.model.capture import Capture, capturing, device_of
 from ncbatch.ingest.model.head import Head
-from ncbatch.ingest.model.places import Batch, Place, Pool, find_places
+from ncbatch.ingest.model.places import Batch, Pool, find_places
 from ncbatch.ingest.model.rows import RowTarget
 from ncbatch.ingest.model.states import StateTarget
-from ncbatch.ingest.model.target import Identity, Target, open_if_there, weights_hash
+from ncbatch.ingest.model.target import Identity, Request, Target, weights_hash
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.ranks import Share
 
 if TYPE_CHECKING:
     import torch
-
 
 logger = logging.getLogger("ncbatch")
 
@@ -161,82 +160,70 @@ def dump(
         raise UsageError(f"pool '{pool}'", "'flatten' or 'mean'")
     if head_bias is not None and not head:
         raise UsageError("head_bias without the name of a head", "head=, the module it belongs to")
-    share = Share(rank, world_size)
     if means is not None and not moments:
         raise UsageError(f"means='{means}' without moments", "moments=True, to fold decisions")
-    # Where the rows go is all that the two ways of keeping them differ in.
-    given = (store, split, places, dtype, n_classes, share)
-    how: dict[str, Any] = {
-        "n_samples": n_samples, "resume": resume, "overwrite": overwrite,
-        "labels_given": not argmax_labels,
-        "identity": {**(identity or {}), "weights": weights_hash(model)},
-    }  # fmt: skip
-    target = make_target(given, moments=moments, means=means, **how)
+    request = Request(
+        store,
+        split,
+        places,
+        dtype,
+        n_classes,
+        Share(rank, world_size),
+        n_samples,
+        resume=resume,
+        overwrite=overwrite,
+        labels_given=not argmax_labels,
+        identity={**(identity or {}), "weights": weights_hash(model)},
+    )
+    target = make_target(request, moments=moments, means=means)
     watch = Head.find(model, head, target.n_classes, decides=argmax_labels, outside=head_bias)
     if target.n_classes is None and not watch.candidates:
         raise UsageError(
             "no number of classes", remedy="give n_classes=, or the head that classifies"
         )
     if target.done:
-        return target.opened
-    target.check_identity()
-    if moments and target.store is not None:
-        _warn_of_rows(target.store, split, places)
-    where = device_of(model) if device is None else device
-    with capturing(model, places, pool, watch) as capture, ExitStack() as writing:
+        logger.info("%s holds all of rank %d: nothing to resume", target.named, rank)
+    else:
+        target.check_identity()
+        where = device_of(model) if device is None else device
+        with capturing(model, places, pool, watch) as capture:
+            _fill(target, capture, batches, where, predictions, progress)
+    return target.opened
+
+
+def make_target(request: Request, *, moments: bool, means: str | None) -> Target:
+    """Make what takes the rows of a dump: where they go is all that the two ways differ in."""
+    return StateTarget(request, means) if moments else RowTarget(request)
+
+
+def _fill(
+    target: Target,
+    capture: Capture,
+    batches: Iterable[Any],
+    device: torch.device | str,
+    predictions: bool,
+    progress: Progress | None,
+) -> None:
+    """Run the model on all batches whose rows `target` does not hold yet."""
+    with ExitStack() as writing:
         to_skip = target.resume(writing)
         for inputs, labels in _pairs(batches):
             batch = Batch.of(labels, to_skip)
-            target.check_skipped(batch)
+            target.expect(batch)
             to_skip -= len(batch.skipped)
             if batch.labels.size:
-                target.expect(batch)
                 # The first rows are needed as they are: the head's input is found among them.
-                receive = target.receive if target.settled and target.begun else None
-                features = capture.run(inputs, batch, where, receive)
-                if not target.settled:
-                    target.settle(watch, features, predictions)
-                if not target.begun:
-                    target.start(features, writing)
-                    target.record_identity()
-                decided = to_numpy(watch.decisions) if argmax_labels else batch.labels
-                target.append(features, decided, watch.decisions)
+                receive = target.receive if target.ready else None
+                features = capture.run(inputs, batch, device, receive)
+                if not target.ready:
+                    target.begin(capture.head, features, predictions, writing)
+                decisions = capture.head.decisions
+                given = target.request.labels_given
+                target.append(features, batch.labels if given else to_numpy(decisions), decisions)
                 del features  # before the next forward pass makes as many
             if progress is not None:
                 progress.advance(len(batch.skipped) + len(batch.labels))
         target.end(to_skip, writing)
-    return target.opened
-
-
-def make_target(given: Sequence[Any], *, moments: bool, means: str | None, **how: Any) -> Target:
-    """Make what takes the rows of a dump; `given` and `how` are those of `Target`.
-
-    Raises
-    ------
-    StoreError
-        When `means` is a split that has rows but no moments.
-    """
-    if not moments:
-        return RowTarget(*given, **how)
-    store = None if means is None else open_if_there(given[0])
-    if store is not None and means in store.splits and means not in store.state_splits:
-        raise StoreError(
-            f"split '{means}' of {store.path} holds rows, and no moments that decide",
-            "moments of that split",
-            f"store them first: the dump of '{means}' once more with --moments (moments=True)",
-        )
-    return StateTarget(*given, means=means, **how)
-
-
-def _warn_of_rows(store: FeatureStore, split: str, places: Mapping[str, Place]) -> None:
-    """Say that rows and moments of the same layers are there; `measure` takes the rows."""
-    rows = store.split(split).features if split in store.splits else {}
-    both = [name for name in places if name in rows]
-    if both:
-        logger.warning(
-            "split '%s' has rows of %s too: they are measured, and the moments serve as means only",
-            split, ", ".join(both),
-        )  # fmt: skip
 
 
 def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

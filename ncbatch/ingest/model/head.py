@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy.typing as npt
+
+from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, UsageError
 from ncbatch.ingest.model.places import Batch, Place, find_module
 
@@ -22,30 +25,43 @@ class Head:
     ----------
     candidates : mapping of str to module
         Linear modules by path, in order.
-    named : bool
-        Whether the user named it: then it must run.
-    n_classes : int or None
+    n_classes : int, optional
         K: decisions are among the first K outputs.
+    named : bool, optional
+        Whether the user named it: then it must run.
     decides : bool, optional
         Whether its decisions are needed even if no captured layer is its input.
+    outside : tensor, optional
+        A bias that the model adds to the outputs of the module named.
+
+    Attributes
+    ----------
+    layer : str or None
+        The captured layer that the head reads.
+    decisions : tensor or None
+        Its arg-max, one per row of the batch.
+    calls : int
+        How often it ran in a forward pass.
     """
 
     def __init__(
         self,
-        candidates: Mapping[str, torch.nn.Module],
-        named: bool,
-        n_classes: int | None,
+        candidates: Mapping[str, torch.nn.Linear],
+        n_classes: int | None = None,
+        *,
+        named: bool = False,
         decides: bool = False,
+        outside: torch.Tensor | None = None,
     ) -> None:
         self.candidates = candidates
         self.named = named
         self.decides = decides
-        self.layer: str | None = None  # the captured layer that the head reads
-        self.decisions: torch.Tensor | None = None  # arg-max of the batch's rows
+        self.layer: str | None = None
+        self.decisions: torch.Tensor | None = None
         self.calls = 0
-        self._outside: torch.Tensor | None = None
         self._n_classes = n_classes
-        self._order = -1
+        self._outside = outside
+        self._order = 0 if named else -1  # of the candidate that is the head, as far as known
         self._settled = False
         self._inputs: torch.Tensor | None = None
 
@@ -61,8 +77,6 @@ class Head:
     ) -> Head:
         """Look up the head, or everything that may be it.
 
-        `outside` is a bias that the model adds to the outputs of the module named.
-
         Raises
         ------
         DataError
@@ -72,25 +86,24 @@ class Head:
         """
         import torch
 
-        if head is False and decides:
-            raise UsageError("argmax_labels with head=False", "the module that decides")
         if head is False:
-            return cls({}, False, n_classes)
+            if decides:
+                raise UsageError("argmax_labels with head=False", "the module that decides")
+            return cls({}, n_classes)
         if head is None:
             linear = {p: m for p, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            return cls(linear, False, n_classes, decides)
+            return cls(linear, n_classes, decides=decides)
         module = find_module(model, head)
         if not isinstance(module, torch.nn.Linear):
             raise DataError(f"head '{head}' is a {type(module).__name__}", "a torch.nn.Linear")
-        found = cls({head: module}, True, n_classes, decides)
-        found._order, found._outside = 0, outside
         if outside is not None and tuple(outside.shape) != (module.out_features,):
             raise DataError(
                 f"a bias of shape {tuple(outside.shape)} for head '{head}'",
                 f"({module.out_features},), one per output",
             )
-        found.check_outputs(n_classes)
-        return found
+        watch = cls({head: module}, n_classes, named=True, decides=decides, outside=outside)
+        watch.check_outputs(n_classes)
+        return watch
 
     @property
     def path(self) -> str | None:
@@ -98,22 +111,26 @@ class Head:
         return None if self._order < 0 else list(self.candidates)[self._order]
 
     @property
-    def module(self) -> torch.nn.Module | None:
+    def module(self) -> torch.nn.Linear | None:
         """The module; None as long as none has run."""
         return None if self.path is None else self.candidates[self.path]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """What is added to the products with its weight, inside the module and outside of it."""
-        own: torch.Tensor | None = None if self.module is None else self.module.bias
-        if self._outside is None or own is None:
-            return own if self._outside is None else self._outside
-        return own + self._outside.to(own.device)
 
     @property
     def needed(self) -> bool:
         """Whether what it decides is kept, so that it must run once in every pass."""
         return self.decides or self.layer is not None
+
+    def classifier(self, n_classes: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+        """Return weight and bias of the first K outputs, on the host.
+
+        The bias is what is added inside the module and outside of it; None without any.
+        """
+        assert self.module is not None
+        bias = self.module.bias
+        if self._outside is not None:
+            bias = self._outside if bias is None else bias + self._outside.to(bias.device)
+        weight = to_numpy(self.module.weight[:n_classes])
+        return weight, None if bias is None else to_numpy(bias[:n_classes])
 
     def check_outputs(self, n_classes: int | None) -> None:
         """Refuse a head that has fewer outputs than there are classes."""
@@ -131,7 +148,8 @@ class Head:
         if order < self._order or (self._settled and order > self._order):
             return
         if order > self._order:
-            self._order, self.calls = order, 0
+            self._order = order
+            self.calls = 0
         self.calls += 1
         if self._settled and not self.needed:
             return
@@ -150,16 +168,18 @@ class Head:
         if self.calls == 1 and self._inputs is not None:
             # What was captured as the head's input needs no comparing; of others several may be
             # equal (an activation and the head's input are one tensor).
-            own = Place(str(self.path), of_input=True)
-            best = [name for name in features if places[name] == own]
-            if not best:
-                best = [name for name, x in features.items() if _equal(x, self._inputs)][-1:]
-            self.layer = best[0] if best else None
-        self._settled, self._inputs = True, None
+            place = Place(str(self.path), of_input=True)
+            inputs = [name for name in features if places[name] == place]
+            equal = (
+                name for name in reversed(list(features)) if _equal(features[name], self._inputs)
+            )
+            self.layer = inputs[0] if inputs else next(equal, None)
+        self._settled = True
+        self._inputs = None
         if self.decides and self.decisions is None:
-            found = "no torch.nn.Linear ran" if self.path is None else f"head '{self.path}'"
+            head = "no torch.nn.Linear ran" if self.path is None else f"head '{self.path}'"
             raise DataError(
-                f"{found}: no decisions at the positions of the labels",
+                f"{head}: no decisions at the positions of the labels",
                 "a linear module with one output row per label, for argmax_labels",
                 "name it with head=",
             )

@@ -64,7 +64,7 @@ def find_places(
 
 
 def find_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    """Give the module at `path`, or an error with the nearest one that exists."""
+    """Look up the module at `path`; the error names the nearest one that exists."""
     modules = dict(model.named_modules())
     if path not in modules:
         raise unknown_name("module", path, filter(None, modules), type(model).__name__)

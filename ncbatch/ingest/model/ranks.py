@@ -1,4 +1,4 @@
-"""The end of a dump by several ranks: rows are completed, parts of states merged."""
+"""States of a split that ranks are making: what each has stored, what is missing, and the merge."""
 
 from __future__ import annotations
 
@@ -7,78 +7,28 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ncbatch.arrays.named_arrays import Arrays
 from ncbatch.errors import CorruptionError, StoreError, unknown_name
+from ncbatch.ingest.model.target import Request
 from ncbatch.states.decisions import DECISIONS, Decisions
-from ncbatch.states.moments import moments_arrays, moments_of
+from ncbatch.states.moments import Moments, moments_arrays, moments_of
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.ranks import Share
 from ncbatch.store.states import PART, RUNNING
 
-# Taking turns: of several processes one at a time looks whether it can complete a split.
-
+logger = logging.getLogger("ncbatch")
 
 # How long a process that has the turn, and whose end is not known otherwise, may store nothing.
 PATIENCE_S = 300.0
 _TURN = "finalizing"
-
-
-def take_turn(store: FeatureStore, split: str) -> str:
-    """Wait until it is this process's turn; gives what `give_back` takes.
-
-    The turn of a process that has ended is taken over: at once where it ran on this machine, else
-    when nothing in the split has changed for a while. Two that complete a split at once store the
-    same; at worst one of them stops with an error.
-    """
-    own = f"{_machine()} {os.getpid()} {uuid.uuid4()}"
-    holder, deadline, kinds = None, 0.0, None
-    while not store.claim(split, _TURN, own):
-        now = store.claimant(split, _TURN)
-        if now != holder:
-            holder, deadline, kinds = now, time.monotonic() + PATIENCE_S, None
-        elif time.monotonic() > deadline and kinds != (found := store.state_kinds(split)):
-            deadline, kinds = time.monotonic() + PATIENCE_S, found
-        elif holder is not None and (_has_ended(holder) or time.monotonic() > deadline):
-            logger.warning(
-                "a process began to complete split '%s' of %s and stopped: this one goes on",
-                split, store.path,
-            )  # fmt: skip
-            give_back(store, split, holder)
-            continue
-        time.sleep(min(0.1, PATIENCE_S))
-    return own
-
-
-def give_back(store: FeatureStore, split: str, holder: str | None = None) -> None:
-    """Let the next one have its turn; with `holder` only if it is that one's."""
-    if holder is None or store.claimant(split, _TURN) == holder:
-        store.release(split, _TURN)
-
-
-def _has_ended(holder: str) -> bool:
-    """Whether the process ran on this machine and is no more; of others nothing is known."""
-    machine, _, rest = holder.partition(" ")
-    pid = rest.partition(" ")[0]
-    return machine == _machine() and pid.isdecimal() and not psutil.pid_exists(int(pid))
-
-
-def _machine() -> str:
-    """Name the machine, since when it runs, and whose process numbers these are."""
-    found = [socket.gethostname()]
-    with suppress(OSError):  # neither is there on every system
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return "/".join(found).replace(" ", "-")
-
-
-logger = logging.getLogger("ncbatch")
 
 
 def finalize(store: FeatureStore | str | os.PathLike[str], split: str) -> FeatureStore:
@@ -108,23 +58,12 @@ def finalize(store: FeatureStore | str | os.PathLike[str], split: str) -> Featur
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     _complete(opened, split)
-    give_back(opened, split)  # which a process that was killed did not
+    opened.release(split, _TURN)  # which a process that was killed did not
     return opened
 
 
-def _complete(store: FeatureStore, split: str) -> None:
-    states = RankStates.of(store, split)
-    if states.parts:
-        states.check_ended()
-        for layer in sorted({part.layer for part in states.parts}):
-            states.merge(layer)
-    rows = split in store.splits or store.layout(split) is not None
-    if rows or split not in store.state_splits:
-        store.finalize(split)
-
-
 def finalize_if_last(store: FeatureStore, split: str) -> bool:
-    """Complete a split if all its ranks have ended; else say False.
+    """Complete a split if all its ranks have ended; else return False.
 
     Every rank may call this when it has ended: the last one completes the split. Of states one
     process at a time looks whether it is the last.
@@ -134,17 +73,14 @@ def finalize_if_last(store: FeatureStore, split: str) -> bool:
     CorruptionError
         When something that was stored is missing.
     """
-    turn = take_turn(store, split) if split in store.state_splits else None
-    try:
-        _complete(store, split)
-    except CorruptionError:
-        raise
-    except StoreError as error:  # others are still at work
-        logger.info("split '%s' is not completed yet: %s", split, error)
-        return False
-    finally:
-        if turn is not None:
-            give_back(store, split, turn)
+    with _turn(store, split) if split in store.state_splits else nullcontext():
+        try:
+            _complete(store, split)
+        except CorruptionError:
+            raise
+        except StoreError as error:  # others are still at work
+            logger.info("split '%s' is not completed yet: %s", split, error)
+            return False
     return True
 
 
@@ -159,6 +95,74 @@ def complete_resumed(store: FeatureStore, split: str, share: Share) -> str:
         f"rank {share.rank} of split '{split}' of {store.path} is complete, the split is not: "
         f"'ncbatch finalize {store.path} --split {split}' names the ranks that have not ended"
     )
+
+
+def _complete(store: FeatureStore, split: str) -> None:
+    states = RankStates(store, split)
+    if states.parts:
+        states.check_ended()
+        for layer in sorted({part.layer for part in states.parts}):
+            states.merge(layer)
+    rows = split in store.splits or store.layout(split) is not None
+    if rows or split not in store.state_splits:
+        store.finalize(split)
+
+
+@contextmanager
+def _turn(store: FeatureStore, split: str) -> Iterator[None]:
+    """Wait for the turn of this process, which ends with the ``with``.
+
+    The turn of a process that has ended is taken over: at once where it ran on this machine, else
+    when nothing in the split has changed for a while. Two that complete a split at once store the
+    same; at worst one of them stops with an error.
+    """
+    token = f"{_machine()} {os.getpid()} {uuid.uuid4()}"
+    holder = kinds = None
+    deadline = 0.0
+    while not store.claim(split, _TURN, token):
+        claimant = store.claimant(split, _TURN)
+        if claimant != holder:
+            holder, deadline, kinds = claimant, time.monotonic() + PATIENCE_S, None
+        elif time.monotonic() > deadline and kinds != (stored := store.state_kinds(split)):
+            deadline, kinds = time.monotonic() + PATIENCE_S, stored
+        elif holder is not None and (_has_ended(holder) or time.monotonic() > deadline):
+            logger.warning(
+                "a process began to complete split '%s' of %s and stopped: this one goes on",
+                split,
+                store.path,
+            )
+            _give_back(store, split, holder)
+            continue
+        time.sleep(min(0.1, PATIENCE_S))
+    try:
+        yield
+    finally:
+        _give_back(store, split, token)
+
+
+def _give_back(store: FeatureStore, split: str, holder: str) -> None:
+    if store.claimant(split, _TURN) == holder:  # or another has taken it over
+        store.release(split, _TURN)
+
+
+def _has_ended(holder: str) -> bool:
+    """Whether the process ran on this machine and is no more; of others nothing is known."""
+    machine, pid, *_ = [*holder.split(" "), ""]
+    return machine == _machine() and pid.isdecimal() and not psutil.pid_exists(int(pid))
+
+
+def _machine() -> str:
+    """Name the machine, since when it runs, and whose process numbers these are."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # neither is there on every system
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return "/".join(parts).replace(" ", "-")
+
+
+def state_arrays(state: Moments | Decisions) -> Arrays:
+    """Take a state apart into the arrays that a store has of it."""
+    return moments_arrays(state) if isinstance(state, Moments) else state.to_arrays()
 
 
 @dataclass(frozen=True)
@@ -176,37 +180,26 @@ class Part:
         return self.kind.startswith(PART)
 
 
-@dataclass(frozen=True)
 class RankStates:
     """The states of the ranks of one split.
 
     Attributes
     ----------
-    store : FeatureStore
-        The store.
-    split : str
-        The split.
-    parts : tuple of Part
+    parts : list of Part
         What they stored; of a rank that has ended a layer, the part and no running state.
     """
 
-    store: FeatureStore
-    split: str
-    parts: tuple[Part, ...]
-
-    @classmethod
-    def of(cls, store: FeatureStore, split: str) -> RankStates:
-        """Find them."""
-        found: dict[tuple[str, int], Part] = {}
-        for layer, kind in store.state_kinds(split):
-            for prefix in (RUNNING, PART):
-                rank = kind.removeprefix(prefix)
-                if kind.startswith(prefix) and rank.isdecimal():
-                    about = store.state_attributes(split, layer, kind)
-                    part = Part(layer, int(rank), kind, about)
-                    if part.ended or (layer, int(rank)) not in found:
-                        found[layer, int(rank)] = part
-        return cls(store, split, tuple(found.values()))
+    def __init__(self, store: FeatureStore, split: str) -> None:
+        self._store = store
+        self._split = split
+        self._kinds = set(store.state_kinds(split))
+        parts: dict[tuple[str, int], Part] = {}
+        for layer, kind in sorted(self._kinds, reverse=True):  # running states before parts
+            prefix, _, rank = kind.rpartition("-")
+            if f"{prefix}-" in (RUNNING, PART) and rank.isdecimal():
+                about = store.state_attributes(split, layer, kind)
+                parts[layer, int(rank)] = Part(layer, int(rank), kind, about)
+        self.parts = sorted(parts.values(), key=lambda part: (part.layer, part.rank))
 
     def check_ended(self) -> None:
         """Refuse to merge while a rank is at work, or where ranks do not belong together.
@@ -216,9 +209,8 @@ class RankStates:
         StoreError
             Names them.
         """
-        where = f"split '{self.split}' of {self.store.path}"
-        there = set(self.store.state_kinds(self.split))
-        merged = {layer for layer, _ in there if self._is_merged(layer, there)}
+        where = f"split '{self._split}' of {self._store.path}"
+        merged = {part.layer for part in self.parts if self._is_merged(part.layer)}
         parts = [part for part in self.parts if part.layer not in merged]
         if not parts:  # an earlier call was interrupted while it deleted the last ones
             return
@@ -227,79 +219,73 @@ class RankStates:
             raise StoreError(
                 f"{where} holds states of jobs of {' and '.join(map(str, sizes))} ranks",
                 "those of one job",
-                f"'ncbatch delete' (store.delete_split('{self.split}')), then dump it anew",
+                f"'ncbatch delete' (store.delete_split('{self._split}')), then dump it anew",
             )
-        ranks = range(sizes[0])
         begun = {part.rank for part in parts}
-        lists = {
-            "no states of rank": [rank for rank in ranks if rank not in begun],
-            "no end of rank": [rank for rank in ranks if rank in begun and not self._ended(rank)],
-        }
-        found = [f"{what} {', '.join(map(str, who))}" for what, who in lists.items() if who]
-        if found:
+        absent = [str(rank) for rank in range(sizes[0]) if rank not in begun]
+        working = [str(rank) for rank in sorted(begun) if not self._has_ended(rank)]
+        problems = [f"no states of rank {', '.join(absent)}"] if absent else []
+        problems += [f"no end of rank {', '.join(working)}"] if working else []
+        if problems:
             raise StoreError(
-                f"{where} has {' and '.join(found)}", f"all of 0..{sizes[0] - 1} ended",
+                f"{where} has {' and '.join(problems)}",
+                f"all of 0..{sizes[0] - 1} ended",
                 "let them end; resume those that stopped, and begin those that never did",
-            )  # fmt: skip
+            )
         if not any(part.about["holds"] for part in parts):
             raise StoreError(f"{where}: no rank had a sample", "samples on one, at least")
 
-    def _is_merged(self, layer: str, there: set[tuple[str, str]]) -> bool:
+    def _is_merged(self, layer: str) -> bool:
         """Whether all that the parts of a layer hold is there as a whole."""
-        own = [part for part in self.parts if part.layer == layer]
-        held = {kind for part in own for kind in part.about["holds"]}
-        ended = all(part.ended for part in own)
-        return bool(held) and ended and all((layer, kind) in there for kind in held)
+        parts = [part for part in self.parts if part.layer == layer]
+        merged = {(layer, kind) for part in parts for kind in part.about["holds"]}
+        return bool(merged) and all(part.ended for part in parts) and merged <= self._kinds
 
-    def _ended(self, rank: int) -> bool:
+    def _has_ended(self, rank: int) -> bool:
         """Whether a rank has stored all the layers that it folded."""
-        own = {part.layer: part for part in self.parts if part.rank == rank}
-        if not all(part.ended for part in own.values()):
-            return False
-        there = set(self.store.state_kinds(self.split))
-        return all(
-            layer in own or all((layer, kind) in there for kind in kinds)  # merged already
-            for part in own.values()
+        parts = {part.layer: part for part in self.parts if part.rank == rank}
+        return all(part.ended for part in parts.values()) and all(
+            layer in parts or {(layer, kind) for kind in kinds} <= self._kinds  # merged already
+            for part in parts.values()
             for layer, kinds in part.about["layers"].items()
         )
 
     def merge(self, layer: str) -> None:
-        """Merge the parts of a layer, store the whole and delete the parts."""
-        parts = sorted((p for p in self.parts if p.layer == layer), key=lambda part: part.rank)
-        there = self.store.state_kinds(self.split)
+        """Merge the parts of a layer, store the result and delete the parts."""
+        parts = [part for part in self.parts if part.layer == layer]
         for kind in ("moments", "decisions"):
             holders = [part for part in parts if kind in part.about["holds"]]
             # It is there when an earlier call was interrupted while it deleted the parts.
-            if holders and (layer, kind) not in there:
+            if holders and (layer, kind) not in self._kinds:
                 self._merge_kind(layer, kind, holders)
         for part in parts:
             for prefix in (RUNNING, PART):
-                self.store.delete_state(self.split, layer, f"{prefix}{part.rank}")
+                self._store.delete_state(self._split, layer, f"{prefix}{part.rank}")
 
     def _merge_kind(self, layer: str, kind: str, parts: list[Part]) -> None:
-        deciding = [part.about["about"] for part in parts] if kind == "decisions" else [{}]
-        if len({about.get("means_fingerprint") for about in deciding}) > 1:
-            raise StoreError(
-                f"ranks that decided layer '{layer}' of split '{self.split}' by different means",
-                "the class means of one split, unchanged",
-                f"'ncbatch delete' (store.delete_split('{self.split}')), then dump it anew",
-            )
-        whole: Any = None
+        about = {"n_samples": sum(int(part.about["n_samples"]) for part in parts)}
+        if kind == "decisions":
+            about |= self._decided_by(layer, parts)
+        merged: Any = None
         for part in parts:
-            arrays, _ = self.store.state(self.split, layer, part.kind) or ({}, {})
+            arrays, _ = self._store.state(self._split, layer, part.kind) or ({}, {})
             state: Any = moments_of(arrays)
             if kind == "decisions":
                 state = Decisions.from_arrays({name: arrays[name] for name in DECISIONS})
-            whole = state if whole is None else whole.merge(state)
-        values = whole.to_arrays() if kind == "decisions" else moments_arrays(whole)
-        about = {"n_samples": sum(int(part.about["n_samples"]) for part in parts)}
-        about |= next(
-            (found for found in deciding if "classifier_fingerprint" in found), deciding[0]
-        )
-        self.store.set_state(self.split, layer, kind, values, about)
+            merged = state if merged is None else merged.merge(state)
+        self._store.set_state(self._split, layer, kind, state_arrays(merged), about)
 
-
-# StatePlan: which states a dump has to make, given those that are stored already.
+    def _decided_by(self, layer: str, parts: list[Part]) -> dict[str, Any]:
+        deciding = [part.about["about"] for part in parts]
+        if len({about.get("means_fingerprint") for about in deciding}) > 1:
+            raise StoreError(
+                f"ranks that decided layer '{layer}' of split '{self._split}' by different means",
+                "the class means of one split, unchanged",
+                f"'ncbatch delete' (store.delete_split('{self._split}')), then dump it anew",
+            )
+        # Rank 0 stores the classifier: others may have begun before it was there.
+        known = (about for about in deciding if "classifier_fingerprint" in about)
+        return next(known, deciding[0])
 
 
 class StatePlan:
@@ -309,16 +295,17 @@ class StatePlan:
     ----------
     store : FeatureStore or None
         The store, if there is one.
-    split : str
-        The split.
-    layers : iterable of str
-        The layers of the dump.
-    share : Share
-        Which of several processes this is.
+    request : Request
+        What the dump is asked for.
     means : str or None
         The split whose moments decide; None for no decisions.
-    resume, overwrite : bool
-        What to do with what is there.
+
+    Attributes
+    ----------
+    running, part : str
+        Kinds of the states of this rank: what it has folded so far, and in all.
+    saved : dict of str to dict
+        What is recorded beside the running states of this rank, by layer.
 
     Raises
     ------
@@ -328,119 +315,124 @@ class StatePlan:
         When no moments are stored of split `means`.
     """
 
-    def __init__(
-        self,
-        store: FeatureStore | None,
-        split: str,
-        layers: Iterable[str],
-        share: Share,
-        means: str | None,
-        *,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
-        self._store, self._split, self._share, self._means = store, split, share, means
-        self._resume, self._overwrite = resume, overwrite
-        self.layers = list(layers)
-        self.running, self.part = f"{RUNNING}{share.rank}", f"{PART}{share.rank}"
-        self._stored = {name: self._stored_kinds(name) for name in self.layers}
+    def __init__(self, store: FeatureStore | None, request: Request, means: str | None) -> None:
+        self._store = store
+        self._request = request
+        self._means = means
+        self.running = f"{RUNNING}{request.share.rank}"
+        self.part = f"{PART}{request.share.rank}"
         self._check_means()
-        self._wanted = {name: self._wanted_of(name) for name in self.layers}
+        stored: dict[str, set[str]] = {name: set() for name in request.places}
+        for layer, kind in () if store is None else store.state_kinds(request.split):
+            if layer in stored:
+                stored[layer].add(kind)
+        # Moments that decide about the split itself are not replaced.
+        lasting = {"moments"} if means == request.split else set()
+        if request.overwrite:
+            self._stored = {name: kinds & lasting for name, kinds in stored.items()}
+        else:
+            self._stored = stored
+        self._replaced = {name: kinds - self._stored[name] for name, kinds in stored.items()}
+        wanted = {"moments"} if means is None else {"moments", "decisions"}
+        self._wanted = {name: wanted - kinds for name, kinds in self._stored.items()}
         self.saved: dict[str, dict[str, Any]] = {}
-        if store is not None and not overwrite:
-            self._check_job(store)
-            self._check_stored(f"split '{split}' of {store.path}")
-            self.saved = dict(self._find_saved(store))
-
-    def _stored_kinds(self, name: str) -> set[str]:
-        kinds = () if self._store is None else self._store.state_kinds(self._split)
-        return {kind for layer, kind in kinds if layer == name}
+        if store is not None and not request.overwrite:
+            self._check_job()
+            self._check_stored(f"split '{request.split}' of {store.path}")
+            self.saved = dict(self._find_saved())
 
     def _check_means(self) -> None:
         if self._means is None:
             return
         splits = [] if self._store is None else self._store.state_splits
         if self._store is None or self._means not in splits:
+            if self._store is not None and self._means in self._store.splits:
+                raise StoreError(
+                    f"split '{self._means}' of {self._store.path} holds rows, "
+                    "and no moments that decide",
+                    "moments of that split",
+                    f"store them first: the dump of '{self._means}' once more with --moments "
+                    "(moments=True)",
+                )
             raise unknown_name("split with moments", self._means, splits)
         known = self._store.state_layers(self._means, "moments")
-        if not any(name in known for name in self.layers):
+        layers = self._request.places
+        if not any(name in known for name in layers):
             raise StoreError(
-                f"split '{self._means}' holds no moments of layers {', '.join(self.layers)}",
+                f"split '{self._means}' holds no moments of layers {', '.join(layers)}",
                 f"its layers: {', '.join(known) or 'none'}",
                 "fold that split first, with moments=True and the same layers",
             )
 
-    @property
-    def _kept(self) -> set[str]:
-        """Kinds that are not replaced: the means that decide are those of the split itself."""
-        own = self._means == self._split
-        return {"moments"} if own or not self._overwrite else set()
+    def _check_job(self) -> None:
+        """Refuse what processes of a job of another size left: it is not this one's."""
+        share = self._request.share
+        parts = [
+            (name, kind)
+            for name, kinds in self._stored.items()
+            for kind in sorted(kinds)
+            if kind.startswith((RUNNING, PART))
+        ]
+        mine = [part for part in parts if part[1] in (self.running, self.part)]
+        others = [part for part in parts if part not in mine]
+        for part in (*mine, *others[:1]):  # one of the others tells as much as all
+            # Another process may just have merged it: then it has no attributes any more.
+            size = self._attributes(*part).get("world_size", share.world_size)
+            if size != share.world_size:
+                raise StoreError(
+                    f"states of split '{self._request.split}' were begun by {size} ranks",
+                    f"{share.world_size}, as this one was told",
+                    "give rank= and world_size= as they were; or complete the split "
+                    "(ncbatch finalize), or delete it (ncbatch delete)",
+                )
 
-    def _wanted_of(self, name: str) -> set[str]:
-        """Say which kinds are missing; whether decisions can be had shows later."""
-        wanted = {"moments"} if self._means is None else {"moments", "decisions"}
-        return wanted - (self._stored[name] & self._kept if self._overwrite else self._stored[name])
-
-    def _check_stored(self, found: str) -> None:
+    def _check_stored(self, named: str) -> None:
         """Refuse what is there, unless a process goes on or joins others."""
-        if self._resume:
+        if self._request.resume:
             return
-        begun = [name for name in self.layers if self._stored[name] & {self.running, self.part}]
+        share = self._request.share
+        mine = {self.running, self.part}
+        begun = [name for name, kinds in self._stored.items() if kinds & mine]
         if begun:
-            several = self._share.several
-            again = "'ncbatch delete' (store.delete_split)" if several else "overwrite=True"
+            again = "'ncbatch delete' (store.delete_split)" if share.several else "overwrite=True"
             raise StoreError(
-                f"rank {self._share.rank} of {self._share.world_size} has begun layers "
-                f"{', '.join(begun)} of {found}",
+                f"rank {share.rank} of {share.world_size} has begun layers "
+                f"{', '.join(begun)} of {named}",
                 remedy=f"go on with resume=True, or start again with {again}",
             )
-        ready = [name for name in self.layers if not self._wanted[name]]
+        ready = [name for name, kinds in self._wanted.items() if not kinds]
         if ready:
             kinds = "moments" if self._means is None else "moments and decisions"
             raise StoreError(
-                f"{found} has {kinds} of layers {', '.join(ready)}",
+                f"{named} has {kinds} of layers {', '.join(ready)}",
                 "new layers, or a new split",
                 "leave them out, or replace them with overwrite=True",
             )
 
-    def _check_job(self, store: FeatureStore) -> None:
-        """Refuse what processes of a job of another size left: it is not this one's."""
-        another = False
-        for name in self.layers:
-            for kind in sorted(self._stored[name]):
-                own = kind in (self.running, self.part)
-                if not kind.startswith((RUNNING, PART)) or (another and not own):
-                    continue
-                about = store.state_attributes(self._split, name, kind)
-                if about:  # another process may just have merged it
-                    self._check_ranks(int(about["world_size"]))
-                    another |= not own  # one of the others tells as much as all
-
-    def _find_saved(self, store: FeatureStore) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Give what is recorded beside the running states of this rank."""
-        for name in self.layers:
-            about = store.state_attributes(self._split, name, self.running)
-            if about and self._ready(name):  # killed while it ended
-                store.delete_state(self._split, name, self.running)
-            elif about:
+    def _find_saved(self) -> Iterable[tuple[str, dict[str, Any]]]:
+        for name, kinds in self._stored.items():
+            if self.running not in kinds:
+                continue
+            if self._is_ready(name):  # killed while it ended
+                self._delete(name, self.running)
+            elif about := self._attributes(name, self.running):
                 yield name, about
 
-    def _check_ranks(self, world_size: int) -> None:
-        if world_size != self._share.world_size:
-            raise StoreError(
-                f"states of split '{self._split}' were begun by {world_size} ranks",
-                f"{self._share.world_size}, as this one was told",
-                "give rank= and world_size= as they were; or complete the split (ncbatch finalize), "
-                "or delete it (ncbatch delete)",
-            )
+    def _attributes(self, name: str, kind: str) -> dict[str, Any]:
+        assert self._store is not None
+        return self._store.state_attributes(self._request.split, name, kind)
 
-    def _ready(self, name: str) -> bool:
-        stored = self.part in self._stored[name] and not self._overwrite
-        return stored or not self._wanted[name]
+    def _delete(self, name: str, kind: str) -> None:
+        assert self._store is not None
+        self._store.delete_state(self._request.split, name, kind)
+
+    def _is_ready(self, name: str) -> bool:
+        """Whether the states of a layer are stored, those of this rank or all."""
+        return self.part in self._stored[name] or not self._wanted[name]
 
     def _is_done(self, name: str) -> bool:
         """Whether this rank has nothing left to do for a layer."""
-        if self._ready(name):
+        if self._is_ready(name):
             return True
         if name in self.saved or "moments" in self._wanted[name] or self._store is None:
             return False
@@ -449,17 +441,17 @@ class StatePlan:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return self._resume and not self._overwrite and all(map(self._is_done, self.layers))
+        return self._request.resume and all(map(self._is_done, self._stored))
 
     @property
     def position(self) -> int:
         """Samples that every layer still to be folded holds already."""
-        left = [name for name in self.layers if not self._is_done(name)]
-        return min(int(self.saved.get(name, {}).get("position", 0)) for name in left)
+        missing = [name for name in self._stored if not self._is_done(name)]
+        return min(int(self.saved.get(name, {}).get("position", 0)) for name in missing)
 
     def kinds(self, name: str, *, decided: bool) -> set[str]:
-        """Give the kinds to be made of a layer, which can be `decided` or not."""
-        if self._ready(name):
+        """Choose the kinds to be made of a layer, which can be `decided` or not."""
+        if self._is_ready(name):
             return set()
         kinds = self._wanted[name] - (set() if decided else {"decisions"})
         begun = set(self.saved.get(name, {}).get("holds", ()))
@@ -469,9 +461,7 @@ class StatePlan:
 
     def delete_replaced(self) -> None:
         """Delete what is to be replaced, so that a kill leaves nothing that looks complete."""
-        if not self._overwrite or self._store is None:
-            return
-        for name in self.layers:
-            for kind in self._stored[name] - self._kept:
+        for name, kinds in self._replaced.items():
+            for kind in kinds:
                 if kind in ("moments", "decisions") or kind.startswith((RUNNING, PART)):
-                    self._store.delete_state(self._split, name, kind)
+                    self._delete(name, kind)

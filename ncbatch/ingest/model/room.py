@@ -1,13 +1,14 @@
-"""What folding the layers of a dump takes of memory, known before the first row is folded."""
+"""The room that a dump takes on a disk and in memory, known before the first row is kept."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 from dask.utils import format_bytes
@@ -19,101 +20,40 @@ from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import LayerSpec
 from ncbatch.store.place import is_remote
 
-# What a dump takes on a disk, and whether that is free.
+if TYPE_CHECKING:
+    import torch
 
 
 _CODE_BYTES = 4  # a label or a prediction
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a dump takes on a disk, and what is free there.
+def check_rows_room(
+    store: FeatureStore | str | os.PathLike[str],
+    split: str,
+    widths: Mapping[str, int],
+    dtype: str,
+    n_rows: int,
+    overwrite: bool,
+) -> str:
+    """Say what the rows of a dump take, those of all ranks.
 
-    Attributes
-    ----------
-    folder : str
-        A folder of the file system; empty for a store that is not on one.
-    n_rows, n_layers, n_features : int
-        Rows of all ranks, layers, and the sum of their D.
-    dtype : str
-        How they are stored.
-    n_bytes : int
-        What all of it takes.
-    there : int
-        What of it is there already, or will be deleted first.
-    free : int
-        What the file system has left.
+    Raises
+    ------
+    OutputError
+        When that is not free; says what is needed and what is free.
     """
-
-    folder: str
-    n_rows: int
-    n_layers: int
-    n_features: int
-    dtype: str
-    n_bytes: int
-    there: int
-    free: int
-
-    @classmethod
-    def needed(
-        cls,
-        store: FeatureStore | str | os.PathLike[str],
-        split: str,
-        widths: Mapping[str, int],
-        dtype: str,
-        n_rows: int,
-        overwrite: bool,
-    ) -> Room:
-        """Add up what `n_rows` of layers of these widths take."""
-        where = store.path if isinstance(store, FeatureStore) else os.fspath(store)
-        total = sum(widths.values())
-        row = LayerSpec(total, dtype).row_bytes + 2 * _CODE_BYTES
-        folder, there, free = "", 0, 0
-        if not is_remote(where):
-            home = Path(where).absolute() / split
-            parts = [home] if overwrite else [home / "layers" / name for name in widths]
-            there = sum(map(_bytes_under, parts))
-            existing = next(place for place in (home, *home.parents) if place.exists())
-            folder, free = str(existing), shutil.disk_usage(existing).free
-        return cls(folder, n_rows, len(widths), total, dtype, n_rows * row, there, free)
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.n_rows:,} rows of {self.n_layers} layers, {self.n_features:,} features in all, "
-            f"take {format_bytes(self.n_bytes)} as {self.dtype}"
-        )
-        return text + f"; {format_bytes(self.free)} are free" * bool(self.folder)
-
-    def check(self) -> None:
-        """Refuse what does not fit.
-
-        Raises
-        ------
-        OutputError
-            Says what is needed and what is free.
-        """
-        if self.folder and self.n_bytes - self.there > self.free:
-            raise OutputError(
-                f"{self} at '{self.folder}'",
-                "",
-                "take fewer layers (--layer), tokens (--max-tokens) or rows per class "
-                "(--per-class-cap), or keep moments only (--moments)",
-            )
-
-
-def _bytes_under(folder: Path) -> int:
-    """Add up the files under a folder, which another process may be writing."""
-    total = 0
-    for place, _, files in os.walk(folder):
-        for file in files:
-            try:
-                total += os.stat(os.path.join(place, file)).st_size
-            except FileNotFoundError:
-                continue
-    return total
-
-
-# What the moments of a dump take on a disk, and whether that is free.
+    n_features = sum(widths.values())
+    needed = n_rows * (LayerSpec(n_features, dtype).row_bytes + 2 * _CODE_BYTES)
+    return _check_free(
+        store,
+        needed,
+        f"{n_rows:,} rows of {len(widths)} layers, {n_features:,} features in all, "
+        f"take {format_bytes(needed)} as {dtype}",
+        # Of an interrupted dump some are there already; what is replaced is deleted first.
+        [split] if overwrite else [f"{split}/layers/{name}" for name in widths],
+        "take fewer layers (--layer), tokens (--max-tokens) or rows per class "
+        "(--per-class-cap), or keep moments only (--moments)",
+    )
 
 
 def states_bytes(widths: Mapping[str, int], n_seen: int, n_samples: int, world_size: int) -> int:
@@ -150,24 +90,46 @@ def check_states_room(
     OutputError
         When that is not free; says what is needed and what is free.
     """
-    where = store.path if isinstance(store, FeatureStore) else os.fspath(store)
     needed = states_bytes(widths, n_seen, n_samples, world_size)
-    text = (
+    return _check_free(
+        store,
+        needed,
         f"moments of {len(widths)} layers, {min(n_seen, n_samples):,} classes of "
-        f"{sum(widths.values()):,} features in all, take at most {format_bytes(needed)}"
+        f"{sum(widths.values()):,} features in all, take at most {format_bytes(needed)}",
+        [f"{split}/states/{name}" for name in widths],
+        "take fewer layers (--layer), in several calls with stores on several disks",
     )
+
+
+def _check_free(
+    store: FeatureStore | str | os.PathLike[str],
+    needed: int,
+    text: str,
+    reused: Iterable[str],
+    remedy: str,
+) -> str:
+    """Complete `text` by what is free; the folders `reused` of the store count as free too."""
+    where = store.path if isinstance(store, FeatureStore) else os.fspath(store)
     if is_remote(where):
         return text
-    home = Path(where).absolute() / split / "states"
-    existing = next(place for place in (home, *home.parents) if place.exists())
+    home = Path(where).absolute()
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     text += f"; {format_bytes(free)} are free"
-    if needed - sum(_bytes_under(home / name) for name in widths) > free:
-        raise OutputError(
-            f"{text} at '{existing}'", "",
-            "take fewer layers (--layer), in several calls with stores on several disks",
-        )  # fmt: skip
+    if needed - sum(_bytes_under(home / folder) for folder in reused) > free:
+        raise OutputError(f"{text} at '{existing}'", "", remedy)
     return text
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for place, _, files in os.walk(folder):
+        for file in files:
+            try:
+                total += os.stat(os.path.join(place, file)).st_size
+            except FileNotFoundError:  # another process may be writing
+                continue
+    return total
 
 
 @dataclass(frozen=True)
@@ -190,33 +152,35 @@ class FoldPrice:
     def of(
         cls,
         n_classes: int,
-        n_features: int,
-        n_rows: int,
+        batch: Sequence[int],
         *,
+        itemsize: int,
         n_samples: int | None,
-        wide: bool,
         moments: bool,
-        n_means: int,
-        n_weights: int,
+        decided_by: Iterable[int] = (),
     ) -> Self:
         """Price a layer.
 
         Parameters
         ----------
-        n_classes, n_features, n_rows : int
-            Classes with samples at most, D, and the rows of a batch.
+        n_classes : int
+            K.
+        batch : (int, int)
+            Rows of a batch, and D.
+        itemsize : int
+            Bytes of a feature as it is folded, 4 or 8.
         n_samples : int or None
             Samples at most, where known.
-        wide : bool
-            Whether features are float64.
         moments : bool
             Whether moments are folded.
-        n_means, n_weights : int
+        decided_by : iterable of int, optional
             Class means that decide, and rows of a classifier that does; 0 for none.
         """
+        n_rows, n_features = batch
         held = passing = 0
-        itemsize = 8 if wide else 4
         if moments:
+            if n_samples is not None:  # there are no more classes with samples than samples
+                n_classes = min(n_classes, max(n_samples, 1))
             held = MomentsAccumulator.state_bytes(n_classes, n_features, itemsize=itemsize)
             peak = MomentsAccumulator.peak_bytes(
                 n_classes, n_features, n_rows, scatter=True, n_rows=n_samples, itemsize=itemsize
@@ -224,7 +188,7 @@ class FoldPrice:
             # `held` again: the rows of the classes seen are copied when a state is stored.
             passing = max(peak - held, held + MomentsAccumulator.scratch_bytes(n_features))
             passing += n_rows * n_features * itemsize  # rows, brought here and to this dtype
-        for n in (n_means, n_weights):
+        for n in decided_by:
             if n:  # what is given in float64, and what the rule makes of it
                 rule = Rule.peak_bytes(n, n_features, n_rows, itemsize)
                 lasting = n * (24 + n_features * itemsize)
@@ -233,8 +197,8 @@ class FoldPrice:
         return cls(held, passing)
 
 
-def choose_place(prices: Mapping[str, FoldPrice], devices: Mapping[str, Any]) -> bool:
-    """Say whether layers are folded on the host, and not on the GPUs where the features are.
+def choose_place(prices: Mapping[str, FoldPrice], devices: Mapping[str, torch.device]) -> bool:
+    """Decide whether layers are folded on the host, and not on the GPUs where the features are.
 
     On GPUs they are folded where all fit beside the model.
 
@@ -250,46 +214,41 @@ def choose_place(prices: Mapping[str, FoldPrice], devices: Mapping[str, Any]) ->
     BudgetError
         When they fit nowhere; names what is needed and how many layers fit.
     """
-    needed = _needed(list(prices.values()))
-    if all(map(_fits_on, *_by_device(prices, devices))):
+    by_device: dict[torch.device, list[FoldPrice]] = defaultdict(list)
+    for name, price in prices.items():
+        by_device[devices[name]].append(price)
+    if all(
+        device.type == "cuda" and _sum(group) <= _free_on(device)
+        for device, group in by_device.items()
+    ):
         return False
+    needed = _sum(prices.values())
     free = int(psutil.virtual_memory().available)
     if needed <= free:
         return True
     ordered = sorted(prices.values(), key=lambda price: price.held)
-    fitting = 0
-    while _needed(ordered[: fitting + 1]) <= free:
-        fitting += 1
-    remedy = f"fold fewer layers in a call: {fitting} fit; others can be added to the split by further calls"
-    if not fitting:
-        remedy = "give n_samples= if there are fewer samples than classes, or store the rows (moments=False) and measure those"
+    fitting = sum(_sum(ordered[: n + 1]) <= free for n in range(len(ordered)))
     raise BudgetError(
         f"the moments of {len(prices)} layers need {format_bytes(needed)}",
         f"at most {format_bytes(free)}, the memory that is left beside the model",
-        remedy,
+        f"fold fewer layers in a call: {fitting} fit; others can be added to the split by further "
+        "calls"
+        if fitting
+        else "give n_samples= if there are fewer samples than classes, or store the rows "
+        "(moments=False) and measure those",
     )
 
 
-def _needed(prices: list[FoldPrice]) -> int:
-    passing = max((price.passing for price in prices), default=0)
-    return sum(price.held for price in prices) + passing
+def _sum(prices: Iterable[FoldPrice]) -> int:
+    """Add up what layers hold; what passes, passes one layer at a time."""
+    prices = list(prices)
+    return sum(price.held for price in prices) + max(price.passing for price in prices)
 
 
-def _by_device(
-    prices: Mapping[str, FoldPrice], devices: Mapping[str, Any]
-) -> tuple[list[Any], list[list[FoldPrice]]]:
-    found = list(dict.fromkeys(devices.values()))
-    return found, [[p for name, p in prices.items() if devices[name] == d] for d in found]
-
-
-def _fits_on(device: Any, prices: list[FoldPrice]) -> bool:
-    return device.type == "cuda" and _needed(prices) <= _free_on(device)
-
-
-def _free_on(device: Any) -> int:
-    """Count the free bytes of a GPU, those that torch keeps for reuse included."""
+def _free_on(device: torch.device) -> int:
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
+    # Memory that torch keeps for reuse is free too.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + kept)

@@ -1,11 +1,11 @@
-"""RowTarget: rows of a dump go to a new split, one that is resumed, or layers that are added."""
+"""Rows of a dump go to a new split, one that is resumed, or layers that are added to one."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,13 @@ from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch
-from ncbatch.ingest.model.target import Target, one_dtype, stored_dtypes, wait_for
+from ncbatch.ingest.model.target import (
+    Request,
+    Target,
+    one_dtype,
+    stored_dtypes,
+    wait_for,
+)
 from ncbatch.store.format import LayerSpec
 from ncbatch.store.ranks import Layout
 from ncbatch.store.split import Split
@@ -27,34 +33,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ncbatch")
 
 
-class RowTarget(Target):
-    """Where rows go: a new split, one that is resumed, or new layers of a complete one.
+class Begun(NamedTuple):
+    """With which layers, and predictions of which, a split was begun that is not complete."""
 
-    Parameters
-    ----------
-    *args, **kwargs
-        As for `Target`.
-    n_samples : int or None
-        Rows at most, of all ranks together.
-    """
+    layers: Mapping[str, LayerSpec]
+    head: str | None
+
+
+class RowTarget(Target):
+    """Where rows go: a new split, one that is resumed, or new layers of a complete one."""
 
     kind = "rows"
 
-    def __init__(self, *args: Any, n_samples: int | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._n_samples = n_samples
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
         self._writer: Writer | LayerWriter | None = None
         self._specs: dict[str, LayerSpec] = {}
-        self._stored = self._stored_split()
-        self._layout = self._stored_layout()
-        self.mode = self._mode()
-        self.done = self.mode == "done"
+        self._stored: Split | None = None
+        if self.store is not None and request.split in self.store.splits:
+            self._stored = self.store.split(request.split)
+        self._layout = self._read_layout()
+        self._begun = self._find_begun()
+        self._mode = self._choose_mode()
+        self.done = self._mode == "done"
         self._dtypes = stored_dtypes(
-            self.store, self._split, self._places, self._dtype, overwrite=self._overwrite
+            self.store, request.split, request.places, request.dtype, overwrite=request.overwrite
         )
-        if self._share.several and n_samples is None and self._layout is None and not self.done:
+        several = request.share.several
+        if several and request.n_samples is None and self._layout is None and not self.done:
             raise UsageError(
-                f"no n_samples for {self._share.world_size} ranks",
+                f"no n_samples for {request.share.world_size} ranks",
                 "the samples of all ranks together, at most",
                 "give n_samples=; too large a number costs nothing",
             )
@@ -62,120 +70,109 @@ class RowTarget(Target):
     @property
     def continues(self) -> bool:
         """Whether this goes on with, or joins, what some process has begun."""
-        layout = self._layout if self._writer is None else self._stored_layout()
-        return self.mode == "resume" or (self._share.several and layout is not None)
+        layout = self._layout if self._writer is None else self._read_layout()
+        return self._mode == "resume" or (self.request.share.several and layout is not None)
 
     @property
     def begun(self) -> bool:
         """Whether there is a writer."""
         return self._writer is not None
 
-    def _stored_split(self) -> Split | None:
-        if self.store is None or self._split not in self.store.splits:
+    def _read_layout(self) -> Layout | None:
+        """Read what several ranks have agreed on, if one has begun."""
+        return None if self.store is None else self.store.layout(self.request.split)
+
+    def _find_begun(self) -> Begun | None:
+        if self._layout is not None and self.request.share.several:
+            return Begun(self._layout.layers, self._layout.head)
+        if self._stored is None:
             return None
-        return self.store.split(self._split)
+        layers = {name: self._stored.spec(name) for name in self._stored.layers}
+        return Begun(layers, self._stored.head)
 
-    def _stored_layout(self) -> Layout | None:
-        """Read what other ranks began, if they did."""
-        return None if self.store is None else self.store.layout(self._split)
-
-    def _mode(self) -> Literal["new", "resume", "add", "done"]:
-        """Say what to do with a split that exists."""
+    def _choose_mode(self) -> Literal["new", "resume", "add", "done"]:
+        """Choose what to do with a split that exists."""
+        request = self.request
         if self._stored is not None and self._stored.finalized:
             return self._mode_of_complete(self._stored)
-        if self._overwrite:
+        if request.overwrite or self._begun is None:
             return "new"
-        begun = self._begun_layers()
-        if begun is None or (self._share.several and not self._resume):
-            return "new"  # a rank that has begun already is refused by its writer
-        if not self._resume:
+        if not request.resume:
+            if request.share.several:
+                return "new"  # a rank that has begun already is refused by its writer
             raise StoreError(
-                f"{self._found} is not complete",
+                f"{self.named} is not complete",
                 remedy="go on with resume=True, or start again with overwrite=True",
             )
-        if sorted(begun) != sorted(self._places):
+        if sorted(self._begun.layers) != sorted(request.places):
             raise StoreError(
-                f"{self._found} was begun with layers {', '.join(begun)}",
-                "the same layers: " + ", ".join(self._places),
+                f"{self.named} was begun with layers {', '.join(self._begun.layers)}",
+                "the same layers: " + ", ".join(request.places),
             )
         return "resume"
 
     def _mode_of_complete(self, stored: Split) -> Literal["new", "add", "done"]:
-        known = [name for name in self._places if name in stored.layers]
+        known = [name for name in self.request.places if name in stored.layers]
         if not known:
             if stored.n_rows != stored.n_samples:
                 raise StoreError(
-                    f"{self._found} has rows that are no samples: rows of a dump cannot be matched with them",
+                    f"{self.named} has rows that are no samples: "
+                    "rows of a dump cannot be matched with them",
                     remedy="dump these layers into another split",
                 )
-            if self._share.several:
+            if self.request.share.several:
                 raise UsageError(
-                    f"layers to be added to the complete {self._found} by several ranks",
+                    f"layers to be added to the complete {self.named} by several ranks",
                     "one process, with the batches in the order of the stored rows",
                 )
             return "add"
-        if self._overwrite:
+        if self.request.overwrite:
             return "new"
-        if self._resume and len(known) == len(self._places):
-            logger.info("%s is complete: nothing to resume", self._found)
+        if self.request.resume and len(known) == len(self.request.places):
             return "done"
         raise StoreError(
-            f"{self._found} has layers {', '.join(known)}",
+            f"{self.named} has layers {', '.join(known)}",
             "new layers, or a new split",
             "leave them out, or replace the whole split with overwrite=True",
         )
 
-    @property
-    def _found(self) -> str:
-        return f"split '{self._split}' of {self.opened.path}"
-
-    def _begun_layers(self) -> dict[str, LayerSpec] | None:
-        """Give the layers of the incomplete split; None when nothing was begun."""
-        if self._layout is not None and self._share.several:
-            return dict(self._layout.layers)
-        if self._stored is None:
-            return None
-        return {name: self._stored.spec(name) for name in self._stored.layers}
-
     def record_identity(self) -> None:
         """Record with what the split is begun; layers that are added leave that as it is."""
-        if self.mode != "add":
+        if self._mode != "add":
             super().record_identity()
 
     def resume(self, writing: ExitStack) -> int:
         """Go on with the layers as they were begun."""
-        if self.mode != "resume":
+        if self._mode != "resume":
             return 0
-        begun = self._begun_layers()
-        assert begun is not None
-        self._specs = {name: begun[name] for name in self._places}
+        assert self._begun is not None
+        # A writer that is resumed is opened before the head is known: it finds what is stored.
+        self._head = self._begun.head if self.request.share.several else None
+        self._specs = {name: self._begun.layers[name] for name in self.request.places}
         for name, spec in self._specs.items():
-            if self._dtype not in (None, spec.dtype):
+            if self.request.dtype not in (None, spec.dtype):
                 raise StoreError(
-                    f"layer '{name}' of {self._found} was begun as {spec.dtype}",
-                    f"{self._dtype}, as this dump was asked for",
+                    f"layer '{name}' of {self.named} was begun as {spec.dtype}",
+                    f"{self.request.dtype}, as this dump was asked for",
                     "leave --dtype (dtype=) out, or start again with --overwrite (overwrite=True)",
                 )
         return writing.enter_context(self._open_writer()).position
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
-        """After the first forward pass: find or make the store, find the head's layer, store it."""
+        """Find or make the store, find the layer that the head reads, store the classifier."""
         first = 0 if self._writer is None else self._writer.position
         for name, rows in features.items():  # before a store is made that would remain
             _check_overflow(rows, self._dtypes[name], name, first)
-        super().settle(head, features, predictions and self.mode != "add")
-        if self.mode == "resume" and self._head != self._begun_head:
+        super().settle(head, features, predictions and self._mode != "add")
+        if self._mode != "resume":
+            return
+        assert self._begun is not None
+        if self._head != self._begun.head:
             raise DataError(
                 f"predictions of layer {self._head or 'none'}",
-                f"{self._begun_head or 'none'}, as split '{self._split}' was begun",
+                f"{self._begun.head or 'none'}, as split '{self.request.split}' was begun",
                 "resume with the same model and options",
             )
-
-    @property
-    def _begun_head(self) -> str | None:
-        if self._layout is not None:
-            return self._layout.head
-        return None if self._stored is None else self._stored.head
 
     def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
         """Open the split, or the layers that are added to it."""
@@ -183,11 +180,12 @@ class RowTarget(Target):
             name: LayerSpec(int(rows.shape[1]), self._dtypes[name])
             for name, rows in features.items()
         }
-        if self.mode != "add":
+        if self._mode == "add":
+            split = self.request.split
+            adding = self.opened.add_layers(split, self._widths, one_dtype(self._dtypes))
+            self._writer = writing.enter_context(adding)
+        else:
             writing.enter_context(self._open_writer())
-            return
-        adding = self.opened.add_layers(self._split, self._widths, self._one_dtype())
-        self._writer = writing.enter_context(adding)
 
     @property
     def _widths(self) -> dict[str, int]:
@@ -199,22 +197,20 @@ class RowTarget(Target):
             name in declared and declared[name].dtype == spec.dtype
             for name, spec in self._specs.items()
         )
-        self._writer = writer = self.opened.writer(
-            self._split,
-            rank=self._share.rank,
-            world_size=self._share.world_size,
-            n_samples=self._n_samples,
+        dtypes = {name: spec.dtype for name, spec in self._specs.items()}
+        writer = self.opened.writer(
+            self.request.split,
+            rank=self.request.share.rank,
+            world_size=self.request.share.world_size,
+            n_samples=self.request.n_samples,
             layers=list(self._specs) if all_declared else self._widths,
-            dtype=None if all_declared else self._one_dtype(),
-            # A writer that is resumed is opened before the head is known: it finds what is stored.
-            head=self._begun_head if self.mode == "resume" and self._share.several else self._head,
-            resume=self._resume,
-            overwrite=self._overwrite,
+            dtype=None if all_declared else one_dtype(dtypes),
+            head=self._head,
+            resume=self.request.resume,
+            overwrite=self.request.overwrite,
         )
+        self._writer = writer
         return writer
-
-    def _one_dtype(self) -> str:
-        return one_dtype({name: spec.dtype for name, spec in self._specs.items()})
 
     def receive(self, name: str, rows: torch.Tensor) -> npt.NDArray[Any]:
         """Convert rows to the stored dtype and copy them to the host."""
@@ -239,51 +235,54 @@ class RowTarget(Target):
         else:
             writer.append(rows, labels, decisions if self._head is not None else None)
 
-    def check_skipped(self, batch: Batch) -> None:
+    def expect(self, batch: Batch) -> None:
         """Refuse to skip rows that are not the ones stored: other batches would be mixed in."""
-        start, n = self._skipped, len(batch.skipped)
-        self._skipped += n
-        if not n or not self._labels_given:
+        start = self._skipped
+        self._skipped += len(batch.skipped)
+        if self._skipped == start or not self.request.labels_given:
             return
-        stored = np.concatenate(list(self._own_labels(start, start + n)))
+        stored = np.concatenate(list(self._stored_labels(start, self._skipped)))
         differ = np.flatnonzero(stored != batch.skipped)
         if differ.size:
-            at = int(differ[0])
+            row = int(differ[0])
             raise DataError(
-                f"label {int(batch.skipped[at])} for row {start + at}",
-                f"{int(stored[at])}, as stored in split '{self._split}'",
+                f"label {int(batch.skipped[row])} for row {start + row}",
+                f"{int(stored[row])}, as stored in split '{self.request.split}'",
                 "resume with the same batches in the same order",
             )
 
-    def _own_labels(self, start: int, stop: int) -> Iterator[npt.NDArray[np.int32]]:
-        """Read the labels of this rank's own rows, base block by base block."""
+    def _stored_labels(self, start: int, stop: int) -> Iterator[npt.NDArray[np.int32]]:
+        """Read labels of this rank's own rows, base block by base block."""
         assert self._stored is not None
         block = self._stored.base_block
         while start < stop:
             end = min((start // block + 1) * block, stop)
-            row = self._share.row(start, block)
+            row = self.request.share.row(start, block)
             yield self._stored.labels(row, row + end - start)
             start = end
 
     def end(self, missing: int, writing: ExitStack) -> None:
         """Refuse to end a split that got less than it should."""
         super().end(missing, writing)
-        if self._writer is None and not self._share.several:
+        if self._writer is not None:
+            return
+        if not self.request.share.several:
             raise DataError("no sample in any batch", "at least one label that is not negative")
-        if self._writer is None:
-            self._join_without_rows(writing)
+        self._join_without_rows(writing)
 
     def _join_without_rows(self, writing: ExitStack) -> None:
         """Take this rank's place among the writers; the others alone know widths and head."""
-        self._layout = layout = wait_for(self._look_for_layout, self._share.rank)
-        if self._share.rank == 0 and layout.head is not None:
+        rank = self.request.share.rank
+        layout = wait_for(self._look_for_layout, rank)
+        if rank == 0 and layout.head is not None:
             logger.warning("no classifier stored: rank 0, which stores it, had no sample")
-        self._specs, self._head = dict(layout.layers), layout.head
+        self._specs = dict(layout.layers)
+        self._head = layout.head
         writing.enter_context(self._open_writer())
 
     def _look_for_layout(self) -> Layout | None:
-        self.store = self._open_again()
-        return self._stored_layout()
+        self.open_again()
+        return self._read_layout()
 
 
 def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor:
@@ -307,10 +306,10 @@ def _check_overflow(rows: torch.Tensor, dtype: str, name: str, first: int) -> No
     import torch
 
     target = getattr(torch, dtype)
-    if not rows.numel() or torch.finfo(rows.dtype).max <= torch.finfo(target).max:
+    largest = torch.finfo(target).max
+    if not rows.numel() or torch.finfo(rows.dtype).max <= largest:
         return
     least, most = rows.aminmax()
-    largest = torch.finfo(target).max
     if bool((least >= -largest) & (most <= largest)):
         return  # NaN does not get here: then it takes a closer look
     overflow = (torch.isinf(rows.to(target)) & torch.isfinite(rows)).any(1)

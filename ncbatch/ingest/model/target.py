@@ -1,4 +1,4 @@
-"""Where a dump goes: the store, found or made, its classifier, and what either way of keeping shares."""
+"""Where a dump goes: the store, found or made, its classifier, and what rows and moments share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch, Place
@@ -29,12 +29,253 @@ if TYPE_CHECKING:
     import torch
 
 
-# What a dump was begun with, so that going on with something else is refused.
+logger = logging.getLogger("ncbatch")
+Result = TypeVar("Result")
+Identity: TypeAlias = Mapping[str, str | int]
+
+_VALUES = 64  # of every parameter are hashed: training changes all of them
+
+# How long a rank without samples waits for another one to begin.
+PATIENCE_S = 600.0
 
 
-Identity = Mapping[str, str | int]
+@dataclass(frozen=True)
+class Request:
+    """What a dump is asked for; what no store allows is refused at once.
 
-_VALUES = 64  # of every parameter: all of them change in training
+    Attributes
+    ----------
+    store : FeatureStore or path
+        Made after the first forward pass where nothing is.
+    split : str
+        The split.
+    places : mapping of str to Place
+        Where each layer is captured.
+    dtype : str or None
+        How layers are stored; None for as the store has them, float16 in a new one.
+    n_classes : int or None
+        K of a store to be made; None for the head's number of outputs.
+    share : Share
+        Which of several processes this is.
+    n_samples : int or None
+        Samples at most, of all ranks together, where known.
+    resume, overwrite : bool
+        What to do with what is there.
+    labels_given : bool
+        Whether the labels of the batches are those of the samples, and not the head's decisions.
+    identity : mapping of str to str or int
+        What the rows depend on; a dump that goes on must have been begun with the same.
+    """
+
+    store: FeatureStore | str | os.PathLike[str]
+    split: str
+    places: Mapping[str, Place]
+    dtype: str | None
+    n_classes: int | None
+    share: Share
+    n_samples: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    labels_given: bool = True
+    identity: Identity = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("split", self.split)
+        if self.dtype not in (None, *DTYPES):
+            raise UsageError(f"dtype '{self.dtype}'", "one of: " + ", ".join(DTYPES))
+        if self.resume and self.overwrite:
+            raise UsageError("both resume and overwrite", "one of them")
+        if self.overwrite and self.share.several:
+            raise UsageError(
+                "overwrite with several ranks, where the last one would delete the others' work",
+                "one process that deletes before they begin",
+                f"run 'ncbatch delete' (store.delete_split('{self.split}')) first",
+            )
+
+
+class Target(ABC):
+    """The store that a dump fills; `RowTarget` keeps rows in it, `StateTarget` what sums them up.
+
+    Attributes
+    ----------
+    request : Request
+        What was asked for.
+    store : FeatureStore or None
+        The store, once there is one.
+    n_classes : int or None
+        Its K, or that of the store to be made.
+    done : bool
+        Whether there is nothing left to do.
+    ready : bool
+        Whether the first forward pass has told all that is needed: then rows can be received
+        while the model runs.
+    """
+
+    kind: ClassVar[str]  # what is kept, as `FeatureStore.begun_with` calls it
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.store = open_if_there(request.store)
+        self.n_classes = request.n_classes
+        if self.store is not None:
+            _check_classes(self.store, request.n_classes)
+            self.n_classes = self.store.n_classes
+        self.done = False
+        self.ready = False
+        self._head: str | None = None  # the layer whose predictions are kept
+        self._skipped = 0
+
+    @property
+    def opened(self) -> FeatureStore:
+        """The store, once there is one."""
+        assert self.store is not None
+        return self.store
+
+    def open_again(self) -> FeatureStore | None:
+        """Open the store once another process has made it."""
+        if self.store is None:
+            self.store = open_if_there(self.request.store)
+        return self.store
+
+    @property
+    def named(self) -> str:
+        """What messages call the split."""
+        return f"split '{self.request.split}' of {self.opened.path}"
+
+    @property
+    @abstractmethod
+    def begun(self) -> bool:
+        """Whether `start` was called, or is not needed any more."""
+
+    @property
+    @abstractmethod
+    def continues(self) -> bool:
+        """Whether this goes on with, or joins, what some process has begun."""
+
+    @abstractmethod
+    def resume(self, writing: ExitStack) -> int:
+        """Go on where an earlier process stopped; returns the samples that were kept already."""
+
+    @abstractmethod
+    def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
+        """Begin to keep, once the first batch has told the widths; `writing` ends it."""
+
+    @abstractmethod
+    def receive(self, name: str, rows: torch.Tensor) -> Any:
+        """Take rows of a layer as soon as they are there, while the model still runs.
+
+        Called for every batch after the first one, inside the hook: what is kept of one layer is
+        then no longer on the model's device when the next one runs. What it returns is what
+        `append` gets.
+        """
+
+    @abstractmethod
+    def append(
+        self,
+        features: Mapping[str, Any],
+        labels: npt.NDArray[Any],
+        decisions: torch.Tensor | None,
+    ) -> None:
+        """Keep the rows of a batch."""
+
+    @abstractmethod
+    def expect(self, batch: Batch) -> None:
+        """Hear of the batch that the model is about to read, unless it skips all of it.
+
+        Refuses to skip rows that are not the ones kept: other batches would be mixed in.
+        """
+
+    def check_identity(self) -> None:
+        """Refuse to go on with what was begun with another model or other data."""
+        if self.store is not None and self.continues:
+            _check_same(self._begun_with, self.request.identity, self.named)
+
+    def record_identity(self) -> None:
+        """Record with what this is begun, unless another rank has: then it must be the same."""
+        self.check_identity()
+        if not self.continues or not self._begun_with:
+            self.opened.set_begun_with(self.request.split, self.kind, self.request.identity)
+
+    @property
+    def _begun_with(self) -> Identity:
+        return self.opened.begun_with(self.request.split, self.kind)
+
+    def begin(
+        self,
+        head: Head,
+        features: Mapping[str, torch.Tensor],
+        predictions: bool,
+        writing: ExitStack,
+    ) -> None:
+        """After the first forward pass: settle store and head, and begin to keep."""
+        self.settle(head, features, predictions)
+        if not self.begun:
+            self.start(features, writing)
+            self.record_identity()
+        self.ready = True
+
+    def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
+        """Find or make the store, find the layer that the head reads, store the classifier."""
+        head.settle(features, self.request.places)
+        if self.store is None:
+            self.store = self._make_store(head, features)
+        if head.layer is not None:
+            self._set_classifier(head, head.layer)
+        elif head.candidates and not self.store.classifiers:
+            _warn_unmatched(head)
+        if head.decides:
+            head.check_outputs(self.store.n_classes)
+        self._head = head.layer if predictions else None
+
+    def end(self, missing: int, writing: ExitStack) -> None:
+        """All batches were given; refuse if `missing` samples of those kept were not among them."""
+        if missing:
+            raise DataError(
+                f"batches of {self._skipped} samples",
+                f"the {self._skipped + missing} already stored, and those to come",
+                "resume with the same batches in the same order",
+            )
+
+    def _make_store(self, head: Head, features: Mapping[str, torch.Tensor]) -> FeatureStore:
+        if self.n_classes is None:
+            if head.module is None:
+                raise DataError(
+                    "no number of classes: no torch.nn.Linear ran", remedy="give n_classes="
+                )
+            self.n_classes = int(head.module.out_features)
+        widths = {name: int(rows.shape[1]) for name, rows in features.items()}
+        path = self.request.store
+        assert not isinstance(path, FeatureStore)
+        store = make_store(path, self.n_classes, widths, self.request.dtype or "float16")
+        _check_classes(store, self.n_classes)
+        return store
+
+    def _set_classifier(self, head: Head, layer: str) -> None:
+        """Store weight and bias, unless they are stored; never mix two models unasked."""
+        k = self.opened.n_classes
+        head.check_outputs(k)
+        first = self.request.share.rank == 0
+        assert head.module is not None
+        n_outputs = head.module.out_features
+        if n_outputs > k and first:
+            logger.warning(
+                "the first %d of %d rows of '%s' are its classifier", k, n_outputs, head.path
+            )
+        weight, bias = head.classifier(k)
+        stored = self.opened.classifier(layer)
+        if stored is not None:
+            if _same(stored[0], weight) and _same(stored[1], bias):
+                return
+            if not self.request.overwrite:
+                raise DataError(
+                    f"'{head.path}' differs from the classifier stored for layer '{layer}'",
+                    "one model per store",
+                    "use a store per checkpoint, or overwrite=True, "
+                    "or head=False to keep the stored one",
+                )
+        # Of several ranks one writes it: two would delete each other's arrays.
+        if first:
+            self.opened.set_classifier(layer, weight, bias)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -53,24 +294,16 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_same(begun: Identity, asked: Identity, named: str) -> None:
-    """Refuse to go on with something else than what was begun with.
-
-    Raises
-    ------
-    StoreError
-        Names the first thing that differs; what only one of both says does not count.
-    """
+def _check_same(begun: Identity, asked: Identity, named: str) -> None:
+    """Refuse the first thing that differs; what only one of both says does not count."""
     for what, value in asked.items():
         if what in begun and begun[what] != value:
             raise StoreError(
                 f"{named} was begun with {what} {begun[what]}",
                 f"{value}, as this dump was asked for",
-                "go on with the same model, texts and options, or delete the split first (ncbatch delete)",
+                "go on with the same model, texts and options, "
+                "or delete the split first (ncbatch delete)",
             )
-
-
-# Which dtype the layers of a dump are stored in: as asked, else as the store has them.
 
 
 def stored_dtypes(
@@ -82,7 +315,7 @@ def stored_dtypes(
     *,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Choose how each layer is stored.
+    """Choose how each layer is stored: as asked, else as the store has or declares it.
 
     Parameters
     ----------
@@ -99,11 +332,6 @@ def stored_dtypes(
     overwrite : bool, optional
         Whether the split will be replaced, so that its own rows do not matter.
 
-    Returns
-    -------
-    dict of str to str
-        A dtype per layer.
-
     Raises
     ------
     UsageError
@@ -112,26 +340,44 @@ def stored_dtypes(
     names = list(layers)
     if store is None:
         return dict.fromkeys(names, asked or default)
-    held = _held(store, split, names, overwrite)
+    held = _held_dtypes(store, split, names, overwrite)
     declared = {name: spec.dtype for name, spec in store.declared_layers.items() if name in names}
-    if asked is not None:
-        for name in declared:
-            where, dtype = held.get(name, (None, asked))
-            if dtype != asked:
-                raise UsageError(
-                    f"dtype {asked} for layer '{name}'",
-                    f"{dtype}, as in split '{where}' of {store.path}",
-                    "leave --dtype (dtype=) out, or write into another store",
-                )
-        return dict.fromkeys(names, asked)
-    known = declared | {name: dtype for name, (_, dtype) in held.items()}
-    common = set(known.values())
-    rest = common.pop() if len(common) == 1 else default
-    return {name: known.get(name, rest) for name in names}
+    if asked is None:
+        known = declared | {name: dtype for name, (_, dtype) in held.items()}
+        common = set(known.values())
+        rest = common.pop() if len(common) == 1 else default
+        return {name: known.get(name, rest) for name in names}
+    for name in declared:
+        where, dtype = held.get(name, (None, asked))
+        if dtype != asked:
+            raise UsageError(
+                f"dtype {asked} for layer '{name}'",
+                f"{dtype}, as in split '{where}' of {store.path}",
+                "leave --dtype (dtype=) out, or write into another store",
+            )
+    return dict.fromkeys(names, asked)
+
+
+def _held_dtypes(
+    store: FeatureStore, split: str, layers: list[str], overwrite: bool
+) -> dict[str, tuple[str, str]]:
+    """Find a split with rows of each layer, and their dtype; the split itself comes first."""
+    held: dict[str, tuple[str, str]] = {}
+    layout = store.layout(split)
+    if layout is not None:
+        held = {name: (split, spec.dtype) for name, spec in layout.layers.items() if name in layers}
+    for other in sorted(store.splits, key=lambda name: name != split):
+        if overwrite and other == split:
+            continue
+        part = store.split(other)
+        for name in part.features:
+            if name in layers:
+                held.setdefault(name, (other, part.spec(name).dtype))
+    return held
 
 
 def one_dtype(dtypes: Mapping[str, str]) -> str:
-    """Give the one dtype of layers that are written together.
+    """Return the one dtype of layers that are written together.
 
     Raises
     ------
@@ -148,236 +394,7 @@ def one_dtype(dtypes: Mapping[str, str]) -> str:
     return next(iter(dtypes.values()))
 
 
-def _held(
-    store: FeatureStore, split: str, layers: list[str], overwrite: bool
-) -> dict[str, tuple[str, str]]:
-    """Find a split with rows of each layer, and their dtype; the split itself comes first."""
-    found: dict[str, tuple[str, str]] = {}
-    layout = store.layout(split)
-    if layout is not None:
-        found = {
-            name: (split, layout.layers[name].dtype) for name in layers if name in layout.layers
-        }
-    for other in sorted(store.splits, key=lambda name: name != split):
-        if overwrite and other == split:
-            continue
-        part = store.split(other)
-        for name in layers:
-            if name in part.features:
-                found.setdefault(name, (other, part.spec(name).dtype))
-    return found
-
-
-logger = logging.getLogger("ncbatch")
-Found = TypeVar("Found")
-
-# How long a rank without samples waits for another one to begin.
-PATIENCE_S = 600.0
-
-
-class Target(ABC):
-    """The store that a dump fills; `RowTarget` keeps rows in it, `StateTarget` what sums them up.
-
-    Parameters
-    ----------
-    store : FeatureStore or path
-        Made after the first forward pass where nothing is.
-    split : str
-        The split.
-    places : mapping of str to Place
-        Where each layer is captured.
-    dtype : str or None
-        How layers are stored; None for as the store has them, float16 in a new one.
-    n_classes : int or None
-        K of a store to be made; None for the head's number of outputs.
-    share : Share
-        Which of several processes this is.
-    resume, overwrite : bool
-        What to do with what is there.
-    labels_given : bool
-        Whether the labels of the batches are those of the samples, and not the head's decisions.
-    identity : mapping of str to str or int, optional
-        What the rows depend on; a dump that goes on must have been begun with the same.
-    """
-
-    kind = "moments"  # what is kept
-
-    def __init__(
-        self,
-        store: FeatureStore | str | os.PathLike[str],
-        split: str,
-        places: Mapping[str, Place],
-        dtype: str | None,
-        n_classes: int | None,
-        share: Share,
-        *,
-        resume: bool,
-        overwrite: bool,
-        labels_given: bool = True,
-        identity: Identity | None = None,
-    ) -> None:
-        check_name("split", split)
-        if dtype not in (None, *DTYPES):
-            raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
-        if resume and overwrite:
-            raise UsageError("both resume and overwrite", "one of them")
-        if overwrite and share.several:
-            raise UsageError(
-                "overwrite with several ranks, where the last one would delete the others' work",
-                "one process that deletes before they begin",
-                f"run 'ncbatch delete' (store.delete_split('{split}')) first",
-            )
-        self.store = open_if_there(store)
-        self._path = store
-        self._split, self._places, self._dtype, self._share = split, places, dtype, share
-        self._resume, self._overwrite, self._labels_given = resume, overwrite, labels_given
-        if self.store is not None:
-            _check_classes(self.store, n_classes)
-        self.n_classes = n_classes if self.store is None else self.store.n_classes
-        self._identity = dict(identity or {})
-        self.settled = False
-        self.done = False
-        self._head: str | None = None  # the layer whose predictions are kept
-        self._skipped = 0
-
-    @property
-    def opened(self) -> FeatureStore:
-        """The store, once there is one."""
-        assert self.store is not None
-        return self.store
-
-    @property
-    @abstractmethod
-    def begun(self) -> bool:
-        """Whether `start` was called, or is not needed any more."""
-
-    @property
-    def continues(self) -> bool:
-        """Whether this goes on with, or joins, what some process has begun."""
-        from ncbatch.store.states import PART, RUNNING
-
-        if self.store is None or self._overwrite:
-            return False
-        kinds = self.store.state_kinds(self._split)
-        return any(x in self._places and kind.startswith((RUNNING, PART)) for x, kind in kinds)
-
-    def check_identity(self) -> None:
-        """Refuse to go on with what was begun with another model or other data."""
-        if self.store is not None and self.continues:
-            named = f"split '{self._split}' of {self.store.path}"
-            check_same(self.store.begun_with(self._split, self.kind), self._identity, named)
-
-    def record_identity(self) -> None:
-        """Record with what this is begun, unless another rank has: then it must be the same."""
-        self.check_identity()
-        if not self.continues or not self.opened.begun_with(self._split, self.kind):
-            self.opened.set_begun_with(self._split, self.kind, self._identity)
-
-    @abstractmethod
-    def resume(self, writing: ExitStack) -> int:
-        """Go on where an earlier process stopped; gives the samples that were kept already."""
-
-    @abstractmethod
-    def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
-        """Begin to keep, once the first batch has told the widths; `writing` ends it."""
-
-    def expect(self, batch: Batch) -> None:  # noqa: B027 - not every target needs to hear of it
-        """Hear of the batch that the model is about to read; by default nothing is done."""
-
-    def receive(self, name: str, rows: torch.Tensor) -> Any:
-        """Take rows of a layer as soon as they are there, while the model still runs.
-
-        Called for every batch after the first one, inside the hook: what is kept of one layer is
-        then no longer on the model's device when the next one runs. What it returns is what
-        `append` gets; by default the rows.
-        """
-        return rows
-
-    @abstractmethod
-    def append(
-        self,
-        features: Mapping[str, Any],
-        labels: npt.NDArray[Any],
-        decisions: torch.Tensor | None,
-    ) -> None:
-        """Keep the rows of a batch."""
-
-    @abstractmethod
-    def check_skipped(self, batch: Batch) -> None:
-        """Refuse to skip rows that are not the ones kept: other batches would be mixed in."""
-
-    def end(self, missing: int, writing: ExitStack) -> None:
-        """All batches were given; refuse if `missing` samples of those kept were not among them."""
-        if missing:
-            raise DataError(
-                f"batches of {self._skipped} samples",
-                f"the {self._skipped + missing} already stored, and those to come",
-                "resume with the same batches in the same order",
-            )
-
-    def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
-        """After the first forward pass: find or make the store, find the head's layer, store it."""
-        self.settled = True
-        head.settle(features, self._places)
-        if self.store is None:
-            self.store = self._find_store(head, features)
-        if head.layer is not None:
-            self._set_classifier(head, head.layer)
-        elif head.candidates and not self.store.classifiers:
-            _warn_unmatched(head)
-        if head.decides:
-            head.check_outputs(self.store.n_classes)
-        if predictions:
-            self._head = head.layer
-
-    def _open_again(self) -> FeatureStore | None:
-        """Give the store once some process has made it."""
-        return self.store or open_if_there(self._path)
-
-    def _find_store(self, head: Head, features: Mapping[str, torch.Tensor]) -> FeatureStore:
-        if self.n_classes is None:
-            if head.module is None:
-                raise DataError(
-                    "no number of classes: no torch.nn.Linear ran", remedy="give n_classes="
-                )
-            self.n_classes = int(head.module.out_features)
-        widths = {name: int(rows.shape[1]) for name, rows in features.items()}
-        assert not isinstance(self._path, FeatureStore)
-        found = found_store(self._path, self.n_classes, widths, self._dtype or "float16")
-        _check_classes(found, self.n_classes)
-        return found
-
-    def _set_classifier(self, head: Head, layer: str) -> None:
-        """Store weight and bias, unless they are stored; never mix two models unasked."""
-        k = self.opened.n_classes
-        head.check_outputs(k)
-        module = head.module
-        assert module is not None
-        if module.out_features > k and not self._share.rank:
-            logger.warning(
-                "the first %d of %d rows of '%s' are its classifier",
-                k,
-                module.out_features,
-                head.path,
-            )
-        weight = to_numpy(module.weight[:k])
-        bias = None if head.bias is None else to_numpy(head.bias[:k])
-        stored = self.opened.classifier(layer)
-        if stored is not None:
-            if _same(stored[0], weight) and _same(stored[1], bias):
-                return
-            if not self._overwrite:
-                raise DataError(
-                    f"'{head.path}' differs from the classifier stored for layer '{layer}'",
-                    "one model per store",
-                    "use a store per checkpoint, or overwrite=True, or head=False to keep the stored one",
-                )
-        # Of several ranks one writes it: two would delete each other's arrays.
-        if self._share.rank == 0:
-            self.opened.set_classifier(layer, weight, bias)
-
-
-def found_store(
+def make_store(
     path: str | os.PathLike[str], n_classes: int, widths: Mapping[str, int], dtype: str
 ) -> FeatureStore:
     """Make a store, or open the one that another process has made meanwhile.
@@ -396,8 +413,8 @@ def found_store(
     try:
         FeatureStore.create(partial, n_classes, widths, dtype)
     except StoreError as error:
-        found = error.found.replace(str(partial), where)
-        raise StoreError(found, error.expected, error.remedy) from error
+        problem = error.found.replace(str(partial), where)
+        raise StoreError(problem, error.expected, error.remedy) from error
     try:
         partial.rename(home)
     except OSError:  # it is there: FeatureStore.open says whether it is a store
@@ -413,7 +430,7 @@ def open_if_there(store: FeatureStore | str | os.PathLike[str]) -> FeatureStore 
     return FeatureStore.open(store) if is_there(store) else None
 
 
-def wait_for(look: Callable[[], Found | None], rank: int) -> Found:
+def wait_for(look: Callable[[], Result | None], rank: int) -> Result:
     """Wait for what another rank makes, as a rank without samples must.
 
     Raises
@@ -422,10 +439,10 @@ def wait_for(look: Callable[[], Found | None], rank: int) -> Found:
         When it does not come.
     """
     deadline = time.monotonic() + PATIENCE_S
-    found = look()
-    if found is None:
+    result = look()
+    if result is None:
         logger.info("rank %d has no samples: it waits for another to begin", rank)
-    while found is None:
+    while result is None:
         if time.monotonic() > deadline:
             raise DataError(
                 f"no sample in any batch of rank {rank}, and no other rank has begun",
@@ -433,8 +450,8 @@ def wait_for(look: Callable[[], Found | None], rank: int) -> Found:
                 "run this rank again with resume=True when another has begun",
             )
         time.sleep(min(0.2, PATIENCE_S))
-        found = look()
-    return found
+        result = look()
+    return result
 
 
 def _check_classes(store: FeatureStore, n_classes: int | None) -> None:

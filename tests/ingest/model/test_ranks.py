@@ -14,7 +14,7 @@ import ncbatch as nc
 from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model import target
-from ncbatch.ingest.model.target import found_store
+from ncbatch.ingest.model.target import make_store
 from tests.ingest.model.test_dumps import (
     SMALL_CHUNKS,
     WIDE_LAYERS,
@@ -130,7 +130,7 @@ def test_a_store_made_by_many_at_once_is_one_store(tmp_path):
 
         def make(path=path, barrier=barrier, found=found):
             barrier.wait()
-            found.append(found_store(path, K, {"x": 4}, "float32").id)
+            found.append(make_store(path, K, {"x": 4}, "float32").id)
 
         threads = [threading.Thread(target=make) for _ in range(6)]
         for thread in threads:
@@ -146,13 +146,13 @@ def test_a_store_made_by_many_at_once_is_one_store(tmp_path):
 def test_a_store_is_made_only_where_one_can_be(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match=r"'.*/file' is a file"):
-        found_store(tmp_path / "file", K, {"x": 4}, "float32")
+        make_store(tmp_path / "file", K, {"x": 4}, "float32")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     with pytest.raises(StoreError, match="is no store"):
-        found_store(tmp_path / "full", K, {"x": 4}, "float32")
+        make_store(tmp_path / "full", K, {"x": 4}, "float32")
     with pytest.raises(StoreError) as error:
-        found_store(tmp_path / "file" / "s.zarr", K, {"x": 4}, "float32")
+        make_store(tmp_path / "file" / "s.zarr", K, {"x": 4}, "float32")
     assert "partial" not in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
 

@@ -758,9 +758,7 @@ def test_memory_that_layers_share_is_priced(tmp_path):
     x, y = rng.normal(size=(n, d)).astype("f4"), rng.integers(0, k, n)
     shared = Scratch()
     MomentsAccumulator(k, d, like=x).add(x, y)  # the compiler is not traced
-    price = fold_memory.FoldPrice.of(
-        k, d, n, n_samples=None, wide=False, moments=True, n_means=0, n_weights=0
-    )
+    price = fold_memory.FoldPrice.of(k, (n, d), itemsize=4, n_samples=None, moments=True)
     tracemalloc.start()
     folds = [MomentsAccumulator(k, d, like=x, scratch=shared) for _ in range(layers)]
     for each in folds:
