@@ -23,11 +23,10 @@ from ncbatch.errors import DataError
 from ncbatch.states import decisions
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import Moments
-from ncbatch.store.chunks import read_rows
+from ncbatch.store.chunks import check_present, read_rows
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import LayerSpec, natural_key
 from ncbatch.store.split import Split
-from ncbatch.store.states import check_arrays, unmerged_layers
 
 # Reads: what a read of a layer gives, and how class blocks of one are joined.
 
@@ -164,7 +163,7 @@ class SummedSplit:
     @property
     def unmerged(self) -> list[str]:
         """Layers of which there are only parts, of processes that have not all ended or merged."""
-        return unmerged_layers(self.store, self.name)
+        return self.store.unmerged_layers(self.name)
 
     def has(self, layer: str, kind: str = MOMENTS) -> bool:
         """Whether a layer has a state of that kind."""
@@ -219,7 +218,8 @@ class SummedSplit:
             Names the first such chunk.
         """
         for kind in (MOMENTS, DECISIONS):
-            check_arrays((self._found(layer, kind) or {}).values())
+            for array in (self._found(layer, kind) or {}).values():
+                check_present(array)
 
     def counts(self, layer: str) -> Index:
         """Read the samples of each class (K,).

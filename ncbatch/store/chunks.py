@@ -1,4 +1,8 @@
-"""What is really stored: which chunks exist, their checksums, and reads that name their faults."""
+"""What a store is made of: groups, arrays and their chunks, made, found, and read with faults named.
+
+What is made here may be made by several processes at once, and what is asked of a store that is far
+away is asked for several things at once.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,15 @@ from zarr.storage import LocalStore
 from ncbatch.errors import CorruptionError, StoreError
 from ncbatch.store.format import BFloat16, LayerSpec
 
-# Several requests at once, where a store is far away.
-
-
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 SMALL_REQUESTS = 64
 # One connection to an object store gives a part of what the line does, and each chunk costs memory.
 _CHUNKS_AT_ONCE = 4
+_CHECKSUM_BYTES = 4
+# Not part of the stored metadata: an array that is opened again must be told again.
+_CONFIG: Any = {"write_empty_chunks": True}
 
 
 def chunks_at_once(store: Store) -> int:
@@ -81,14 +85,7 @@ async def gather(requests: Iterable[Coroutine[Any, Any, Result]]) -> list[Result
     return await asyncio.gather(*(gated(request) for request in requests))
 
 
-# Groups and arrays of a store: made so that several processes can make the same ones at once.
-
-
-# Not part of the stored metadata: an array that is opened again must be told again.
-_CONFIG: Any = {"write_empty_chunks": True}
-
-
-def found_group(
+def require_group(
     parent: zarr.Group, name: str, attributes: Mapping[str, Any] | None = None
 ) -> zarr.Group:
     """Make a group, or find the one that is there.
@@ -134,20 +131,19 @@ def make_group(store: Store, path: str, attributes: Mapping[str, Any]) -> None:
 
 
 def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
-    """Give the groups in a group by name, sorted.
+    """Yield the groups in a group by name, sorted.
 
     A folder that another process has begun to make, or left behind when it was killed, is passed
     over; ``zarr.Group.groups`` would warn of it.
     """
 
-    async def names() -> list[str]:
-        found = [name async for name in group.store.list_dir(group.path)]
-        return sorted(name for name in found if name != "zarr.json")
+    async def list_names() -> list[str]:
+        return [name async for name in group.store.list_dir(group.path) if name != "zarr.json"]
 
-    inside = sync(names())
-    for name, found in zip(inside, find_nodes(group, inside), strict=True):
-        if isinstance(found, zarr.Group):
-            yield name, found
+    names = sorted(sync(list_names()))
+    for name, node in zip(names, find_nodes(group, names), strict=True):
+        if isinstance(node, zarr.Group):
+            yield name, node
 
 
 def find_node(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
@@ -174,12 +170,9 @@ def find_nodes(
             key = "/".join(part for part in (group.path, name, "zarr.json") if part)
             raise CorruptionError(f"metadata '{key}' cannot be read", "", "restore it") from error
 
-    found = sync(gather(node(name) for name in names))
-    return [
-        None if node is None else zarr.Array(node) if isinstance(node, zarr.AsyncArray)
-        else zarr.Group(node)
-        for node in found
-    ]  # fmt: skip
+    kinds: dict[type, Any] = {zarr.AsyncArray: zarr.Array, zarr.AsyncGroup: zarr.Group}
+    nodes = sync(gather(node(name) for name in names))
+    return [None if found is None else kinds[type(found)](found) for found in nodes]
 
 
 def create_array(
@@ -217,14 +210,14 @@ def create_array(
             config=_CONFIG,
         )
     except ContainsArrayError:
-        found = open_array(group, name)
-    if (found.shape, found.chunks, str(found.dtype)) != (shape, chunks, dtype):
+        array = open_array(group, name)
+    if (array.shape, array.chunks, str(array.dtype)) != (shape, chunks, dtype):
         raise StoreError(
-            f"array '{found.path}' of shape {found.shape}, chunks {found.chunks}, {found.dtype}",
+            f"array '{array.path}' of shape {array.shape}, chunks {array.chunks}, {array.dtype}",
             f"shape {shape}, chunks {chunks}, {dtype}",
             "delete the split and write it anew",
         )
-    return found
+    return array
 
 
 def create_feature(
@@ -238,9 +231,9 @@ def create_feature(
     complete: bool = True,
 ) -> zarr.Array[Any]:
     """Make a layer's array in a split's `group`, with room for `capacity` rows."""
-    home = found_group(found_group(group, "layers"), layer, {"complete": complete, "order": order})
+    attributes = {"complete": complete, "order": order}
     return create_array(
-        home,
+        require_group(require_group(group, "layers"), layer, attributes),
         "feature",
         shape=(capacity, spec.n_features),
         chunks=(chunk, spec.n_features),
@@ -249,21 +242,19 @@ def create_feature(
     )
 
 
-def create_label(group: zarr.Group, capacity: int, block: int) -> zarr.Array[Any]:
-    """Make a split's array of labels, with room for `capacity` rows."""
-    return create_array(
-        group, "label", shape=(capacity,), chunks=(block,), dtype="int32", dimensions=("sample",)
-    )
-
-
-def create_prediction(
-    group: zarr.Group, capacity: int, block: int, head: str | None, name: str = "prediction"
+def create_ids(
+    group: zarr.Group, name: str, capacity: int, block: int, **attributes: Any
 ) -> zarr.Array[Any]:
-    """Make a split's array of predictions, which stand for the classifier of layer `head`."""
+    """Make a split's array of labels or predictions, with room for `capacity` rows."""
     return create_array(
-        group, name, shape=(capacity,), chunks=(block,), dtype="int32",
-        dimensions=("sample",), attributes={"head": head},
-    )  # fmt: skip
+        group,
+        name,
+        shape=(capacity,),
+        chunks=(block,),
+        dtype="int32",
+        dimensions=("sample",),
+        attributes=attributes,
+    )
 
 
 def open_array(group: zarr.Group, name: str, rows: int | None = None) -> zarr.Array[Any]:
@@ -303,9 +294,6 @@ def _opened(array: zarr.Array[Any], rows: int | None) -> zarr.Array[Any]:
     )
 
 
-_CHECKSUM_BYTES = 4
-
-
 @dataclass(frozen=True)
 class Fault:
     """A bad chunk: which file, which rows of the split, and what is wrong with it."""
@@ -327,24 +315,42 @@ class Fault:
 
 
 def chunk_key(array: zarr.Array[Any], index: int) -> str:
-    """Give the key, relative to the store's root, of the chunk of rows number `index`."""
+    """Return the key, relative to the store's root, of the chunk of rows number `index`."""
     place = (index,) + (0,) * (array.ndim - 1)
     return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
 
 
+def chunk_range(array: zarr.Array[Any], index: int) -> tuple[int, int]:
+    """Return the first row of the chunk of rows number `index`, and the one after its last."""
+    rows = array.chunks[0]
+    return index * rows, min((index + 1) * rows, array.shape[0])
+
+
 def chunk_fault(array: zarr.Array[Any], index: int, what: str) -> Fault:
     """Describe a fault of the chunk of rows number `index`."""
-    rows = array.chunks[0]
-    stop = min((index + 1) * rows, array.shape[0])
-    return Fault(chunk_key(array, index), index * rows, stop, what)
+    return Fault(chunk_key(array, index), *chunk_range(array, index), what)
 
 
 def present_chunks(array: zarr.Array[Any]) -> npt.NDArray[np.bool_]:
     """Mark which chunks of rows exist, from one listing of the store."""
     present = np.zeros(-(-array.shape[0] // array.chunks[0]), np.bool_)
-    found = stored_chunks(array)
-    present[[index for index in found if index < present.size]] = True
+    present[[index for index in stored_chunks(array) if index < present.size]] = True
     return present
+
+
+def check_present(array: zarr.Array[Any], expected: npt.NDArray[np.bool_] | None = None) -> None:
+    """Refuse an array of which a chunk, or one of those marked, is missing.
+
+    It would read as NaN or -1.
+
+    Raises
+    ------
+    CorruptionError
+        Names the first such chunk.
+    """
+    missing = ~present_chunks(array)
+    for index in np.flatnonzero(missing if expected is None else missing & expected)[:1].tolist():
+        raise chunk_fault(array, index, "chunk is missing").error()
 
 
 def trim(array: zarr.Array[Any], rows: int) -> None:
@@ -365,16 +371,17 @@ def stored_chunks(array: zarr.Array[Any]) -> list[int]:
 
     Unlike `present_chunks` it takes no memory for chunks that an array only has room for.
     """
+    prefix = f"{array.path}/c"
 
-    async def keys() -> list[str]:
-        return [key async for key in array.store.list_prefix(f"{array.path}/c")]
+    async def list_keys() -> list[str]:
+        return [key async for key in array.store.list_prefix(prefix)]
 
-    found = []
-    for key in sync(keys()):
-        number = key.removeprefix(f"{array.path}/c/").split("/")[0]
-        if number.isdecimal() and key == chunk_key(array, int(number)):
-            found.append(int(number))
-    return found
+    numbers = ((key, key.removeprefix(f"{prefix}/").split("/")[0]) for key in sync(list_keys()))
+    return [
+        int(number)
+        for key, number in numbers
+        if number.isdecimal() and key == chunk_key(array, int(number))
+    ]
 
 
 def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:
@@ -401,9 +408,8 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]
 
 def read_fault(array: zarr.Array[Any], index: int) -> Fault | None:
     """Read one chunk and say what is wrong with it, if anything is."""
-    rows = array.chunks[0]
     try:
-        array[index * rows : min((index + 1) * rows, array.shape[0])]
+        array[slice(*chunk_range(array, index))]
     except StoreError:
         raise
     except Exception as error:
@@ -422,14 +428,10 @@ def checksums(array: zarr.Array[Any]) -> bytes:
     """
     indices = range(-(-array.shape[0] // array.chunks[0]))
     prototype = default_buffer_prototype()
-
-    async def tail(index: int) -> bytes:
-        found = await array.store.get(
-            chunk_key(array, index), prototype, SuffixByteRequest(_CHECKSUM_BYTES)
-        )
-        return b"missing" if found is None else found.to_bytes()
-
+    tail = SuffixByteRequest(_CHECKSUM_BYTES)
+    reads = (array.store.get(chunk_key(array, index), prototype, tail) for index in indices)
     digest = hashlib.sha256(repr((array.shape, array.chunks, str(array.dtype))).encode())
-    for index, found in zip(indices, sync(gather(map(tail, indices))), strict=True):
-        digest.update(index.to_bytes(8, "little") + found)
+    for index, content in zip(indices, sync(gather(reads)), strict=True):
+        digest.update(index.to_bytes(8, "little"))
+        digest.update(b"missing" if content is None else content.to_bytes())
     return digest.digest()

@@ -13,12 +13,13 @@ from ncbatch.errors import CorruptionError
 from ncbatch.store.chunks import (
     Fault,
     chunk_fault,
+    chunk_range,
     chunks_at_once,
     map_ahead,
     present_chunks,
     read_fault,
 )
-from ncbatch.store.format import ATTRIBUTE
+from ncbatch.store.format import ATTRIBUTE, read_attributes
 from ncbatch.store.ranks import ARRAYS, n_samples
 from ncbatch.store.states import STATES
 
@@ -57,7 +58,10 @@ def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
     label = split.arrays["label"]
     bad = list(_array_faults(label, None, split.label_chunks_expected))
     yield from bad
-    yield from _lost_arrays(split)
+    # Stores of earlier versions have no list of their arrays.
+    for name in read_attributes(split.group).get(ARRAYS, ()):
+        if name not in split.arrays:
+            yield Fault(f"{split.name}/{name}", 0, split.n_rows, "array is missing")
     if bad:  # which rows exist is no longer known: every chunk is expected
         exists = np.ones(split.n_rows, np.bool_)
     else:
@@ -65,7 +69,6 @@ def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
         exists = labels >= 0
         yield from _range_faults(label, labels, n_classes, "label")
         yield from _record_faults(split, int(np.count_nonzero(exists)))
-        yield from _writer_faults(split)
     for name, array in split.arrays.items():
         if name != "label":
             yield from _array_faults(array, exists)
@@ -81,19 +84,19 @@ def _array_faults(
     expected: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[Fault]:
     """Find chunks that cannot be read, or that are missing although they hold rows."""
-    rows, present = array.chunks[0], present_chunks(array)
+    present = present_chunks(array)
 
     def fault(index: int) -> Fault | None:
         if present[index]:
             return read_fault(array, index)
         if expected is not None and not expected[index]:
             return None
-        if exists is None or exists[index * rows : (index + 1) * rows].any():
+        if exists is None or exists[slice(*chunk_range(array, index))].any():
             return chunk_fault(array, index, "chunk is missing")
         return None
 
-    found = map_ahead(fault, range(present.size), chunks_at_once(array.store))
-    yield from (bad for bad in found if bad is not None)
+    faults = map_ahead(fault, range(present.size), chunks_at_once(array.store))
+    yield from (bad for bad in faults if bad is not None)
 
 
 def _range_faults(
@@ -106,34 +109,15 @@ def _range_faults(
         )
 
 
-def _record_faults(split: Split, found: int) -> Iterator[Fault]:
-    """Compare the rows that exist with the record made when writing ended."""
-    if split.finalized and split.n_samples != found:
-        yield Fault(
-            f"{split.name}/label", 0, split.n_rows,
-            f"{found} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'",
-        )  # fmt: skip
-
-
-def _writer_faults(split: Split) -> Iterator[Fault]:
-    """Compare the rows that exist with what the writers at work have recorded."""
-    if split.finalized:
-        return
-    label = split.arrays["label"]
-    for record in split.records:
-        blocks = [record.share.block(own) for own in range(record.blocks)]
-        found = n_samples(label, blocks)
-        if found != record.rows:
-            yield Fault(
-                f"{split.name}/label", 0, split.n_rows,
-                f"{found} samples of writer {record.share.rank}, expected {record.rows} as it recorded",
-            )  # fmt: skip
-
-
-def _lost_arrays(split: Split) -> Iterator[Fault]:
-    """Find arrays that are gone as a whole; stores of earlier versions have no list of them."""
-    attributes = split.group.attrs.get(ATTRIBUTE)
-    known = attributes.get(ARRAYS, []) if isinstance(attributes, dict) else []
-    for name in known:
-        if name not in split.arrays:
-            yield Fault(f"{split.name}/{name}", 0, split.n_rows, "array is missing")
+def _record_faults(split: Split, exist: int) -> Iterator[Fault]:
+    """Compare the rows that exist with the record of the end, or with those of writers at work."""
+    wrong = []
+    if split.finalized and split.n_samples != exist:
+        wrong.append(f"{exist} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'")
+    for record in () if split.finalized else split.records:
+        n = n_samples(split.arrays["label"], map(record.share.block, range(record.blocks)))
+        if n != record.rows:
+            writer = f"{n} samples of writer {record.share.rank}"
+            wrong.append(f"{writer}, expected {record.rows} as it recorded")
+    for what in wrong:
+        yield Fault(f"{split.name}/label", 0, split.n_rows, what)

@@ -6,29 +6,37 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ncbatch.arrays.namespace import Array, to_numpy
+from ncbatch.arrays.devices import cuda_chunk, cuda_meta
+from ncbatch.arrays.namespace import Array
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.store.chunks import (
+    Fault,
     checksums,
     find_node,
     find_nodes,
-    found_group,
     open_arrays,
+    require_group,
     subgroups,
 )
+from ncbatch.store.classifiers import check_classifier, read_classifier, store_classifier
+from ncbatch.store.faults import find_faults
 from ncbatch.store.format import (
     ATTRIBUTE,
     CLASSIFIER,
+    DTYPES,
     FORMAT,
     MAX_CLASSES,
     LayerSpec,
     check_name,
     layer_specs,
+    read_attributes,
     read_header,
 )
 from ncbatch.store.place import (
@@ -41,21 +49,8 @@ from ncbatch.store.place import (
     open_root,
 )
 from ncbatch.store.ranks import Layout, Share, finalize_split, finish_renaming
-from ncbatch.store.split import Split, dask_view, xarray_view
-from ncbatch.store.states import (
-    State,
-    checked_classifier,
-    delete_state,
-    read_classifier,
-    read_state,
-    splits_with_states,
-    state_arrays,
-    state_attributes,
-    state_fingerprint,
-    states_of,
-    store_classifier,
-    store_state,
-)
+from ncbatch.store.split import Split
+from ncbatch.store.states import StoredStates
 from ncbatch.store.writer import LayerWriter, Writer
 from ncbatch.version import __version__
 
@@ -63,17 +58,11 @@ if TYPE_CHECKING:
     import dask.array as da
     import xarray as xr
 
-    from ncbatch.store.chunks import Fault
-
-
-# What a store says of itself: the attribute of its root group.
-
-
 _DUMPED = "ncbatch_dump"  # of a split: beside ATTRIBUTE, which the end of writing replaces
 
 
 class StoreHeader:
-    """The header of a store: its identifier, classes, declared layers, and where its features come from.
+    """What a store says of itself: identifier, classes, declared layers, origin of its features.
 
     Parameters
     ----------
@@ -125,22 +114,20 @@ class StoreHeader:
     @property
     def declared_layers(self) -> dict[str, LayerSpec]:
         """The layers that writers write by default."""
-        return {
-            name: LayerSpec(int(spec["n_features"]), str(spec["dtype"]))
-            for name, spec in self._header.get("layers", {}).items()
-        }
+        layers = self._header.get("layers", {})
+        return {name: LayerSpec.read(spec) for name, spec in layers.items()}
 
     def begun_with(self, split: str, kind: str) -> dict[str, Any]:
-        """Give what a dump of rows or moments into a split was begun with, as it was recorded."""
+        """Return what a dump of rows or moments into a split was begun with, as recorded."""
         group = self._root.get(split)
-        found = group.attrs.get(_DUMPED, {}) if isinstance(group, zarr.Group) else {}
-        return dict(found.get(kind, {})) if isinstance(found, dict) else {}
+        dumps: Any = group.attrs.get(_DUMPED, {}) if isinstance(group, zarr.Group) else {}
+        return dict(dumps.get(kind, {}))
 
     def set_begun_with(self, split: str, kind: str, values: Mapping[str, Any]) -> None:
         """Record what a dump of rows or moments into a split is begun with."""
-        group = found_group(self._root, split)
-        found: Any = group.attrs.get(_DUMPED, {})
-        group.update_attributes({_DUMPED: {**found, kind: dict(values)}})
+        group = require_group(self._root, split)
+        dumps: Any = group.attrs.get(_DUMPED, {})
+        group.update_attributes({_DUMPED: {**dumps, kind: dict(values)}})
 
     def describe(
         self,
@@ -167,14 +154,13 @@ class StoreHeader:
             header["step"] = int(step)
         if layers:
             kept = self.layer_notes
-            header["layer_notes"] = {
-                **kept, **{name: {**kept.get(name, {}), **notes} for name, notes in layers.items()}
-            }  # fmt: skip
+            added = {name: {**kept.get(name, {}), **notes} for name, notes in layers.items()}
+            header["layer_notes"] = kept | added
         self._root.update_attributes({ATTRIBUTE: header})
         self._header = header
 
 
-class FeatureStore(StoreHeader):
+class FeatureStore(StoreHeader, StoredStates):
     """Features of layers, labels and classifiers in one Zarr v3 group.
 
     Use `create` or `open`; the format is described in ``docs/store.md``.
@@ -241,9 +227,7 @@ class FeatureStore(StoreHeader):
             "id": str(uuid.uuid4()),
             "n_classes": int(n_classes),
             "producer": f"ncbatch {__version__}",
-            "layers": {
-                name: {"n_features": s.n_features, "dtype": s.dtype} for name, s in specs.items()
-            },
+            "layers": {name: asdict(spec) for name, spec in specs.items()},
         }
         if class_names is not None:
             header["class_names"] = [str(name) for name in class_names]
@@ -286,28 +270,30 @@ class FeatureStore(StoreHeader):
     @property
     def lost_splits(self) -> dict[str, int]:
         """Complete splits whose labels are gone, with the samples that they had."""
-        found = {}
-        for name, group in subgroups(self._root):
-            attributes: Any = group.attrs.get(ATTRIBUTE, {})
-            if "n_samples" in attributes and find_node(group, "label") is None:
-                found[name] = int(attributes["n_samples"])
-        return found
+        counts = {
+            name: read_attributes(group)["n_samples"]
+            for name, group in subgroups(self._root)
+            if "n_samples" in read_attributes(group)
+        }
+        return {name: n for name, n in counts.items() if name not in self.splits}
 
     def split(self, name: str) -> Split:
-        """Give a split for reading.
+        """Open a split for reading.
 
         Raises
         ------
         UnknownNameError
             When there is none of that name.
         """
-        group = find_node(self._root, name) if _may_be_split(name) else None
+        # A name may lead elsewhere: deeper into the store, or to the classifiers.
+        elsewhere = not name or "/" in name or name == CLASSIFIER
+        group = None if elsewhere else find_node(self._root, name)
         if not isinstance(group, zarr.Group) or find_node(group, "label") is None:
             raise unknown_name("split", name, self.splits, self.path)
         return Split(name, group, self.path, self.n_classes)
 
     def layout(self, split: str) -> Layout | None:
-        """Give what several writers of a split have agreed on.
+        """Return what several writers of a split have agreed on.
 
         None when it was not begun, or by a single writer, and once it is finalized.
         """
@@ -321,22 +307,21 @@ class FeatureStore(StoreHeader):
         """
         token = token or str(uuid.uuid4())
         try:
-            group = found_group(found_group(self._root, split), task, {"token": token})
+            group = require_group(require_group(self._root, split), task, {"token": token})
         except KeyError:  # given back while this process looked
             return False
         return group.attrs.get("token") == token
 
     def claimant(self, split: str, task: str) -> str | None:
-        """Give the token of the process that has taken a task; None when none has."""
+        """Return the token of the process that has taken a task; None when none has."""
         group = self._root.get(f"{split}/{task}")
-        found = group.attrs.get("token") if isinstance(group, zarr.Group) else None
-        return None if found is None else str(found)
+        token = group.attrs.get("token") if isinstance(group, zarr.Group) else None
+        return None if token is None else str(token)
 
     def release(self, split: str, task: str) -> None:
         """Give back a task that was taken."""
-        group = self._root.get(split)
-        if isinstance(group, zarr.Group) and task in group:
-            del group[task]
+        if f"{split}/{task}" in self._root:
+            del self._root[f"{split}/{task}"]
 
     def layers(self, split: str | None = None) -> list[str]:
         """Name the complete layers of a split, or of any split, in the order written."""
@@ -407,9 +392,17 @@ class FeatureStore(StoreHeader):
         if head is not None and head not in specs:
             raise unknown_name("head layer", head, specs, f"the layers of split '{split}'")
         return Writer(
-            self._root, split, self.path, self.n_classes, specs, share=share,
-            n_samples=n_samples, head=head, resume=resume, overwrite=overwrite,
-        )  # fmt: skip
+            self._root,
+            split,
+            self.path,
+            self.n_classes,
+            specs,
+            share=share,
+            n_samples=n_samples,
+            head=head,
+            resume=resume,
+            overwrite=overwrite,
+        )
 
     def add_layers(
         self,
@@ -515,8 +508,7 @@ class FeatureStore(StoreHeader):
                         f"{width}, as in split '{name}' of {self.path}",
                     )
         if but != CLASSIFIER and layer in self.classifiers:
-            arrays = {array.basename: array for array in self.classifier_arrays(layer)}
-            width = int(arrays["weight"].shape[1])
+            width = int(self.classifier_arrays(layer)[-1].shape[1])
             if width != n_features:
                 raise DataError(
                     f"layer '{layer}' with {n_features} features",
@@ -542,7 +534,7 @@ class FeatureStore(StoreHeader):
             When shapes do not fit or a value is not finite.
         """
         check_name("layer", layer)
-        w, b = checked_classifier(weight, bias, self.n_classes)
+        w, b = check_classifier(weight, bias, self.n_classes)
         self.check_width(layer, w.shape[1], but=CLASSIFIER)
         store_classifier(self._root, layer, w, b)
 
@@ -566,7 +558,7 @@ class FeatureStore(StoreHeader):
         return digest.hexdigest()[:32]
 
     def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
-        """Give the stored arrays of a layer's classifier."""
+        """Return the stored arrays of a layer's classifier: its bias, where it has one, and weight."""
         names = [f"{CLASSIFIER}/{layer}/{name}" for name in ("bias", "weight")]
         return [array for array in open_arrays(self._root, names) if array is not None]
 
@@ -576,80 +568,10 @@ class FeatureStore(StoreHeader):
         group = find_node(self._root, CLASSIFIER)
         if not isinstance(group, zarr.Group):
             return []
-        return [name for name, found in subgroups(group) if found.attrs.get("complete")]
-
-    def set_state(
-        self,
-        split: str,
-        layer: str,
-        kind: str,
-        arrays: Mapping[str, Array],
-        attributes: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Store what sums the samples of a layer up, replacing an earlier state of that kind.
-
-        Parameters
-        ----------
-        split, layer : str
-            Of which samples; neither needs rows in the store.
-        kind : str
-            Such as ``moments`` or ``decisions``; ``docs/store.md`` lists their arrays.
-        arrays : mapping of str to array
-            Integers or floats, in memory.
-        attributes : mapping, optional
-            What JSON can hold.
-
-        Raises
-        ------
-        UsageError
-            For a name that cannot be part of a path.
-        DataError
-            For an array of another type or without a dimension.
-        """
-        host = {name: to_numpy(array) for name, array in arrays.items()}
-        store_state(self._root, split, layer, kind, host, attributes)
-
-    def state(self, split: str, layer: str, kind: str) -> State | None:
-        """Read a state: its arrays and attributes, as `set_state` took them; None without one.
-
-        Raises
-        ------
-        CorruptionError
-            Names a chunk that cannot be read.
-        """
-        return read_state(self._root, split, layer, kind)
-
-    def state_arrays(self, split: str, layer: str, kind: str) -> dict[str, zarr.Array[Any]] | None:
-        """Open the arrays of a state without reading them; None without one."""
-        return state_arrays(self._root, split, layer, kind)
-
-    def state_attributes(self, split: str, layer: str, kind: str) -> dict[str, Any]:
-        """Give the attributes of a state; empty without one."""
-        return state_attributes(self._root, split, layer, kind)
-
-    def state_fingerprint(self, split: str, layer: str, kind: str) -> str:
-        """Hash the shapes and stored checksums of a state; 32 hexadecimal digits."""
-        return state_fingerprint(self._root, split, layer, kind)
-
-    def state_layers(self, split: str, kind: str = "moments") -> list[str]:
-        """Name the layers of a split that have a state of that kind."""
-        return [layer for layer, found in states_of(self._root, split) if found == kind]
-
-    def state_kinds(self, split: str) -> list[tuple[str, str]]:
-        """Give (layer, kind) of every state of a split."""
-        return list(states_of(self._root, split))
-
-    @property
-    def state_splits(self) -> list[str]:
-        """Names of the splits that hold states, with or without rows."""
-        return splits_with_states(self._root)
-
-    def delete_state(self, split: str, layer: str, kind: str) -> None:
-        """Delete a state, if it is there."""
-        delete_state(self._root, split, layer, kind)
+        return [name for name, layer in subgroups(group) if layer.attrs.get("complete")]
 
     def to_dask(self, split: str, layer: str, device: Literal["cpu", "cuda"] = "cpu") -> da.Array:
-        """Give a layer's rows as a Dask array (sample, unit), one block per chunk.
+        """Return a layer's rows as a Dask array (sample, unit), one block per chunk.
 
         Rows without a sample (label -1) are included; bfloat16 becomes float32.
 
@@ -667,10 +589,18 @@ class FeatureStore(StoreHeader):
         UsageError
             When ``cuda`` is asked for and CuPy or a device is missing here.
         """
-        return dask_view(self.split(split), layer, device)
+        import dask.array as da
+
+        if device not in ("cpu", "cuda"):
+            raise UsageError(f"device '{device}'", "cpu or cuda")
+        array = da.from_zarr(self.split(split).feature(layer))
+        dtype = np.dtype("float32") if array.dtype == DTYPES["bfloat16"] else array.dtype
+        if device == "cuda":
+            return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
+        return array.astype(dtype)
 
     def to_xarray(self, split: str, layer: str) -> xr.Dataset:
-        """Give a layer as a Dask-backed Dataset of its samples.
+        """Return a layer as a Dask-backed Dataset of its samples.
 
         Returns
         -------
@@ -678,12 +608,23 @@ class FeatureStore(StoreHeader):
             ``feature(sample, unit)`` and ``label(sample)``, and ``prediction(sample)`` where
             stored; rows that are no samples are left out.
         """
-        return xarray_view(self.split(split), layer, self.id)
+        import xarray as xr
+
+        rows = self.split(split)
+        labels = rows.labels()
+        variables: dict[str, Any] = {
+            "feature": (("sample", "unit"), self.to_dask(split, layer)),
+            "label": (("sample",), labels),
+        }
+        if rows.head is not None:
+            variables["prediction"] = (("sample",), rows.predictions())
+        attributes = {"store": self.path, "store_id": self.id, "split": split, "layer": layer}
+        dataset = xr.Dataset(variables, attrs=attributes)
+        samples = np.flatnonzero(labels >= 0)
+        return dataset if samples.size == labels.size else dataset.isel(sample=samples)
 
     def validate(self) -> list[Fault]:
         """Read everything and name every bad chunk and impossible value; empty when all is well."""
-        from ncbatch.store.faults import find_faults
-
         return find_faults(self)
 
     def _specs_to_write(
@@ -703,8 +644,3 @@ class FeatureStore(StoreHeader):
                 "no layer to write", "layers declared at create, or layers={name: width}"
             )
         return specs
-
-
-def _may_be_split(name: str) -> bool:
-    """Whether a name leads to a group right below the root that is not of the classifiers."""
-    return bool(name) and "/" not in name and name != CLASSIFIER

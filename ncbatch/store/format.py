@@ -1,4 +1,4 @@
-"""Store format 1: names, dtypes and chunk shapes, and checks of what is found."""
+"""Store format 1: its names, dtypes and chunk shapes, and what a store says of itself."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from zarr.core.dtype.npy.float import BaseFloat
 
 from ncbatch.errors import StoreError, UsageError
 
-# bfloat16 as a Zarr data type: stock zarr can neither create nor open it.
-
-
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(BaseFloat[Any, Any]):
-    """The Zarr v3 data type ``bfloat16``, in memory ``ml_dtypes.bfloat16``."""
+    """The Zarr v3 data type ``bfloat16``, in memory ``ml_dtypes.bfloat16``.
+
+    Stock zarr can neither create nor open it.
+    """
 
     dtype_cls = type(_NATIVE)
     _zarr_v3_name = "bfloat16"
@@ -39,7 +39,7 @@ class BFloat16(BaseFloat[Any, Any]):
         return cls()
 
     def to_native_dtype(self) -> Any:
-        """Give the NumPy data type, which has no byte order to set."""
+        """Return the NumPy data type, which has no byte order to set."""
         return _NATIVE
 
     @property
@@ -48,27 +48,8 @@ class BFloat16(BaseFloat[Any, Any]):
         return 2
 
 
-def register() -> None:
-    """Make zarr know bfloat16; needed once per process, harmless when repeated."""
-    data_type_registry.register("bfloat16", BFloat16)
-
-
-# Names in the order in which a person counts them.
-
-
-def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Give the key that sorts names by the numbers in them.
-
-    Examples
-    --------
-    >>> sorted(["h.10", "h.2"], key=natural_key)
-    ['h.2', 'h.10']
-    """
-    parts = re.split(r"(\d+)", name)
-    return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]
-
-
-register()
+# Needed once per process: zarr 3.1.6 does not load the entry point that names the class.
+data_type_registry.register("bfloat16", BFloat16)
 
 FORMAT = 1
 ATTRIBUTE = "ncbatch"
@@ -95,6 +76,11 @@ class LayerSpec:
     n_features: int
     dtype: str
 
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Self:
+        """Make it from what JSON holds of it."""
+        return cls(int(record["n_features"]), str(record["dtype"]))
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
@@ -104,6 +90,24 @@ class LayerSpec:
     def numpy_dtype(self) -> np.dtype[Any]:
         """The dtype in memory."""
         return np.dtype(DTYPES[self.dtype])
+
+
+def read_attributes(group: zarr.Group) -> dict[str, Any]:
+    """Return what this package has recorded in a group's attributes; empty where it has not."""
+    record = group.attrs.get(ATTRIBUTE)
+    return record if isinstance(record, dict) else {}
+
+
+def natural_key(name: str) -> list[tuple[int, int | str]]:
+    """Return the key that sorts names by the numbers in them, as a person counts.
+
+    Examples
+    --------
+    >>> sorted(["h.10", "h.2"], key=natural_key)
+    ['h.2', 'h.10']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]
 
 
 def layer_specs(layers: Mapping[str, int], dtype: str) -> dict[str, LayerSpec]:
@@ -161,23 +165,23 @@ def chunk_rows(spec: LayerSpec, n_samples: int | None = None) -> int:
     >>> chunk_rows(LayerSpec(768, "float16"), n_samples=1000)
     1024
     """
-    rows = 1 << max((CHUNK_BYTES // spec.row_bytes).bit_length() - 1, 0)
-    rows = min(rows, MAX_CHUNK_ROWS)
+    fit = CHUNK_BYTES // spec.row_bytes
+    rows = min(1 << max(fit.bit_length() - 1, 0), MAX_CHUNK_ROWS)
     if n_samples is not None:
         rows = min(rows, 1 << max(n_samples - 1, 0).bit_length())
     return rows
 
 
 def read_header(group: zarr.Group, path: str) -> dict[str, Any]:
-    """Check that `group` is a store of a format this version reads; give its header.
+    """Return the header of a store, once it is known to be one of a format this version reads.
 
     Raises
     ------
     StoreError
         When it is no store, or one of a newer format.
     """
-    header = group.attrs.get(ATTRIBUTE)
-    if not isinstance(header, dict) or "format" not in header:
+    header = read_attributes(group)
+    if "format" not in header:
         raise StoreError(
             f"'{path}' is a Zarr group but no ncbatch store",
             f"attribute '{ATTRIBUTE}' with a format",

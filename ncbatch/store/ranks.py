@@ -1,39 +1,41 @@
-"""What several writers of one split agree on without talking: they derive it from their arguments."""
+"""Writers of one split, one or several: whose rows are where, what each has committed, and the end.
+
+Several writers do not talk: what they agree on they derive from their arguments.
+"""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.core.sync import sync
 
 from ncbatch.errors import StoreError, UsageError
 from ncbatch.store.chunks import (
+    check_present,
     chunk_fault,
+    chunk_range,
     create_feature,
-    create_label,
-    create_prediction,
+    create_ids,
     find_node,
     find_nodes,
-    found_group,
     open_array,
     present_chunks,
+    require_group,
     stored_chunks,
     subgroups,
     trim,
 )
-from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec, chunk_rows
+from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec, chunk_rows, read_attributes
 from ncbatch.store.place import RemoteStore, rename
 
-# What each writer of a split owns, and the record it keeps of what it has committed.
-
-
+ARRAYS = "arrays"
 _CLAIM = "claim"
+_LAYOUT = "layout"
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,20 @@ class Share:
         """Whether there are other writers."""
         return self.world_size > 1
 
-    def row(self, own: int, block: int) -> int:
-        """Give the row of the split that is this writer's own row number `own`.
+    def row(self, number: int, block: int) -> int:
+        """Return the row of the split that is this writer's row number `number`.
 
         Examples
         --------
-        >>> [Share(1, 3).row(own, block=2) for own in range(5)]
+        >>> [Share(1, 3).row(number, block=2) for number in range(5)]
         [2, 3, 8, 9, 14]
         """
-        full, rest = divmod(own, block)
+        full, rest = divmod(number, block)
         return self.block(full) * block + rest
 
-    def block(self, own: int) -> int:
-        """Give the base block that is this writer's own block number `own`."""
-        return own * self.world_size + self.rank
+    def block(self, number: int) -> int:
+        """Return the base block that is this writer's block number `number`."""
+        return number * self.world_size + self.rank
 
 
 @dataclass(frozen=True)
@@ -105,46 +107,35 @@ class CommitRecord:
     final: bool = False
 
     def stop(self, block: int) -> int:
-        """Give the row of the split after the last one committed; 0 without any."""
+        """Return the row of the split after the last one committed; 0 without any."""
         return self.share.row(self.position - 1, block) + 1 if self.position else 0
 
     def save(self, group: zarr.Group) -> None:
         """Store the record in the split's `group`, in the place of this writer's last one."""
         home = find_node(group, f"writers/{self.share.rank}")
         if not isinstance(home, zarr.Group):
-            home = found_group(found_group(group, "writers"), str(self.share.rank))
+            home = require_group(require_group(group, "writers"), str(self.share.rank))
         home.update_attributes({ATTRIBUTE: self._attributes()})
 
     def _attributes(self) -> dict[str, Any]:
-        return {
-            "rank": self.share.rank,
-            "world_size": self.share.world_size,
-            "blocks": self.blocks,
-            "rows": self.rows,
-            "position": self.position,
-            "final": self.final,
-        }
+        values = asdict(self)
+        return {**values.pop("share"), **values}
 
 
 def read_record(group: zarr.Group, share: Share) -> CommitRecord | None:
     """Read the record of a writer; None when it has not begun."""
     home = find_node(group, f"writers/{share.rank}")
-    found = {} if home is None else home.attrs.get(ATTRIBUTE)
-    if not isinstance(found, dict) or "blocks" not in found:
+    values = read_attributes(home) if isinstance(home, zarr.Group) else {}
+    if "blocks" not in values:
         return None
-    return CommitRecord(
-        share,
-        int(found["blocks"]),
-        int(found["rows"]),
-        int(found["position"]),
-        bool(found["final"]),
-    )
+    names = ("blocks", "rows", "position", "final")
+    return CommitRecord(share, **{name: values[name] for name in names})
 
 
 def read_records(group: zarr.Group, world_size: int) -> list[CommitRecord]:
     """Read the records of the writers that have begun, by rank."""
-    found = (read_record(group, Share(rank, world_size)) for rank in range(world_size))
-    return [record for record in found if record is not None]
+    records = (read_record(group, Share(rank, world_size)) for rank in range(world_size))
+    return [record for record in records if record is not None]
 
 
 def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> CommitRecord:
@@ -174,14 +165,14 @@ def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> Commi
     token = str(uuid.uuid4())
     fresh = CommitRecord(share)
     attributes = {ATTRIBUTE: fresh._attributes() | {_CLAIM: token}}
-    home = found_group(found_group(group, "writers"), str(share.rank), attributes)
-    found = home.attrs.get(ATTRIBUTE)
-    mine = isinstance(found, dict) and found.get(_CLAIM) == token
+    home = require_group(require_group(group, "writers"), str(share.rank), attributes)
+    mine = read_attributes(home).get(_CLAIM) == token
     if not mine and not resume:
         raise StoreError(
             f"writer {share.rank} of {share.world_size} of {named} has begun already",
             "a rank of its own for every process that writes",
-            "give rank= and world_size= to each of several writers; resume=True goes on after one that stopped",
+            "give rank= and world_size= to each of several writers; "
+            "resume=True goes on after one that stopped",
         )
     return fresh if mine else read_record(group, share) or fresh
 
@@ -219,8 +210,10 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
     CorruptionError
         When labels that the record claims are missing.
     """
-    block, share = int(label.chunks[0]), record.share
-    stored, blocks = set(stored_chunks(label)), 0
+    block = int(label.chunks[0])
+    share = record.share
+    stored = set(stored_chunks(label))
+    blocks = 0
     while share.block(blocks) in stored:
         blocks += 1
     if blocks < record.blocks:
@@ -229,19 +222,14 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
         stop = (share.block(blocks - 1) + 1) * block
         if label.shape[0] < stop or np.asarray(label[stop - 1 : stop])[0] < 0:
             blocks -= 1  # killed while it ended: the last block is written again
-    rows = sum(n_samples(label, [share.block(own)]) for own in range(blocks))
+    rows = n_samples(label, map(share.block, range(blocks)))
     return replace(record, blocks=blocks, rows=rows, position=blocks * block, final=False)
 
 
-def n_samples(label: zarr.Array[Any], blocks: Sequence[int]) -> int:
+def n_samples(label: zarr.Array[Any], blocks: Iterable[int]) -> int:
     """Count the samples (label >= 0) in some base blocks."""
-    rows = int(label.chunks[0])
-    return sum(
-        int(np.count_nonzero(np.asarray(label[b * rows : (b + 1) * rows]) >= 0)) for b in blocks
-    )
-
-
-_LAYOUT = "layout"
+    parts = (np.asarray(label[slice(*chunk_range(label, block))]) for block in blocks)
+    return sum(int(np.count_nonzero(labels >= 0)) for labels in parts)
 
 
 @dataclass(frozen=True)
@@ -280,28 +268,23 @@ class Layout:
     @classmethod
     def read(cls, group: zarr.Group) -> Self | None:
         """Read the layout of a split; None for one of a single writer, and once it is finalized."""
-        attributes = group.attrs.get(ATTRIBUTE)
-        found = attributes.get(_LAYOUT) if isinstance(attributes, dict) else None
-        if not isinstance(found, dict):
+        record = read_attributes(group).get(_LAYOUT)
+        if not isinstance(record, dict):
             return None
-        layers = found["layers"]
+        layers = record["layers"]
         return cls(
-            int(found["world_size"]),
-            int(found["n_samples"]),
-            {name: LayerSpec(int(x["n_features"]), x["dtype"]) for name, x in layers.items()},
-            {name: int(x["chunk_rows"]) for name, x in layers.items()},
-            found["head"],
+            record["world_size"],
+            record["n_samples"],
+            {name: LayerSpec.read(layer) for name, layer in layers.items()},
+            {name: layer["chunk_rows"] for name, layer in layers.items()},
+            record["head"],
         )
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes of the split's group that record the layout."""
         layers = {
-            name: {
-                "n_features": spec.n_features,
-                "dtype": spec.dtype,
-                "chunk_rows": self.chunk_rows[name],
-            }
+            name: asdict(spec) | {"chunk_rows": self.chunk_rows[name]}
             for name, spec in self.layers.items()
         }
         record = {"world_size": self.world_size, "n_samples": self.n_samples, "head": self.head}
@@ -328,31 +311,33 @@ class Layout:
         StoreError
             Names the first difference.
         """
-        for what, here, there in self._compared(asked):
-            if here != there:
+        begun = self._arguments()
+        for what, value in asked._arguments().items():
+            if begun[what] != value:
                 raise StoreError(
-                    f"{named} was begun with {what} {here}",
-                    f"{there}, as this writer was asked for",
+                    f"{named} was begun with {what} {begun[what]}",
+                    f"{value}, as this writer was asked for",
                     "give all its writers the same arguments, or delete the split first",
                 )
 
-    def _compared(self, asked: Layout) -> list[tuple[str, object, object]]:
-        layers = sorted(self.layers.keys() | asked.layers.keys())
-        return [
-            ("world_size", self.world_size, asked.world_size),
-            ("layers", ", ".join(sorted(self.layers)), ", ".join(sorted(asked.layers))),
-            *((f"layer '{x}'", self.layers.get(x), asked.layers.get(x)) for x in layers),
-            ("head", self.head, asked.head),
-            ("n_samples", self.n_samples, asked.n_samples),
-        ]
+    def _arguments(self) -> dict[str, object]:
+        """Return what writers must agree on, in the order in which it is compared."""
+        layers = sorted(self.layers)
+        return {
+            "world_size": self.world_size,
+            "layers": ", ".join(layers),
+            **{f"layer '{name}'": self.layers[name] for name in layers},
+            "head": self.head,
+            "n_samples": self.n_samples,
+        }
 
     def create_arrays(self, group: zarr.Group) -> None:
         """Make every array of the split that is not there, features first."""
         for order, (name, spec) in enumerate(self.layers.items()):
             create_feature(group, name, spec, self.capacity, self.chunk_rows[name], order)
         if self.head is not None:
-            create_prediction(group, self.capacity, self.base_block, self.head)
-        create_label(group, self.capacity, self.base_block)
+            create_ids(group, "prediction", self.capacity, self.base_block, head=self.head)
+        create_ids(group, "label", self.capacity, self.base_block)
 
 
 def join_split(
@@ -400,7 +385,7 @@ def join_split(
             "too large a number costs nothing",
         )
     asked = Layout.plan(layers, world_size, n_samples, head)
-    group = found_group(root, split, asked.attributes)
+    group = require_group(root, split, asked.attributes)
     stored = Layout.read(group)
     if stored is None:
         raise StoreError(
@@ -410,12 +395,6 @@ def join_split(
         )
     stored.check(asked, named)
     return group, stored
-
-
-# The end of writing: every writer has ended, arrays end at the last row, samples are counted.
-
-
-ARRAYS = "arrays"
 
 
 def finalize_split(group: zarr.Group, named: str) -> None:
@@ -457,37 +436,40 @@ def finalize_split(group: zarr.Group, named: str) -> None:
 
 def record_arrays(group: zarr.Group) -> None:
     """Record which arrays a complete split has, so that the loss of a whole one is noticed."""
-    attributes: dict[str, Any] = dict(group.attrs[ATTRIBUTE])  # type: ignore[arg-type]
-    known = attributes.get(ARRAYS, [])
-    names = list(dict.fromkeys([*known, *_arrays(group)]))
+    attributes = read_attributes(group)
+    names = list(dict.fromkeys([*attributes.get(ARRAYS, []), *_arrays(group)]))
     group.update_attributes({ATTRIBUTE: attributes | {ARRAYS: names}})
 
 
 def _arrays(group: zarr.Group) -> list[str]:
     """Name the arrays as `Split.arrays` does."""
-    found = [name for name in ("label", "prediction") if name in group]
-    layers = group.get("layers")
-    if isinstance(layers, zarr.Group):
-        found += [
-            f"layers/{name}"
-            for name, layer in subgroups(layers)
-            if not name.startswith(STAGED) and layer.attrs.get("complete")
-        ]
-    return found
+    ids = (name for name in ("label", "prediction") if name in group)
+    layers = (
+        f"layers/{name}"
+        for name, layer in layer_groups(group)
+        if not name.startswith(STAGED) and layer.attrs.get("complete")
+    )
+    return [*ids, *layers]
+
+
+def layer_groups(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
+    """Yield the groups of a split's layers by name, complete or not."""
+    layers = find_node(split, "layers")
+    return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
 
 
 def _check_ended(records: list[CommitRecord], world_size: int, named: str) -> None:
     begun = {record.share.rank: record for record in records}
     missing = [str(rank) for rank in range(world_size) if rank not in begun]
     writing = [str(rank) for rank, record in begun.items() if not record.final]
-    found = []
+    reasons = []
     if missing:
-        found.append(f"no record of writer {', '.join(missing)}")
+        reasons.append(f"no record of writer {', '.join(missing)}")
     if writing:
-        found.append(f"no end of writer {', '.join(writing)}")
-    if found:
+        reasons.append(f"no end of writer {', '.join(writing)}")
+    if reasons:
         raise StoreError(
-            f"{named} has {' and '.join(found)}",
+            f"{named} has {' and '.join(reasons)}",
             f"all of 0..{world_size - 1} closed" if world_size > 1 else "it to be closed",
             "let them end; resume those that stopped, and begin those that never did",
         )
@@ -497,13 +479,9 @@ def _check_labels(group: zarr.Group, stop: int, records: list[CommitRecord]) -> 
     """Refuse lost labels; store holes where a writer had no row, so that all labels are there."""
     label = open_array(group, "label", stop)
     present = present_chunks(label)
-    claimed = claimed_blocks(records, present.size)
-    lost = np.flatnonzero(claimed[: present.size] & ~present)
-    if lost.size:
-        raise chunk_fault(label, int(lost[0]), "chunk is missing").error()
-    rows = int(label.chunks[0])
+    check_present(label, claimed_blocks(records, present.size)[: present.size])
     for block in np.flatnonzero(~present).tolist():
-        label[block * rows : min((block + 1) * rows, stop)] = -1
+        label[slice(*chunk_range(label, block))] = -1
 
 
 def finish_renaming(split: zarr.Group) -> None:
@@ -514,22 +492,16 @@ def finish_renaming(split: zarr.Group) -> None:
     """
     if not isinstance(split.store, RemoteStore):
         return
-    layers = find_node(split, "layers")
-    groups = subgroups(layers) if isinstance(layers, zarr.Group) else ()
     complete = [
-        name for name, group in groups if name.startswith(STAGED) and group.attrs.get("complete")
+        name
+        for name, group in layer_groups(split)
+        if name.startswith(STAGED) and group.attrs.get("complete")
     ]
-    known: Any = split.attrs.get(ATTRIBUTE, {})
     current, staged = find_nodes(split, ["prediction", f"{STAGED}prediction"])
-    lost = "prediction" in known.get(ARRAYS, ()) and current is None
+    lost = "prediction" in read_attributes(split).get(ARRAYS, ()) and current is None
     if staged is not None and (complete or lost):
         rename(split, f"{STAGED}prediction", "prediction")
     for name in complete:
         rename(split, f"layers/{name}", f"layers/{name.removeprefix(STAGED)}")
     if complete or lost:
         record_arrays(split)
-
-
-def delete_node(group: zarr.Group, name: str) -> None:
-    """Delete a node of `group` with all below, even where its own metadata is gone already."""
-    sync(group.store.delete_dir(f"{group.path}/{name}"))

@@ -6,33 +6,31 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
-from ncbatch.arrays.devices import cuda_chunk, cuda_meta
-from ncbatch.errors import StoreError, UsageError, unknown_name
+from ncbatch.errors import StoreError, unknown_name
 from ncbatch.store.chunks import (
+    check_present,
     checksums,
     chunk_fault,
+    chunk_range,
     chunks_at_once,
-    find_node,
     map_ahead,
     open_array,
     open_arrays,
     present_chunks,
     read_rows,
     stored_chunks,
-    subgroups,
 )
-from ncbatch.store.format import ATTRIBUTE, DTYPES, STAGED, LayerSpec
-from ncbatch.store.ranks import CommitRecord, Layout, claimed_blocks, read_records
+from ncbatch.store.format import STAGED, LayerSpec, read_attributes
+from ncbatch.store.ranks import CommitRecord, Layout, claimed_blocks, layer_groups, read_records
 
-if TYPE_CHECKING:
-    import dask.array as da
-    import xarray as xr
+# The first row of a range, and something for each row from there on.
+Part: TypeAlias = tuple[int, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -100,44 +98,33 @@ class Split:
     @property
     def finalized(self) -> bool:
         """Whether writing has ended; otherwise a writer runs or was interrupted."""
-        return "n_samples" in self._attributes
+        return "n_samples" in read_attributes(self.group)
 
     @property
     def n_samples(self) -> int:
         """Rows that are samples (label >= 0)."""
         if self.finalized:
-            return int(self._attributes["n_samples"])
+            return int(read_attributes(self.group)["n_samples"])
         return sum(int(np.count_nonzero(y >= 0)) for _, y in self.label_blocks())
-
-    @property
-    def _attributes(self) -> dict[str, Any]:
-        found = self.group.attrs.get(ATTRIBUTE, {})
-        return found if isinstance(found, dict) else {}
 
     @cached_property
     def features(self) -> dict[str, zarr.Array[Any]]:
         """The stored feature arrays of the complete layers, by name, in the order written."""
         orders = {
             name: layer.attrs.get("order", 0)
-            for name, layer in self._layer_groups()
+            for name, layer in layer_groups(self.group)
             if not name.startswith(STAGED) and layer.attrs.get("complete")
         }
         names = sorted(orders, key=lambda name: (orders[name], name))
-        paths = [f"layers/{name}/feature" for name in names]
-        arrays = self._arrays(paths)
+        arrays = self._arrays([f"layers/{name}/feature" for name in names])
         return {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
-
-    def _layer_groups(self) -> Iterator[tuple[str, zarr.Group]]:
-        layers = find_node(self.group, "layers")
-        return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
 
     @property
     def arrays(self) -> dict[str, zarr.Array[Any]]:
         """Every array of the split: ``label``, ``prediction`` if stored, and the features."""
-        found = {"label": self._label}
-        if self._prediction is not None:
-            found["prediction"] = self._prediction
-        return found | {f"layers/{name}": array for name, array in self.features.items()}
+        ids = {"label": self._label, "prediction": self._prediction}
+        layers = {f"layers/{name}": array for name, array in self.features.items()}
+        return {name: array for name, array in ids.items() if array is not None} | layers
 
     @property
     def layers(self) -> list[str]:
@@ -147,7 +134,7 @@ class Split:
     @property
     def incomplete_layers(self) -> list[str]:
         """Layers whose writing has not ended, invisible until it has."""
-        names = (name for name, _ in self._layer_groups() if name not in self.features)
+        names = (name for name, _ in layer_groups(self.group) if name not in self.features)
         return sorted(name.removeprefix(STAGED) for name in names)
 
     def spec(self, layer: str) -> LayerSpec:
@@ -156,7 +143,7 @@ class Split:
         return LayerSpec(int(array.shape[1]), str(array.dtype))
 
     def feature(self, layer: str) -> zarr.Array[Any]:
-        """Give a layer's feature array (sample, unit).
+        """Return a layer's feature array (sample, unit).
 
         Raises
         ------
@@ -198,28 +185,23 @@ class Split:
         return read_rows(self._prediction, start, self.n_rows if stop is None else stop)
 
     def label_blocks(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
-        """Give (first row, labels) of every base block, in order.
+        """Yield (first row, labels) of every base block, in order.
 
         Raises
         ------
         CorruptionError
             When a label chunk is missing whose rows were committed once.
         """
-        self._check_labels_present()
-        starts = range(0, self.n_rows, self.base_block)
+        check_present(self._label, self.label_chunks_expected)
 
-        def block(start: int) -> tuple[int, npt.NDArray[np.int32]]:
-            return start, self.labels(start, min(start + self.base_block, self.n_rows))
+        def block(index: int) -> tuple[int, npt.NDArray[np.int32]]:
+            start, stop = chunk_range(self._label, index)
+            return start, self.labels(start, stop)
 
-        yield from map_ahead(block, starts, self.chunks_at_once)
-
-    def _check_labels_present(self) -> None:
-        missing = np.flatnonzero(self.label_chunks_expected & ~present_chunks(self._label))
-        if missing.size:
-            raise chunk_fault(self._label, int(missing[0]), "chunk is missing").error()
+        yield from map_ahead(block, range(self.label_chunks_expected.size), self.chunks_at_once)
 
     def read(self, layer: str, start: int, stop: int, *, widened: bool = True) -> npt.NDArray[Any]:
-        """Read features of rows [start, stop) in their stored dtype; bfloat16 as float32 if `widened`."""
+        """Read features of rows [start, stop) as stored; bfloat16 as float32 if `widened`."""
         rows = read_rows(self.feature(layer), start, stop)
         narrow = widened and self.spec(layer).dtype == "bfloat16"
         return rows.astype(np.float32) if narrow else rows
@@ -232,11 +214,11 @@ class Split:
     def read_each(
         self,
         layer: str,
-        parts: Iterable[tuple[int, npt.NDArray[Any]]],
+        parts: Iterable[Part],
         *,
         widened: bool = True,
-    ) -> Iterator[tuple[tuple[int, npt.NDArray[Any]], npt.NDArray[Any]]]:
-        """Read features of ranges of rows one after the other, ahead of the caller in an object store.
+    ) -> Iterator[tuple[Part, npt.NDArray[Any]]]:
+        """Read features of ranges of rows in turn, ahead of the caller in an object store.
 
         Parameters
         ----------
@@ -253,9 +235,7 @@ class Split:
             The part, and its features.
         """
 
-        def read(
-            part: tuple[int, npt.NDArray[Any]],
-        ) -> tuple[tuple[int, npt.NDArray[Any]], npt.NDArray[Any]]:
+        def read(part: Part) -> tuple[Part, npt.NDArray[Any]]:
             first, values = part
             return part, self.read(layer, first, first + len(values), widened=widened)
 
@@ -270,14 +250,13 @@ class Split:
         CorruptionError
             Names the first such chunk.
         """
-        self._check_labels_present()
+        check_present(self._label, self.label_chunks_expected)
         arrays = [self.feature(layer)]
         if self._prediction is not None and self.head == layer:
             arrays.append(self._prediction)
         for array in arrays:
             for index in np.flatnonzero(~present_chunks(array)).tolist():
-                start = index * array.chunks[0]
-                if np.any(self.labels(start, min(start + array.chunks[0], self.n_rows)) >= 0):
+                if np.any(self.labels(*chunk_range(array, index)) >= 0):
                     raise chunk_fault(array, index, "chunk is missing").error()
 
     def fingerprint(self, layer: str, class_filter: str = "") -> str:
@@ -304,36 +283,3 @@ class Split:
         """Hash the stored checksums of the predictions; 32 hexadecimal digits."""
         assert self._prediction is not None
         return checksums(self._prediction).hex()[:32]
-
-
-# Dask and xarray views of a layer.
-
-
-def dask_view(split: Split, layer: str, device: str) -> da.Array:
-    """Give a layer's rows as a Dask array; see `FeatureStore.to_dask`."""
-    import dask.array as da
-
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device '{device}'", "cpu or cuda")
-    array = da.from_zarr(split.feature(layer))
-    dtype = np.dtype("float32") if array.dtype == DTYPES["bfloat16"] else array.dtype
-    if device == "cuda":
-        return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
-    return array.astype(dtype)
-
-
-def xarray_view(split: Split, layer: str, store_id: str) -> xr.Dataset:
-    """Give a layer as a Dataset of its samples; see `FeatureStore.to_xarray`."""
-    import xarray as xr
-
-    labels = split.labels()
-    variables: dict[str, Any] = {
-        "feature": (("sample", "unit"), dask_view(split, layer, "cpu")),
-        "label": (("sample",), labels),
-    }
-    if split.head is not None:
-        variables["prediction"] = (("sample",), split.predictions())
-    about = {"store": split.where, "store_id": store_id, "split": split.name, "layer": layer}
-    dataset = xr.Dataset(variables, attrs=about)
-    rows = np.flatnonzero(labels >= 0)
-    return dataset if rows.size == labels.size else dataset.isel(sample=rows)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.core.sync import sync
 
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.store.chunks import (
-    create_feature,
-    create_label,
-    create_prediction,
-    found_group,
-    open_array,
-)
+from ncbatch.store.chunks import create_feature, create_ids, open_array, require_group
 from ncbatch.store.format import STAGED, LayerSpec, chunk_rows
 from ncbatch.store.place import rename
 from ncbatch.store.ranks import (
@@ -27,7 +23,6 @@ from ncbatch.store.ranks import (
     Layout,
     Share,
     claim,
-    delete_node,
     finalize_split,
     join_split,
     record_arrays,
@@ -36,29 +31,50 @@ from ncbatch.store.ranks import (
 from ncbatch.store.split import Split
 from ncbatch.store.states import STATES
 
-# What writers share: rows collected into whole chunks, and labels that are checked.
+_STAGED_PREDICTION = f"{STAGED}prediction"
 
 
+@dataclass
 class RowBuffer:
-    """Collects rows and writes them to an array one whole chunk at a time."""
+    """Collects rows of a layer and writes them to its array one whole chunk at a time.
 
-    def __init__(
-        self,
-        name: str,
-        spec: LayerSpec,
-        rows: int,
-        order: int,
-        home: str | None = None,
-        *,
-        share: Share | None = None,
-        base_block: int = 1,
-    ) -> None:
-        self.name, self.spec, self.chunk, self.order = name, spec, rows, order
-        self.home = name if home is None else home  # the layer's group
-        self.array: zarr.Array[Any] | None = None
-        self.written = 0  # rows of this writer that are stored
-        self._share, self._base_block = share or Share(), base_block
-        self._rows = np.empty((0, spec.n_features), spec.numpy_dtype)
+    Attributes
+    ----------
+    group : zarr.Group
+        The split's group.
+    name, spec, order
+        The layer, and its place among those written.
+    chunk : int
+        Rows of a chunk.
+    capacity : int
+        Rows to make room for, where known.
+    home : str
+        Name of the layer's group, which may be a staged one.
+    complete : bool
+        Whether the layer is seen at once.
+    share, base_block
+        Which rows of the split are this writer's.
+    array : zarr.Array or None
+        The array, once it is made.
+    written : int
+        Rows of this writer that are stored.
+    """
+
+    group: zarr.Group
+    name: str
+    spec: LayerSpec
+    chunk: int
+    order: int
+    capacity: int
+    home: str
+    complete: bool = True
+    share: Share = field(default_factory=Share)
+    base_block: int = 1
+    array: zarr.Array[Any] | None = None
+    written: int = 0
+
+    def __post_init__(self) -> None:
+        self._rows = np.empty((0, self.spec.n_features), self.spec.numpy_dtype)
         self._fill = 0
 
     def cast(self, rows: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
@@ -78,7 +94,7 @@ class RowBuffer:
                 )
         return cast
 
-    def add(self, rows: npt.NDArray[Any], group: zarr.Group, capacity: int) -> None:
+    def add(self, rows: npt.NDArray[Any]) -> None:
         """Take rows, and write every chunk that becomes full."""
         start = 0
         while start < len(rows):
@@ -89,25 +105,31 @@ class RowBuffer:
             self._fill += take
             start += take
             if self._fill == self.chunk:
-                self.flush(group, capacity)
+                self.flush()
 
-    def flush(self, group: zarr.Group, capacity: int) -> None:
+    def flush(self) -> None:
         """Write what is held."""
         if not self._fill:
             return
-        start = self._share.row(self.written, self._base_block)
+        start = self.share.row(self.written, self.base_block)
         stop = start + self._fill
-        array = self.array
-        if array is None:  # an empty one is false
-            array = self.create(group, max(stop, capacity))
+        # An array without rows is false.
+        array = self.create(stop) if self.array is None else self.array
         reserve(array, stop)
         array[start:stop] = self._rows[: self._fill]
-        self.written, self._fill = self.written + self._fill, 0
+        self.written += self._fill
+        self._fill = 0
 
-    def create(self, group: zarr.Group, capacity: int, *, complete: bool = True) -> zarr.Array[Any]:
-        """Make the layer's array in the split's `group`, with room for `capacity` rows."""
+    def create(self, rows: int) -> zarr.Array[Any]:
+        """Make the layer's array, with room for `rows` at least."""
         self.array = create_feature(
-            group, self.home, self.spec, capacity, self.chunk, self.order, complete=complete
+            self.group,
+            self.home,
+            self.spec,
+            max(rows, self.capacity),
+            self.chunk,
+            self.order,
+            complete=self.complete,
         )
         return self.array
 
@@ -132,10 +154,70 @@ def reserve(array: zarr.Array[Any], rows: int) -> None:
         array.resize((max(rows, 2 * array.shape[0]), *array.shape[1:]))
 
 
-# LayerWriter: layers added to a complete split, invisible until they are complete.
+class BlockWriter:
+    """What both writers do with rows that fit: hold them, and commit them a base block at a time."""
+
+    def __init__(self, group: zarr.Group, n_classes: int, head: str | None) -> None:
+        self._group = group
+        self._n_classes = n_classes
+        self._head = head
+        self._buffers: dict[str, RowBuffer] = {}
+        self._prediction: zarr.Array[Any] | None = None
+        self._ids: defaultdict[str, list[npt.NDArray[np.int32]]] = defaultdict(list)
+        self._pending = 0  # rows that are held
+        self._committed = 0
+
+    @property
+    def position(self) -> int:
+        """Rows appended so far; after a resume, the rows that need not be appended again."""
+        return self._committed + self._pending
+
+    @property
+    def _base_block(self) -> int:
+        raise NotImplementedError
+
+    def _commit(self) -> None:
+        """Store the ids that are held, once the rows of their block are stored."""
+        raise NotImplementedError
+
+    def _add(
+        self,
+        n: int,
+        features: Mapping[str, npt.NDArray[Any]],
+        ids: Mapping[str, npt.NDArray[np.int32]],
+    ) -> None:
+        """Take `n` rows, and commit every base block that becomes full."""
+        start = 0
+        while start < n:
+            part = slice(start, min(start + self._base_block - self._pending, n))
+            for name, rows in features.items():
+                self._buffers[name].add(rows[part])
+            for name, values in ids.items():
+                self._ids[name].append(values[part])
+            self._pending += part.stop - start
+            start = part.stop
+            if self._pending == self._base_block:
+                self._commit()
+
+    def _take(self, name: str) -> npt.NDArray[np.int32]:
+        """Return the labels or predictions that are held, and hold them no longer."""
+        return np.concatenate([np.empty(0, np.int32), *self._ids.pop(name, ())])
+
+    def _check_ids(self, values: Array | None, name: str) -> dict[str, npt.NDArray[np.int32]]:
+        """Check labels or predictions of the next rows; empty where there are none."""
+        if values is None:
+            return {}
+        return {name: checked_labels(values, name, self._n_classes, self.position)}
+
+    def _check_head(self, predictions: Array | None) -> None:
+        if (predictions is None) != (self._head is None):
+            raise DataError(
+                "no predictions" if predictions is None else "predictions without a head layer",
+                "predictions in all calls where head is given, in none otherwise",
+            )
 
 
-class LayerWriter:
+class LayerWriter(BlockWriter):
     """Adds layers to a complete split; made by `FeatureStore.add_layers`.
 
     The layers stay invisible until the ``with`` block is left with all rows written. What they
@@ -150,40 +232,25 @@ class LayerWriter:
         head: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        if not split.finalized:
-            raise StoreError(
-                f"split '{split.name}' of {split.where} is not complete",
-                remedy="resume its writer first, or overwrite the split",
-            )
-        for name in specs:
-            if name in split.features and not overwrite:
-                raise StoreError(
-                    f"layer '{name}' exists in split '{split.name}' of {split.where}",
-                    "a new layer",
-                    "overwrite it with --overwrite (overwrite=True)",
-                )
+        super().__init__(split.group, split.n_classes, head)
         self._split = split
-        if head is not None and split.head is not None and not overwrite:
-            raise StoreError(
-                f"split '{split.name}' of {split.where} has predictions, of layer '{split.head}'",
-                "none yet",
-                "overwrite them with --overwrite (overwrite=True)",
+        self._complete = False  # all is stored, and takes its names
+        self._check_new(specs, overwrite)
+        _delete_node(split.group, _STAGED_PREDICTION)
+        if head is not None:
+            self._prediction = create_ids(
+                split.group, _STAGED_PREDICTION, split.n_rows, split.base_block, head=head
             )
-        self._head = head
-        delete_node(split.group, STAGED + "prediction")
-        self._prediction = None if head is None else self._create_prediction(split)
-        self._predictions = np.empty(0, np.int32)
-        layers = found_group(split.group, "layers")
-        self._buffers = {}
+        layers = require_group(split.group, "layers")
         for order, (name, spec) in enumerate(specs.items(), start=len(split.features)):
             home = STAGED + name if name in split.features else name
-            for left in {home, STAGED + name}:
-                delete_node(layers, left)
+            for leftover in {home, STAGED + name}:
+                _delete_node(layers, leftover)
             rows = min(chunk_rows(spec, split.n_rows), split.base_block)
-            self._buffers[name] = RowBuffer(name, spec, rows, order, home)
-            self._buffers[name].create(split.group, split.n_rows, complete=False)
-        self.position = 0
-        self._complete = False  # all is stored, and takes its names
+            self._buffers[name] = RowBuffer(
+                split.group, name, spec, rows, order, split.n_rows, home, complete=False
+            )
+            self._buffers[name].create(split.n_rows)
 
     def append(
         self,
@@ -220,7 +287,10 @@ class LayerWriter:
             )
         if labels is not None:
             self._check_labels(labels, stop)
-        p = self._checked_predictions(predictions, n)
+        self._check_head(predictions)
+        ids = self._check_ids(predictions, "prediction")
+        if ids and len(ids["prediction"]) != n:
+            raise DataError(f"{len(ids['prediction'])} predictions for {n} rows", "one per row")
         for name, buffer in self._buffers.items():
             if blocks[name].shape != (n, buffer.spec.n_features):
                 raise DataError(
@@ -228,11 +298,7 @@ class LayerWriter:
                     f"({n}, {buffer.spec.n_features})",
                 )
             blocks[name] = buffer.cast(blocks[name], self.position)
-        for name, buffer in self._buffers.items():
-            buffer.add(blocks[name], self._split.group, stop)
-        self._predictions = np.concatenate([self._predictions, p])
-        self.position = stop
-        self._write_predictions(self._split.base_block)
+        self._add(n, blocks, ids)
 
     def close(self) -> None:
         """Make the layers visible.
@@ -247,18 +313,17 @@ class LayerWriter:
                 f"{self.position} rows for split '{self._split.name}'",
                 f"{self._split.n_rows}, as many as its labels",
             )
-        group = self._split.group
         for buffer in self._buffers.values():
-            buffer.flush(group, self.position)
-        self._write_predictions(1)
+            buffer.flush()
+        self._commit()
         self._complete = True
         for name, buffer in self._buffers.items():
-            group[f"layers/{buffer.home}"].update_attributes({"complete": True})
+            self._group[f"layers/{buffer.home}"].update_attributes({"complete": True})
             if buffer.home != name:
-                rename(group, f"layers/{buffer.home}", f"layers/{name}")
+                rename(self._group, f"layers/{buffer.home}", f"layers/{name}")
         if self._prediction is not None:
-            rename(group, STAGED + "prediction", "prediction")
-        record_arrays(group)
+            rename(self._group, _STAGED_PREDICTION, "prediction")
+        record_arrays(self._group)
 
     def discard(self) -> None:
         """Remove what was written, and keep what it was to replace.
@@ -268,25 +333,21 @@ class LayerWriter:
         """
         if self._complete:
             return
-        group = self._split.group
-        for buffer in self._buffers.values():
-            if f"layers/{buffer.home}" in group:
-                del group[f"layers/{buffer.home}"]
-        if self._prediction is not None and STAGED + "prediction" in group:
-            del group[STAGED + "prediction"]
+        homes = [f"layers/{buffer.home}" for buffer in self._buffers.values()]
+        for name in (*homes, _STAGED_PREDICTION):
+            if name in self._group:
+                del self._group[name]
 
-    def _create_prediction(self, split: Split) -> zarr.Array[Any]:
-        """Make the array of predictions under a name that `close` changes."""
-        name = STAGED + "prediction"
-        return create_prediction(split.group, split.n_rows, split.base_block, self._head, name)
+    @property
+    def _base_block(self) -> int:
+        return self._split.base_block
 
-    def _write_predictions(self, unit: int) -> None:
-        """Write those held, in whole multiples of `unit` rows."""
-        start = self.position - len(self._predictions)
-        n = len(self._predictions) // unit * unit
-        if self._prediction is not None and n:
-            self._prediction[start : start + n] = self._predictions[:n]
-            self._predictions = self._predictions[n:]
+    def _commit(self) -> None:
+        stop = self.position
+        if self._prediction is not None and self._pending:
+            self._prediction[self._committed : stop] = self._take("prediction")
+        self._committed = stop
+        self._pending = 0
 
     def __enter__(self) -> Self:
         return self
@@ -306,35 +367,42 @@ class LayerWriter:
         if kind is not None:
             self.discard()
 
-    def _checked_predictions(self, predictions: Array | None, n: int) -> npt.NDArray[np.int32]:
-        if (predictions is None) != (self._head is None):
-            raise DataError(
-                "no predictions" if predictions is None else "predictions without a head layer",
-                "predictions in all calls where head is given, in none otherwise",
+    def _check_new(self, specs: Mapping[str, LayerSpec], overwrite: bool) -> None:
+        """Refuse a split that is not complete, and to replace what is there unasked."""
+        split = self._split
+        if not split.finalized:
+            raise StoreError(
+                f"split '{split.name}' of {split.where} is not complete",
+                remedy="resume its writer first, or overwrite the split",
             )
-        if predictions is None:
-            return np.empty(0, np.int32)
-        p = checked_labels(predictions, "prediction", self._split.n_classes, self.position)
-        if len(p) != n:
-            raise DataError(f"{len(p)} predictions for {n} rows", "one per row")
-        return p
+        for name in () if overwrite else specs:
+            if name in split.features:
+                raise StoreError(
+                    f"layer '{name}' exists in split '{split.name}' of {split.where}",
+                    "a new layer",
+                    "overwrite it with --overwrite (overwrite=True)",
+                )
+        if self._head is not None and split.head is not None and not overwrite:
+            raise StoreError(
+                f"split '{split.name}' of {split.where} has predictions, of layer '{split.head}'",
+                "none yet",
+                "overwrite them with --overwrite (overwrite=True)",
+            )
 
-    def _check_labels(self, labels: Array, stop: int) -> None:
+    def _check_labels(self, values: Array, stop: int) -> None:
         stored = self._split.labels(self.position, stop)
-        given = checked_labels(labels, "label", self._split.n_classes, self.position)
-        if len(given) != len(stored):
-            raise DataError(f"{len(given)} labels for {len(stored)} rows", "one per row")
-        differ = np.flatnonzero(given != stored)
-        if differ.size:
-            row = int(differ[0])
+        labels = checked_labels(values, "label", self._n_classes, self.position)
+        if len(labels) != len(stored):
+            raise DataError(f"{len(labels)} labels for {len(stored)} rows", "one per row")
+        for row in np.flatnonzero(labels != stored)[:1].tolist():
             raise DataError(
-                f"label {int(given[row])} in row {self.position + row}",
+                f"label {int(labels[row])} in row {self.position + row}",
                 f"{int(stored[row])}, as stored in split '{self._split.name}'",
                 "give the features in the order of the stored rows",
             )
 
 
-class Writer:
+class Writer(BlockWriter):
     """Writes the rows of a new split; made by `FeatureStore.writer`.
 
     A base block of rows is committed by its label chunk, after all its features. Leaving the
@@ -356,45 +424,52 @@ class Writer:
         resume: bool,
         overwrite: bool,
     ) -> None:
-        self._n_classes, self._split, self._head, self._share = n_classes, split, head, share
         self._named = f"split '{split}' of {where}"
-        self._capacity = n_samples or 0
+        self._share = share
+        self._closed = False
+        self._label: zarr.Array[Any] | None = None
+        self._layout: Layout | None = None
         if split in root:
             if overwrite:
                 del root[split]
             else:
-                found: Any = root[split]
-                _check_continues(Split(split, found, where, n_classes), share, resume)
-        rows = {name: chunk_rows(spec, n_samples) for name, spec in specs.items()}
-        self._layout: Layout | None = None
+                group: Any = root[split]
+                _check_continues(Split(split, group, where, n_classes), share, resume)
+        rows: Mapping[str, int]
         if share.several:
-            self._group, self._layout = join_split(
-                root, split, self._named, specs,
-                world_size=share.world_size, n_samples=n_samples, head=head,
-            )  # fmt: skip
-            rows, self._capacity = dict(self._layout.chunk_rows), self._layout.capacity
-        else:
-            self._group = found_group(root, split)
-        self._buffers = {
-            name: RowBuffer(
-                name, specs[name], rows[name], order, share=share, base_block=max(rows.values())
+            group, self._layout = join_split(
+                root,
+                split,
+                self._named,
+                specs,
+                world_size=share.world_size,
+                n_samples=n_samples,
+                head=head,
             )
-            for order, name in enumerate(rows)
-        }
-        self._label: zarr.Array[Any] | None = None
-        self._prediction: zarr.Array[Any] | None = None
-        self._labels: list[npt.NDArray[np.int32]] = []
-        self._predictions: list[npt.NDArray[np.int32]] = []
-        self._pending = 0
-        self._closed = False
-        self._record = claim(self._group, share, self._named, resume=resume)
+            rows = self._layout.chunk_rows
+            self._capacity = self._layout.capacity
+        else:
+            group = require_group(root, split)
+            rows = {name: chunk_rows(spec, n_samples) for name, spec in specs.items()}
+            self._capacity = n_samples or 0
+        super().__init__(group, n_classes, head)
+        block = max(rows.values())
+        for order, (name, chunk) in enumerate(rows.items()):
+            self._buffers[name] = RowBuffer(
+                group,
+                name,
+                specs[name],
+                chunk,
+                order,
+                self._capacity,
+                name,
+                share=share,
+                base_block=block,
+            )
+        self._record = claim(group, share, self._named, resume=resume)
         if resume:
-            self._resume(where)
-
-    @property
-    def position(self) -> int:
-        """Rows appended so far; after a resume, the rows that need not be appended again."""
-        return self._record.position + self._pending
+            self._resume(Split(split, group, where, n_classes))
+        self._committed = self._record.position
 
     def append(
         self,
@@ -420,36 +495,28 @@ class Writer:
         """
         if self._closed:
             raise UsageError("append to a writer that is closed")
-        k, first = self._n_classes, self.position
-        y = checked_labels(labels, "label", k, first)
-        p = None if predictions is None else checked_labels(predictions, "prediction", k, first)
-        self._check_predictions(p, len(y))
-        self._check_room(len(y))
-        blocks = self._checked_features(features, len(y))
-        start = 0
-        while start < len(y):
-            part = slice(start, min(start + self._base_block - self._pending, len(y)))
-            for name, rows in blocks.items():
-                self._buffers[name].add(rows[part], self._group, self._capacity)
-            self._labels.append(y[part])
-            if p is not None:
-                self._predictions.append(p[part])
-            self._pending += part.stop - part.start
-            start = part.stop
-            if self._pending == self._base_block:
-                self._commit()
+        ids = self._check_ids(labels, "label") | self._check_ids(predictions, "prediction")
+        n = len(ids["label"])
+        self._check_predictions(ids.get("prediction"), n)
+        self._check_room(n)
+        self._add(n, self._check_features(features, n), ids)
 
     def close(self) -> None:
-        """Commit the rest; complete the split, unless it has other writers: its arrays end at the last row.
+        """Commit the rest; complete the split, unless it has other writers.
 
-        A split of several writers is completed by `FeatureStore.finalize`, once all are closed.
+        Its arrays end at the last row then. A split of several writers is completed by
+        `FeatureStore.finalize`, once all are closed.
         """
         if self._closed:
             return
         if not self._record.final:
-            self._shrink_unwritten()
+            if self._layout is None and self._label is None:
+                for buffer in self._buffers.values():
+                    # Of what is not stored yet no chunk is longer than the split.
+                    if buffer.array is None:
+                        buffer.chunk = chunk_rows(buffer.spec, self.position)
             for buffer in self._buffers.values():
-                buffer.flush(self._group, self._capacity if self._share.several else 0)
+                buffer.flush()
             if self._pending or (self._label is None and not self._share.several):
                 self._commit()
             self._record = replace(self._record, final=True)
@@ -475,39 +542,35 @@ class Writer:
     def _base_block(self) -> int:
         return max(buffer.chunk for buffer in self._buffers.values())
 
-    def _shrink_unwritten(self) -> None:
-        """Give layers of which nothing is stored yet chunks no longer than the split."""
-        for buffer in self._buffers.values():
-            if self._layout is None and buffer.array is None and self._label is None:
-                buffer.chunk = chunk_rows(buffer.spec, self.position)
-
     def _commit(self) -> None:
-        block, done = self._base_block, self._record.position
-        start = self._share.row(done, block)
-        stop = start + self._pending
+        block = self._base_block
+        start = self._share.row(self._committed, block)
         if self._label is None:
+            capacity = max(start + self._pending, self._capacity)
             for buffer in self._buffers.values():
                 if buffer.array is None:
-                    buffer.create(self._group, max(stop, self._capacity))
-            capacity = max(stop, self._capacity)
-            if self._predictions:
-                self._prediction = create_prediction(self._group, capacity, block, self._head)
-            self._label = create_label(self._group, capacity, block)
-        labels = np.concatenate([np.empty(0, np.int32), *self._labels])
+                    buffer.create(capacity)
+            if self._ids["prediction"]:
+                self._prediction = create_ids(
+                    self._group, "prediction", capacity, block, head=self._head
+                )
+            self._label = create_ids(self._group, "label", capacity, block)
         if self._prediction is not None:
-            self._store(self._prediction, start, np.concatenate(self._predictions))
+            self._store(self._prediction, start, self._take("prediction"))
+        labels = self._take("label")
         self._store(self._label, start, labels)
-        self._labels, self._predictions, self._pending = [], [], 0
+        self._committed += self._pending
+        self._pending = 0
         self._record = CommitRecord(
             self._share,
-            blocks=-(-(done + len(labels)) // block),
+            blocks=-(-self._committed // block),
             rows=self._record.rows + int(np.count_nonzero(labels >= 0)),
-            position=done + len(labels),
+            position=self._committed,
         )
         self._record.save(self._group)
 
     def _store(self, array: zarr.Array[Any], start: int, values: npt.NDArray[np.int32]) -> None:
-        """Write labels or predictions of a block; other writers' blocks follow one that is not full."""
+        """Write labels or predictions of a block, which is full if other writers' blocks follow."""
         if self._layout is not None:
             # A writer killed while it wrote the block may have left values beyond.
             rest = np.full(self._base_block - len(values), -1, np.int32)
@@ -515,15 +578,13 @@ class Writer:
         reserve(array, start + len(values))
         array[start : start + len(values)] = values
 
-    def _resume(self, where: str) -> None:
+    def _resume(self, split: Split) -> None:
         """Go on where the writer of this rank stopped."""
         if "label" not in self._group:  # interrupted before anything was committed
-            if self._layout is None:
-                for name in ("layers", "prediction"):
-                    if name in self._group:
-                        del self._group[name]
+            for name in ("layers", "prediction"):
+                if self._layout is None and name in self._group:
+                    del self._group[name]
             return
-        split = Split(self._split, self._group, where, self._n_classes)
         self._check_layers(split)
         if split.head is not None and self._head not in (None, split.head):
             raise StoreError(
@@ -539,7 +600,8 @@ class Writer:
             self._record.save(self._group)
         for name, buffer in self._buffers.items():
             buffer.array = open_array(self._group, f"layers/{name}/feature")
-            buffer.chunk, buffer.written = buffer.array.chunks[0], self._record.position
+            buffer.chunk = buffer.array.chunks[0]
+            buffer.written = self._record.position
 
     def _check_layers(self, split: Split) -> None:
         """Refuse to go on with other layers than those begun."""
@@ -573,22 +635,16 @@ class Writer:
         if predictions is not None and len(predictions) != n:
             raise DataError(f"{len(predictions)} predictions for {n} labels", "one per label")
         if self._layout is not None:
-            if (predictions is None) != (self._head is None):
-                raise DataError(
-                    "no predictions" if predictions is None else "predictions without a head layer",
-                    "predictions in all calls where head is given, in none otherwise",
-                )
-        elif self.position:
-            had = self._prediction is not None or bool(self._predictions)
-            if had != (predictions is not None) and n:
+            self._check_head(predictions)
+        elif self.position and n:
+            begun = self._prediction is not None or bool(self._ids["prediction"])
+            if begun != (predictions is not None):
                 raise DataError(
                     "predictions in some calls of append only",
                     "predictions in all calls or in none",
                 )
 
-    def _checked_features(
-        self, features: Mapping[str, Array], n: int
-    ) -> dict[str, npt.NDArray[Any]]:
+    def _check_features(self, features: Mapping[str, Array], n: int) -> dict[str, npt.NDArray[Any]]:
         for name in features:
             if name not in self._buffers:
                 raise unknown_name("layer", name, self._buffers, "this writer")
@@ -608,32 +664,39 @@ class Writer:
 
 def _check_continues(split: Split, share: Share, resume: bool) -> None:
     """Refuse to write to a split that exists, unless a writer goes on or joins others."""
-    group, found = split.group, f"split '{split.name}' of {split.where}"
+    group = split.group
+    named = f"split '{split.name}' of {split.where}"
     begun = "label" in group
     if begun and split.finalized and resume:
         raise StoreError(
-            f"{found} is complete: {split.n_samples} samples",
+            f"{named} is complete: {split.n_samples} samples",
             remedy="nothing is left to resume; write another split, or overwrite this one",
         )
     if begun and split.finalized:
-        raise StoreError(f"{found} exists", "a new split", "overwrite it, or add layers to it")
+        raise StoreError(f"{named} exists", "a new split", "overwrite it, or add layers to it")
     if share.several:
         return
     layout = Layout.read(group)
     if layout is not None:
         raise StoreError(
-            f"{found} was begun by {layout.world_size} writers",
+            f"{named} was begun by {layout.world_size} writers",
             "a single one, as this is",
             "give rank= and world_size= as it was begun, or overwrite the split",
         )
     if STATES in group and not begun and not split.records:
         raise StoreError(
-            f"{found} holds states of samples that are not in the store", "a new split",
+            f"{named} holds states of samples that are not in the store",
+            "a new split",
             "write features to another split, or overwrite this one and lose its states",
-        )  # fmt: skip
+        )
     if not resume and not begun:
-        raise StoreError(f"{found} exists, begun but without rows", "", "resume it or overwrite it")
+        raise StoreError(f"{named} exists, begun but without rows", "", "resume it or overwrite it")
     if not resume:
         raise StoreError(
-            f"{found} exists and is not complete", "", "resume its writer, or overwrite it"
+            f"{named} exists and is not complete", "", "resume its writer, or overwrite it"
         )
+
+
+def _delete_node(group: zarr.Group, name: str) -> None:
+    """Delete a node of `group` with all below, even where its own metadata is gone already."""
+    sync(group.store.delete_dir(f"{group.path}/{name}"))

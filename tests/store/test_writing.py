@@ -425,5 +425,5 @@ def test_memory_holds_a_block_and_not_the_split(tmp_path, monkeypatch):
             writer.append({"h": toy.X[start : start + 10]}, toy.y[start : start + 10])
             held = writer._buffers["h"]._rows
             assert held.nbytes <= 1024
-            assert sum(map(len, writer._labels)) < 64
+            assert sum(map(len, writer._ids["label"])) < 64
     assert store.split("train").n_rows == 64 * 20
