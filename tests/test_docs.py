@@ -9,6 +9,7 @@ import pytest
 
 import ncbatch
 from ncbatch.metrics import CATALOGUE, Metric
+from tests.generated import FILES
 
 ROOT = Path(__file__).parents[1]
 METRICS = ROOT / "docs" / "metrics.md"
@@ -71,6 +72,11 @@ def test_readme_names_only_what_exists():
     ):
         assert link in text
         assert (ROOT / link).is_file()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_made_from_declarations_are_up_to_date(name: str):
+    assert (ROOT / name).read_text(encoding="utf-8") == FILES[name](), "python -m tests.generated"
 
 
 if __name__ == "__main__":

@@ -1,85 +1,210 @@
-"""Layer: one layer of one store, and how it shall be measured."""
+"""What can be asked of `measure`, `plan` and `grid`, declared once.
 
-from __future__ import annotations
+An option is one line here, and its use. The command line, the checks, the record in results,
+``help(nc.measure)`` and docs/options.md follow; ``python -m tests.generated`` writes what is a file.
+"""
+
+# Without `from __future__ import annotations`: the annotations are read as the objects they are.
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import os
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-
+from ncbatch.engine.options import Declared, Limits, options_of
 from ncbatch.errors import UsageError
-from ncbatch.states.moments import Precision
 
 if TYPE_CHECKING:
-    pass
-
-# Greater exponents of distances leave the range of float64 on ordinary data.
-_MAX_DIST_EXP = 16.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure; the arguments of `measure` under their own names."""
-
-    train: str
-    test: str | None
-    ood: str | None
-    min_count: int
-    max_count: int | None
-    classes: tuple[int, ...] | None
-    weighted: bool
-    dist_exp: float
-    skip_nonfinite: bool
-    precision: Precision
-    null: bool
-    null_seed: int
-    per_class: bool
-    ncc: str = "exact"
-    device: Literal["cpu", "cuda"] = "cpu"
-    ddof: int = 0
-    class_ddof: int = 1
-    divide_by_k: bool = True
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("exact", "fp32", "tf32"):
-            raise UsageError(f"precision '{self.precision}'", "exact, fp32 or tf32")
-        if not 0.0 < self.dist_exp <= _MAX_DIST_EXP:
-            raise UsageError(
-                f"dist_exp {self.dist_exp}", f"a number above 0, at most {_MAX_DIST_EXP:g}"
-            )
-        for name in ("ddof", "class_ddof"):
-            if getattr(self, name) not in (0, 1):
-                raise UsageError(f"{name} {getattr(self, name)}", "0 or 1")
-        if self.ncc not in ("exact", "faiss"):
-            raise UsageError(f"ncc '{self.ncc}'", "exact or faiss")
-
+    import xarray as xr
+    from distributed import Client
 
 Attributes = dict[str, str | int | float]
 
 
-def conventions(options: Options) -> Attributes:
-    """Give the options that a value depends on, as attributes of a Dataset."""
-    attributes: Attributes = {
-        "ncc": options.ncc,
-        "precision": options.precision,
-        "train": options.train,
-        "global_mean": "mean of samples" if options.weighted else "unweighted mean of class means",
-        "dist_exp": float(options.dist_exp),
-        "min_count": options.min_count,
-        "skip_nonfinite": int(options.skip_nonfinite),
-        "null_seed": options.null_seed if options.null else "no null",
-        "nc1_division": "by K" if options.divide_by_k else "none",
-        "ddof": options.ddof,
-        "class_ddof": options.class_ddof,
+@dataclass(frozen=True)
+class Recorded:
+    """Marks an option on which values depend: results record it, as an attribute.
+
+    Attributes
+    ----------
+    name : str
+        The attribute; the option's own name where it is empty.
+    tell : callable, optional
+        Makes the attribute of all options; None is not recorded. By default the option's value.
+    binds : bool
+        Whether results that differ in it cannot be joined.
+    """
+
+    name: str = ""
+    tell: Callable[["Options"], str | int | float | None] | None = None
+    binds: bool = True
+
+
+def _global_mean(options: "Options") -> str:
+    return "mean of samples" if options.weighted else "unweighted mean of class means"
+
+
+def _class_filter(options: "Options") -> str | None:
+    if options.classes is None:
+        return None
+    listed = array("q", sorted({int(c) for c in options.classes}))
+    digest = hashlib.sha256(listed.tobytes()).hexdigest()[:32]
+    return f"{len(listed)} listed, sha256 {digest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Declared):
+    """How to measure: all that values depend on. It goes to every worker."""
+
+    train: Annotated[str, "Split of the class means.", Recorded()] = "train"
+    test: Annotated[
+        str | None,
+        "Split that NC4 is measured on; by default ``test`` where it exists. Without a test split "
+        "NC4 takes the samples of `train`.",
+    ] = None
+    ood: Annotated[
+        str | None, "Split of outside data for NC5; by default ``ood`` where it exists."
+    ] = None
+    metrics: Annotated[
+        Iterable[str] | None,
+        "Names of metrics, from `ncbatch.metrics.CATALOGUE`; by default all that apply.",
+    ] = None
+    min_count: Annotated[
+        int, "Use only classes with at least so many train samples.", Limits(1), Recorded()
+    ] = 1
+    max_count: Annotated[
+        int | None, "Use only classes with at most so many train samples.", Limits(1), Recorded()
+    ] = None
+    classes: Annotated[
+        Iterable[int] | None,
+        "Use only these classes. A filter drops the samples of all other classes, in test too.",
+        Recorded("class_filter", _class_filter),
+    ] = None
+    weighted: Annotated[
+        bool,
+        "Take m_G as the mean of samples instead of the unweighted mean of class means.",
+        Recorded("global_mean", _global_mean),
+    ] = False
+    dist_exp: Annotated[
+        float,
+        "Exponent p of the CDNV; language-model papers use 2.",
+        # Greater exponents of distances leave the range of float64 on ordinary data.
+        Limits(0, 16),
+        Recorded(tell=lambda options: float(options.dist_exp)),
+    ] = 1.0
+    ddof: Annotated[
+        int,
+        "V_c is divided by n_c - ddof, S_W by N - ddof K. With 1 a class of one sample has no V_c: "
+        "it is left out of what reads V_c, and counted.",
+        Limits(0, 1),
+        Recorded(),
+    ] = 0
+    class_ddof: Annotated[
+        int, "Variances over classes are divided by K - class_ddof.", Limits(0, 1), Recorded()
+    ] = 1
+    divide_by_k: Annotated[
+        bool,
+        "Divide nc1_pinv and nc1_svd by K.",
+        Recorded("nc1_division", lambda options: "by K" if options.divide_by_k else "none"),
+    ] = True
+    skip_nonfinite: Annotated[
+        bool,
+        "Leave out and count rows with NaN or infinities instead of refusing them.",
+        Recorded(tell=lambda options: int(options.skip_nonfinite)),
+    ] = False
+    precision: Annotated[
+        Literal["exact", "fp32", "tf32"],
+        "Float64 products, or products of residuals in float32 (on a GPU also TF32) folded in "
+        "float64, good to 1e-6 for traces.",
+        Recorded(),
+    ] = "exact"
+    null: Annotated[
+        bool,
+        "Measure NC1, NC2 and spectra also for labels drawn at random from the label distribution, "
+        "in the same read, as ``<metric>_null``.",
+    ] = False
+    null_seed: Annotated[
+        int,
+        "Which draw of those labels.",
+        Recorded(tell=lambda o: o.null_seed if o.null else "no null", binds=False),
+    ] = 0
+    per_class: Annotated[
+        bool, "Give results per class too, over the dim ``class`` (.zarr, .nc)."
+    ] = False
+    ncc: Annotated[
+        Literal["exact", "faiss"],
+        "Who seeks the nearest class mean; the decisions are the same.",
+        Recorded(binds=False),
+    ] = "exact"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        "Where to compute; ``auto`` takes the GPU when CuPy and one work.",
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest(Options):
+    """What `plan` may be asked: how to measure, and what there is to do it with."""
+
+    memory: Annotated[
+        str | int | None,
+        "Ceiling of resident memory of each worker, such as ``8GiB``; by default what the machine "
+        "has left, shared by its workers.",
+    ] = None
+    cluster: Annotated[
+        "str | os.PathLike[str] | Client | None",
+        "Where tasks run: ``sync`` (a plain loop in this process), ``threads``, ``processes``, "
+        "``cuda`` (or ``processes:4``), the tcp:// or tls:// address of a scheduler that runs, its "
+        "file, or in Python a client.",
+    ] = "sync"
+
+    @property
+    def options(self) -> Options:
+        """The part that goes to workers."""
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest(PlanRequest):
+    """What `measure` may be asked."""
+
+    state: Annotated[
+        "str | os.PathLike[str] | None",
+        "A directory that keeps finished work: the same call goes on after a crash to the same "
+        "bits, and other metrics of the same states read nothing again. Workers must reach it.",
+    ] = None
+    update: Annotated[
+        "xr.Dataset | str | os.PathLike[str] | None",
+        "Earlier results, .zarr or .nc. What they hold of the same data by the same version is "
+        "taken from there, the rest is measured, and the result is the union of both.",
+    ] = None
+    collapse_below: Annotated[
+        float | None,
+        "Collapse sets in at the first layer, in order of depth, whose nc1_cdnv is under this; by "
+        "default 0.1 where `dist_exp` is 1.",
+        Limits(0),
+    ] = None
+
+
+def records(declaration: type[Options] = Options) -> dict[str, Recorded]:
+    """List what results record, by the option that it tells of."""
+    return {
+        option.name: mark
+        for option in options_of(declaration)
+        for mark in option.marks
+        if isinstance(mark, Recorded)
     }
-    if options.max_count is not None:
-        attributes["max_count"] = options.max_count
-    if options.classes is not None:
-        listed = np.unique(np.asarray(options.classes, np.int64))
-        digest = hashlib.sha256(listed.tobytes()).hexdigest()[:32]
-        attributes["class_filter"] = f"{len(listed)} listed, sha256 {digest}"
+
+
+def conventions(options: Options) -> Attributes:
+    """Tell, as attributes of a Dataset, the options that values depend on."""
+    attributes: Attributes = {}
+    for name, record in records().items():
+        value = record.tell(options) if record.tell else getattr(options, name)
+        if value is not None:
+            attributes[record.name or name] = value
     return attributes
 
 
@@ -88,21 +213,27 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The notebook that Papyan, Han & Donoho published: the unweighted mean of class means, covariances
     # over N, NC1 not divided by K, torch.std over classes, and everything on the training samples.
     "papyan2020": {
-        "weighted": False, "dist_exp": 1.0, "min_count": 1, "ddof": 0, "class_ddof": 1,
-        "divide_by_k": False, "test": "train",
+        "weighted": False,
+        "dist_exp": 1.0,
+        "min_count": 1,
+        "ddof": 0,
+        "class_ddof": 1,
+        "divide_by_k": False,
+        "test": "train",
     },
     # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
     "wu2024": {
-        "weighted": False, "dist_exp": 2.0, "min_count": 1, "ddof": 0, "class_ddof": 1,
+        "weighted": False,
+        "dist_exp": 2.0,
+        "min_count": 1,
+        "ddof": 0,
+        "class_ddof": 1,
         "divide_by_k": True,
     },
-}  # fmt: skip
+}
 
 
-def _class_ids(classes: Iterable[int] | None) -> tuple[int, ...] | None:
-    return None if classes is None else tuple(int(c) for c in classes)
-
-
-def _check_device(precision: Precision, device: str) -> None:
+def check_device(precision: str, device: str) -> None:
+    """Refuse a precision that the device does not have."""
     if precision == "tf32" and device == "cpu":
         raise UsageError("precision 'tf32' on the CPU", "a GPU for it", "use --precision fp32")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import xarray as xr
 
@@ -19,10 +19,11 @@ from ncbatch.arrays.devices import find_device
 from ncbatch.engine.jobs import Progress
 from ncbatch.engine.kept import About, Kept
 from ncbatch.engine.loop import run_jobs
+from ncbatch.engine.options import takes
 from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, UsageError
 from ncbatch.measurement.layers import Layer, StoreLike, choose_tasks, open_stores, wanted_metrics
-from ncbatch.measurement.options import Options, _check_device, _class_ids, conventions
+from ncbatch.measurement.options import MeasureRequest, PlanRequest, check_device, conventions
 from ncbatch.measurement.steps import Mode, choose_mode, job_of, prices, shape_of
 from ncbatch.measurement.update import At, Saved
 from ncbatch.metrics.catalogue import CATALOGUE
@@ -35,12 +36,11 @@ from ncbatch.results.dataset import (
     to_dataset,
     with_collapse,
 )
-from ncbatch.states.moments import Precision
 from ncbatch.store.place import absolute
 from ncbatch.version import __version__
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from ncbatch.measurement.option_types import MeasureOptions, PlanOptions
 
 
 # Where tasks run, whether they fit there, and running them.
@@ -117,6 +117,12 @@ class Workers:
             client, budget, base, at_once, kind, found[0][1],
             int(min(devices) * _DEVICE_SHARE) if devices else None, shares_disk,
         )  # fmt: skip
+
+    def place(self, tasks: Sequence[Layer]) -> list[Layer]:
+        """Let tasks run where these workers compute."""
+        for task in tasks:
+            check_device(task.options.precision, self.device)
+        return [replace(t, options=replace(t.options, device=self.device)) for t in tasks]
 
     def plan(self, tasks: Sequence[Layer]) -> tuple[Plan, list[Mode]]:
         """Choose how each task is measured, and say what all of it costs."""
@@ -259,35 +265,13 @@ def arranged(
     )  # fmt: skip
 
 
+@takes(MeasureRequest)
 def measure(
     stores: StoreLike | Sequence[StoreLike],
     layers: Iterable[str] | None = None,
     *,
-    train: str = "train",
-    test: str | None = None,
-    ood: str | None = None,
-    metrics: Iterable[str] | None = None,
-    min_count: int = 1,
-    max_count: int | None = None,
-    classes: Iterable[int] | None = None,
-    weighted: bool = False,
-    dist_exp: float = 1.0,
-    ddof: int = 0,
-    class_ddof: int = 1,
-    divide_by_k: bool = True,
-    skip_nonfinite: bool = False,
-    precision: Precision = "exact",
-    null: bool = False,
-    null_seed: int = 0,
-    per_class: bool = False,
-    ncc: str = "exact",
-    memory: str | int | None = None,
-    device: str = "auto",
-    cluster: str | os.PathLike[str] | Client | None = None,
-    state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    collapse_below: float | None = None,
-    update: xr.Dataset | str | os.PathLike[str] | None = None,
+    **options: Unpack[MeasureOptions],
 ) -> xr.Dataset:
     """Measure neural collapse on stored features.
 
@@ -297,61 +281,8 @@ def measure(
         What to measure.
     layers : iterable of str, optional
         Which layers; all of the train split by default.
-    train : str, optional
-        The split that class means come from.
-    test, ood : str, optional
-        The splits of NC4 and NC5; by default those named ``test`` and ``ood`` where they exist.
-        Without a test split NC4 takes the samples of train.
-    metrics : iterable of str, optional
-        Names from `ncbatch.metrics.CATALOGUE`; by default all that the stores allow.
-    min_count, max_count : int, optional
-        Use only classes with so many train samples.
-    classes : iterable of int, optional
-        Use only these classes. A filter drops the samples of all other classes, in test too.
-    weighted : bool, optional
-        Let m_G be the mean of samples instead of the unweighted mean of class means.
-    dist_exp : float, optional
-        p of the CDNV; language-model papers use 2.
-    ddof : {0, 1}, optional
-        V_c is divided by n_c - ddof, S_W by N - ddof K. With 1 a class of one sample has no V_c: it
-        is left out of what reads V_c, and counted.
-    class_ddof : {0, 1}, optional
-        Variances over classes are divided by K - class_ddof.
-    divide_by_k : bool, optional
-        Divide NC1 by pseudo-inverse by K.
-    skip_nonfinite : bool, optional
-        Leave out and count rows with NaN or infinities instead of refusing them.
-    precision : {"exact", "fp32", "tf32"}, optional
-        Float64 products, or products of residuals in float32 (on a GPU also TF32) folded in
-        float64.
-    null : bool, optional
-        Measure NC1, NC2 and spectra also for labels drawn at random from the label distribution,
-        in the same read, as ``<metric>_null``.
-    null_seed : int, optional
-        Which draw of those labels.
-    per_class : bool, optional
-        Give results per class too, over the dim ``class``.
-    ncc : {"exact", "faiss"}, optional
-        Who seeks the nearest class mean; the decisions are the same.
-    memory : str or int, optional
-        Ceiling of resident memory of each worker, such as ``"8GiB"``; what the machine has left,
-        shared by its workers, by default.
-    device : {"auto", "cpu", "cuda"}, optional
-        Where arrays are; ``"auto"`` takes the GPU when CuPy and one work.
-    cluster : str, path or distributed.Client, optional
-        ``"sync"`` (the default: a plain loop in this process), ``"threads"``, ``"processes"``,
-        ``"cuda"``, the address or the file of a scheduler that runs, or a client.
-    state : path, optional
-        A directory that keeps finished work: the same call goes on after a crash to the same bits,
-        and other metrics of the same states read nothing again. Workers must reach it.
     progress : Progress, optional
         Told how far the passes are.
-    collapse_below : float, optional
-        Collapse sets in at the first layer, in order of depth, whose ``nc1_cdnv`` is under this;
-        by default 0.1, where ``dist_exp`` is 1.
-    update : xarray.Dataset or path, optional
-        Earlier results, ``.zarr`` or ``.nc``. What they hold of the same data by the same version
-        is taken from there, the rest is measured, and the result is the union of both.
 
     Returns
     -------
@@ -378,27 +309,23 @@ def measure(
     WorkerError
         When no cluster is there, or its workers die of the work.
     """
-    options = Options(
-        train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
-        skip_nonfinite, precision, null, null_seed, per_class, ncc,
-        ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
-    )  # fmt: skip
-    opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
-    _check_threshold(collapse_below, wanted)
-    saved = None if update is None else Saved.of(update)
+    asked = MeasureRequest.of(options)
+    opened = open_stores(stores)
+    wanted, named = wanted_metrics(asked.metrics)
+    _check_threshold(asked.collapse_below, wanted)
+    saved = None if asked.update is None else Saved.of(asked.update)
     if saved is not None:
-        saved.check(conventions(options))
+        saved.check(conventions(asked))
         saved, opened = saved.renamed(opened)
-    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=True)
+    tasks = choose_tasks(opened, layers, asked.options, wanted, named, scanned=True)
     applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
-    with _cluster(cluster, memory) as client:
-        workers = Workers.find(client, memory, device, shares_disk=_is_local(cluster))
-        _check_device(precision, workers.device)
-        tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
+    with _cluster(asked) as client:
+        workers = Workers.find(client, asked.memory, asked.device, shares_disk=_is_local(asked))
+        tasks = workers.place(tasks)
         left = tasks if saved is None else _to_measure(tasks, saved, progress)
-        cells = _measured(left, workers, progress, _state_folder(state))
+        cells = _measured(left, workers, progress, _state_folder(asked.state))
     return with_collapse(
-        arranged(tasks, cells, applied, workers.device_name, saved), collapse_below
+        arranged(tasks, cells, applied, workers.device_name, saved), asked.collapse_below
     )
 
 
@@ -426,44 +353,27 @@ def _measured(
 def _check_threshold(below: float | None, wanted: list[Metric]) -> None:
     if below is None:
         return
-    if not below > 0.0:
-        raise UsageError(f"collapse_below {below}", "a number above 0")
     if not any(metric.name == "nc1_cdnv" for metric in wanted):
         raise UsageError(
             "collapse_below without metric nc1_cdnv", "it among the metrics", "add it to --metrics"
         )
 
 
+@takes(PlanRequest)
 def plan(
     stores: StoreLike | Sequence[StoreLike],
     layers: Iterable[str] | None = None,
-    *,
-    train: str = "train",
-    test: str | None = None,
-    ood: str | None = None,
-    metrics: Iterable[str] | None = None,
-    min_count: int = 1,
-    max_count: int | None = None,
-    classes: Iterable[int] | None = None,
-    weighted: bool = False,
-    dist_exp: float = 1.0,
-    ddof: int = 0,
-    class_ddof: int = 1,
-    divide_by_k: bool = True,
-    skip_nonfinite: bool = False,
-    precision: Precision = "exact",
-    null: bool = False,
-    null_seed: int = 0,
-    per_class: bool = False,
-    ncc: str = "exact",
-    memory: str | int | None = None,
-    device: str = "auto",
-    cluster: str | os.PathLike[str] | Client | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Say what `measure` would read, compute and hold, from shapes alone; runs nothing.
 
-    The arguments are those of `measure`. No data is read, labels included: the classes used are
-    taken to be as many as there can be, so that `measure` needs no more than this.
+    No data is read, labels included: the classes used are taken to be as many as there can be, so
+    that `measure` needs no more than this.
+
+    Parameters
+    ----------
+    stores, layers
+        As `measure` takes them.
 
     Returns
     -------
@@ -475,34 +385,32 @@ def plan(
     BudgetError
         When the memory does not suffice; names what would.
     """
-    options = Options(
-        train, test, ood, min_count, max_count, _class_ids(classes), weighted, dist_exp,
-        skip_nonfinite, precision, null, null_seed, per_class, ncc,
-        ddof=ddof, class_ddof=class_ddof, divide_by_k=divide_by_k,
-    )  # fmt: skip
-    opened, wanted, named = open_stores(stores), *wanted_metrics(metrics)
-    tasks = choose_tasks(opened, layers, options, wanted, named, scanned=False)
-    with _cluster(cluster, memory) as client:
-        workers = Workers.find(client, memory, device)
-        _check_device(precision, workers.device)
-        tasks = [replace(t, options=replace(t.options, device=workers.device)) for t in tasks]
-        found, _ = workers.plan(tasks)
-    check_budget(found)
-    return found
+    asked = PlanRequest.of(options)
+    opened = open_stores(stores)
+    wanted, named = wanted_metrics(asked.metrics)
+    tasks = choose_tasks(opened, layers, asked.options, wanted, named, scanned=False)
+    with _cluster(asked) as client:
+        workers = Workers.find(client, asked.memory, asked.device)
+        plan, _ = workers.plan(workers.place(tasks))
+    check_budget(plan)
+    return plan
 
 
-def _cluster(cluster: Any, memory: str | int | None) -> Any:
+def _cluster(asked: PlanRequest) -> Any:
     """Open a cluster; loading Dask's is left out where a plain loop runs."""
-    if cluster is None or cluster == "sync":
+    if asked.cluster in (None, "sync"):
         return nullcontext(None)
     from ncbatch.engine.cluster import open_cluster
 
-    return open_cluster(cluster, memory=None if memory is None else memory_budget(memory))
+    memory = None if asked.memory is None else memory_budget(asked.memory)
+    return open_cluster(asked.cluster, memory=memory)
 
 
-def _is_local(cluster: Any) -> bool:
+def _is_local(asked: PlanRequest) -> bool:
     """Whether a cluster's workers are of this machine: others may share no disk with it."""
-    name = cluster.partition(":")[0] if isinstance(cluster, str) else cluster
+    name = asked.cluster
+    if isinstance(name, str):
+        name = name.partition(":")[0]
     return name in (None, "sync", "threads", "processes", "cuda")
 
 

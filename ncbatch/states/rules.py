@@ -843,7 +843,7 @@ class FaissRule(Rule):
 def faiss_nearest_rule(
     means: Array,
     classes: Array | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: str = "cpu",
     **how: Any,
 ) -> FaissRule:
     """Make the rule that chooses the nearest of the class means, by FAISS.

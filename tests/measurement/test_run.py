@@ -292,10 +292,7 @@ def test_less_memory_means_more_class_blocks_until_nothing_fits(tmp_path):
     store = FeatureStore.create(tmp_path / "s.zarr", 200_000, {"h": 4096}, "float16")
     with store.writer("train", n_samples=100) as writer:
         writer.append({"h": np.zeros((100, 4096), np.float16)}, np.arange(100))
-    options = Options(
-        "train", None, None, 1, None, None, False, 1.0, False, "exact", False, 0, False
-    )
-    (task,) = choose_tasks({"s": store}, None, options, *wanted_metrics(None), scanned=False)
+    (task,) = choose_tasks({"s": store}, None, Options(), *wanted_metrics(None), scanned=False)
     shape = replace(shape_of(task), n_used=200_000)
     modes = [choose_mode(shape, gib * 2**30) for gib in (64, 12, 8, 4, 3)]
     assert modes[0] == Mode()
