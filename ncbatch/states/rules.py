@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import array_api_compat.numpy
 import numpy as np
@@ -788,7 +788,7 @@ class FaissRule(Rule):
     neighbour still lies within it is decided by the built-in rule.
     """
 
-    place: Literal["cpu", "cuda"] = "cpu"
+    place: str = "cpu"
 
     @cached_property
     def _built_in(self) -> Rule:
