@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, ForwardRef, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ForwardRef, Literal, TypeVar, Union, get_args, get_origin
 
 from ncbatch.errors import UsageError, unknown_name
 
@@ -34,7 +34,7 @@ class Limits:
             most = "" if self.high is None else f", at most {self.high}"
             return f"a number above {self.low}{most}"
         if self.high is None:
-            return f"an integer from {self.low} on"
+            return f"an integer, at least {self.low}"
         return " or ".join(str(value) for value in range(self.low, self.high + 1))
 
 
@@ -65,7 +65,8 @@ class Option:
     @property
     def kinds(self) -> tuple[Any, ...]:
         """The types that it may have beside None."""
-        is_union = get_origin(self.annotation) is UnionType
+        # Of a Literal and None `typing` makes a union of its own kind.
+        is_union = get_origin(self.annotation) in (UnionType, Union)
         parts = get_args(self.annotation) if is_union else (self.annotation,)
         return tuple(kind for kind in parts if kind is not NoneType)
 
@@ -85,7 +86,10 @@ class Option:
         """What it may be, in words of Python."""
         if isinstance(self.annotation, str):
             return self.annotation
-        return inspect.formatannotation(self.annotation).replace("collections.abc.", "")
+        names = [inspect.formatannotation(k).replace("collections.abc.", "") for k in self.kinds]
+        if NoneType in get_args(self.annotation):
+            names.append("None")
+        return " | ".join(names)
 
     def check(self, value: Any) -> None:
         """Refuse a value that the declaration rules out.

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import zarr
@@ -14,8 +14,9 @@ import zarr
 from ncbatch.arrays.atomic import replacing
 from ncbatch.engine.jobs import Job, Price, Progress, Sweep
 from ncbatch.engine.loop import run_jobs
+from ncbatch.engine.options import Declared, Limits
 from ncbatch.engine.plans import Plan, format_bytes, memory_budget, resident_bytes
-from ncbatch.errors import BudgetError, DataError, OutputError, UsageError
+from ncbatch.errors import BudgetError, DataError, OutputError
 from ncbatch.measurement.passes import MomentsPass
 from ncbatch.measurement.samples import RowSource, Selection, count_labels, select_classes
 from ncbatch.metrics.statistics import Statistics
@@ -25,7 +26,6 @@ from ncbatch.states.pairs.sweep import PairTiles
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.version import __version__
 
-KINDS = ("cosine", "distance", "log", "riesz", "cdnv", "interference")
 _TILE_CLASSES = 1024
 # Arrays of a tile's size that are held at once: its distances, masks and logarithms, the mirror
 # image, and what the codec makes of it.
@@ -83,43 +83,33 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class GridRequest:
+class GridRequest(Declared):
     """Which grid of which class means, and where to.
 
-    Attributes
-    ----------
-    path : str
-        The store.
-    kind : {"cosine", "distance", "log", "riesz", "cdnv", "interference"}
-        What each pair gets: of directions the first three and ``riesz``, of means the others.
-    layer, split : str
-        Where the class means come from.
-    out : str
-        A Zarr group to make: ``grid`` (class_i, class_j) of float64, and ``class`` with the ids of
-        the classes that have samples. NaN where there is no value: pairs without a direction,
-        coincident pairs, and the diagonal of ``log``, ``riesz`` and ``cdnv``.
-    weighted : bool
-        Take m_G as the mean of samples.
-    dist_exp : float
-        Exponent p of ``cdnv``.
-    ddof : {0, 1}
-        The V_c of ``cdnv`` are divided by n_c - ddof.
+    What it makes is a Zarr group: ``grid`` (class_i, class_j) of float64, and ``class`` with the ids
+    of the classes that have samples. NaN where there is no value: pairs without a direction,
+    coincident pairs, and the diagonal of ``log``, ``riesz`` and ``cdnv``.
     """
 
-    path: str
-    kind: str
-    layer: str
-    out: str
-    split: str = "train"
-    weighted: bool = False
-    dist_exp: float = 1.0
-    ddof: int = 0
+    path: Annotated[str, "The store."]
+    kind: Annotated[
+        Literal["cosine", "distance", "log", "riesz", "cdnv", "interference"],
+        "What each pair of classes gets: cdnv and interference of the means, the others of their "
+        "directions.",
+    ]
+    layer: Annotated[str, "Layer of the class means."]
+    out: Annotated[str, "A .zarr that does not exist yet."]
+    split: Annotated[str, "Split of the class means."] = "train"
+    weighted: Annotated[bool, "Take m_G as the mean of samples."] = False
+    dist_exp: Annotated[float, "Exponent of cdnv."] = 1.0
+    ddof: Annotated[int, "V_c of cdnv is divided by n_c - ddof.", Limits(0, 1)] = 0
+    memory: Annotated[
+        str | int | None,
+        "Ceiling of resident memory, such as ``8GiB``; by default what the machine has left.",
+    ] = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UsageError(f"grid '{self.kind}'", ", ".join(KINDS))
-        if self.ddof not in (0, 1):
-            raise UsageError(f"ddof {self.ddof}", "0 or 1")
+        super().__post_init__()
         if self.target.suffix != ".zarr":
             raise OutputError(f"output '{self.out}'", "a name that ends in .zarr")
         if self.target.exists():
@@ -151,14 +141,8 @@ class GridRequest:
         """The rows of the layer."""
         return RowSource(self.store.split(self.split), self.layer, self.selection.index)
 
-    def plan(self, memory: str | int | None = None) -> Plan:
-        """Say what writing it reads, computes, holds and takes on disk; reads labels alone.
-
-        Parameters
-        ----------
-        memory : str or int, optional
-            Ceiling of resident memory, such as ``"8GiB"``; what the machine has left by default.
-        """
+    def plan(self) -> Plan:
+        """Say what writing it reads, computes, holds and takes on disk; reads labels alone."""
         source, part = self.source, self.store.split(self.split)
         k, d, n = len(self.selection.classes), source.n_features, part.n_rows
         spec, side = part.spec(self.layer), min(_TILE_CLASSES, k)
@@ -183,7 +167,7 @@ class GridRequest:
             f"disk: up to {format_bytes(write.disk_bytes)} in '{self.out}', "
             f"of {format_bytes(free)} free"
         )
-        return Plan([read, write], resident_bytes(), memory_budget(memory), notes=[note])
+        return Plan([read, write], resident_bytes(), memory_budget(self.memory), notes=[note])
 
     def check(self, plan: Plan) -> None:
         """Refuse what does not fit.
@@ -209,17 +193,13 @@ class GridRequest:
             )
 
 
-def write_grid(
-    request: GridRequest, *, memory: str | int | None = None, progress: Progress | None = None
-) -> int:
+def write_grid(request: GridRequest, progress: Progress | None = None) -> int:
     """Write the K x K grid of a layer's class means, never holding more than a tile.
 
     Parameters
     ----------
     request : GridRequest
         Which grid.
-    memory : str or int, optional
-        Ceiling of resident memory, such as ``"8GiB"``; what the machine has left by default.
     progress : Progress, optional
         Told how far it is.
 
@@ -235,7 +215,7 @@ def write_grid(
     OutputError
         When it cannot be written.
     """
-    request.check(request.plan(memory))
+    request.check(request.plan())
     source, classes = request.source, request.selection.classes
     source.split.check_chunks(request.layer)
     read = MomentsPass(source, len(classes), False, "exact")

@@ -69,7 +69,7 @@ class Options(Declared):
     ] = None
     metrics: Annotated[
         Iterable[str] | None,
-        "Names of metrics, from `ncbatch.metrics.CATALOGUE`; by default all that apply.",
+        "Names of metrics, as ``ncbatch metrics`` lists them; by default all that apply.",
     ] = None
     min_count: Annotated[
         int, "Use only classes with at least so many train samples.", Limits(1), Recorded()
@@ -171,7 +171,7 @@ class MeasureRequest(PlanRequest):
     """What `measure` may be asked."""
 
     state: Annotated[
-        "str | os.PathLike[str] | None",
+        str | os.PathLike[str] | None,
         "A directory that keeps finished work: the same call goes on after a crash to the same "
         "bits, and other metrics of the same states read nothing again. Workers must reach it.",
     ] = None

@@ -1,6 +1,7 @@
 """Grids on disk equal grids of differences, tile by tile, both triangles."""
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import zarr
 
 import ncbatch.measurement.grid as module
 from ncbatch.errors import BudgetError, OutputError, UnknownNameError, UsageError
-from ncbatch.measurement.grid import KINDS, GridRequest, write_grid
+from ncbatch.measurement.grid import GridRequest, write_grid
 from ncbatch.store import FeatureStore
 
 
@@ -51,7 +52,7 @@ def expected(store: FeatureStore, kind: str, ddof: int = 0) -> np.ndarray:
         }[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["cosine", "distance", "log", "riesz", "cdnv", "interference"])
 def test_every_kind_equals_its_definition(tmp_path, store, monkeypatch, kind: str):
     monkeypatch.setattr(module, "_TILE_CLASSES", 5)
     out = tmp_path / "g.zarr"
@@ -120,7 +121,7 @@ def test_the_plan_holds_what_writing_takes(tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, store, monkeypatch):
     request = GridRequest(store.path, "cosine", "h", str(tmp_path / "g.zarr"))
     with pytest.raises(BudgetError, match="give at least --memory"):
-        write_grid(request, memory="1MiB")
+        write_grid(replace(request, memory="1MiB"))
     usage = module.shutil.disk_usage(tmp_path)._replace(free=12 * 12 * 8 - 1)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BudgetError, match=r"takes up to .* on disk"):

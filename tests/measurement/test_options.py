@@ -2,94 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.engine.options import Declared, Limits, options_of, takes
+from ncbatch.engine.options import options_of
 from ncbatch.errors import UnknownNameError, UsageError
 from ncbatch.measurement.options import (
     PRESETS,
     MeasureRequest,
     Options,
     PlanRequest,
-    Recorded,
     conventions,
     records,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted(Declared):
-    """What a function made here may be asked."""
-
-    size: Annotated[int, "How many; see `kind`.", Limits(1)] = 3
-    kind: Annotated[Literal["a", "b", "c"], "Which."] = "a"
-    share: Annotated[float | None, "How much.", Limits(0, 1)] = None
-    ids: Annotated[Iterable[int] | None, "Which of them."] = None
-
-
-@takes(Wanted)
-def make(path: str, *, progress: object = None, **options: object) -> Wanted:
-    """Make something.
-
-    Parameters
-    ----------
-    path : str
-        Where.
-
-    Returns
-    -------
-    Wanted
-        What was asked.
-    """
-    return Wanted.of(options)
-
-
-def test_signature_and_docstring_list_what_is_declared():
-    assert str(inspect.signature(make)).replace("'", "") == (
-        "(path: str, *, size: int = 3, kind: Literal[a, b, c] = a, share: float | None = None, "
-        "ids: collections.abc.Iterable[int] | None = None, progress: object = None) -> Wanted"
-    )
-    said = inspect.getdoc(make)
-    assert "\nkind : {'a', 'b', 'c'}, default 'a'\n    Which.\n" in said
-    assert said.index("path : str") < said.index("share : float, optional") < said.index("Returns")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 0}, "size 0; expected an integer from 1 on"),
-        ({"size": 1.5}, "size 1.5; expected an integer from 1 on"),
-        ({"share": 0.0}, "share 0.0; expected a number above 0, at most 1"),
-        ({"share": float("nan")}, "share nan; expected a number above 0, at most 1"),
-        ({"kind": "d"}, "kind 'd'; expected a, b or c"),
-    ],
-)
-def test_values_that_are_not_declared_are_refused(options, message):
-    with pytest.raises(UsageError) as refused:
-        make("x", **options)
-    assert str(refused.value) == message
-
-
-def test_a_wrong_name_is_answered_with_the_nearest(tmp_path):
-    with pytest.raises(UnknownNameError, match="did you mean 'share'"):
-        make("x", shares=1)
-    for function in (nc.measure, nc.plan):
-        with pytest.raises(UnknownNameError, match="did you mean 'dist_exp'"):
-            function(tmp_path / "no store", dist_expp=2)  # type: ignore[call-arg]
-
-
-def test_what_can_be_read_once_is_kept():
-    assert make("x", ids=iter([1, 2]), share=0.5).ids == (1, 2)
-    assert make("x", ids=np.array([4, 5])).ids == (4, 5)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +57,12 @@ def test_bad_values_are_refused_before_a_store_is_opened(options, message):
     assert str(refused.value) == message
 
 
+@pytest.mark.parametrize("function", [nc.measure, nc.plan])
+def test_a_wrong_name_is_answered_with_the_nearest(function):
+    with pytest.raises(UnknownNameError, match="did you mean 'dist_exp'"):
+        function("no store", dist_expp=2)
+
+
 def test_the_part_for_workers_holds_what_values_depend_on():
     asked = MeasureRequest(dist_exp=2.0, classes=[3, 1], state="kept", memory="1GiB")
     assert asked.options == Options(dist_exp=2.0, classes=(3, 1))
@@ -144,17 +83,11 @@ def test_results_record_every_convention():
         "null_seed": "no null",
         "ncc": "exact",
     }
+    digest = hashlib.sha256(np.array([2, 5], np.int64).tobytes()).hexdigest()[:32]
     chosen = conventions(Options(classes=[5, 2, 2], max_count=9, null=True, null_seed=4))
-    assert chosen["class_filter"] == "2 listed, sha256 " + _sha256(np.array([2, 5]))
+    assert chosen["class_filter"] == f"2 listed, sha256 {digest}"
     assert (chosen["max_count"], chosen["null_seed"]) == (9, 4)
     assert set(records()) < {field.name for field in fields(Options)}
-    assert Recorded() in [mark for option in options_of(Options) for mark in option.marks]
-
-
-def _sha256(ids: np.ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -169,3 +102,21 @@ def test_options_load_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_mypy_refuses_what_is_not_declared():
+    api = pytest.importorskip("mypy.api")
+    root = Path(__file__).parents[2]
+    calls = (root / "tests" / "typed_calls.py").read_text(encoding="utf-8")
+    n_wrong = calls.count("# type: ignore")
+    out, err, _ = api.run(
+        [
+            "--config-file",
+            str(root / "pyproject.toml"),
+            "-c",
+            calls.replace("  # type: ignore", "  # "),
+        ]
+    )
+    assert n_wrong == 5
+    assert f"Found {n_wrong} errors" in out, out + err

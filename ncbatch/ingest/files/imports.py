@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ncbatch.engine.jobs import Progress
+from ncbatch.engine.options import Limits
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.ingest.files.labels import Sources, masked_labels
 from ncbatch.ingest.files.layers import Layers, RowStream, open_rows, read_rows_of
@@ -226,12 +227,12 @@ def import_features(
     predictions: str | None = None,
     *,
     axes: str | None = None,
-    layer_index: int | None = None,
+    layer_index: Annotated[int | None, Limits(0)] = None,
     tokens: str | None = None,
     documents: str | None = None,
     mask: str | None = None,
     loss_mask: str | None = None,
-    n_classes: int | None = None,
+    n_classes: Annotated[int | None, Limits(1)] = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Imported:
@@ -246,12 +247,13 @@ def import_features(
     layer : str or sequence of str
         The layer's name. For several: a pattern such as ``h.{}``, or a name per layer.
     features : str
-        Rows (N, D), in one of the forms of ``docs/import.md`` or a glob of shards of them, such as
-        ``x.npy``, ``x.safetensors:key``, ``x.parquet:column``. ``{}`` in the name of an array stands
-        for the number of a layer. ``:key`` in any of the sources below means the same files.
+        Rows (N, D): .npy, .npz:key, .safetensors:key, .pt:key, .parquet:column, .arrow:column, a
+        datasets folder:column, .h5:dataset, a Zarr path, .bin:dtype:width, .fbin, .fvecs, or a
+        (quoted) glob of shards of them. ``{}`` in the name of an array stands for the number of a
+        layer. ``:key`` in any of the sources below means the same files.
     labels : str, optional
         Class ids (N,) or (B, T), likewise; negative ones mark rows that are no samples. They may be
-        left out for a split that exists, and for a new one whose name holds ``ood``. ``"next"``: the
+        left out for a split that exists, and for a new one whose name holds ``ood``. ``next``: the
         next of `tokens` in the same sequence.
     predictions : str, optional
         The model's own decisions (N,), made by the classifier that reads this layer.
@@ -262,7 +264,7 @@ def import_features(
     layer_index : int, optional
         The one along L to import; all by default.
     tokens : str, optional
-        Token ids of the rows, for ``labels="next"``.
+        Token ids of the rows, for `labels` ``next``.
     documents : str, optional
         Document ids of the rows; the next token of another document is no label.
     mask : str, optional
@@ -344,7 +346,11 @@ def import_features(
 
 
 def import_classifier(
-    path: str, layer: str, weight: str, bias: str | None = None, rows: int | None = None
+    path: str,
+    layer: str,
+    weight: str,
+    bias: str | None = None,
+    rows: Annotated[int | None, Limits(1)] = None,
 ) -> tuple[int, int]:
     """Store the classifier of a layer from files.
 
@@ -354,8 +360,10 @@ def import_classifier(
         An existing store.
     layer : str
         The layer whose features the classifier reads.
-    weight, bias : str
-        Files of (K, D) and (K,) floats, as for `import_features`.
+    weight : str
+        (K, D) floats in any of the forms of features, such as ``model.safetensors:lm_head.weight``.
+    bias : str, optional
+        (K,) floats, likewise.
     rows : int, optional
         Keep only so many first rows, of a padded vocabulary.
 

@@ -6,17 +6,19 @@ import errno
 import inspect
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ncbatch.engine.jobs import Progress
+from ncbatch.engine.options import takes
 from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
 from ncbatch.ingest.language.corpus import Corpus, Texts, TokenBatch, open_corpus
 from ncbatch.ingest.language.model import LanguageModel, open_language_model, with_checked_head
+from ncbatch.ingest.language.options import DumpRequest
 from ncbatch.ingest.language.places import choose_places, probe
 from ncbatch.ingest.model.capture import device_of
 from ncbatch.ingest.model.dumps import dump, make_target
@@ -25,11 +27,13 @@ from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
 from ncbatch.ingest.model.room import check_rows_room, check_states_room
 from ncbatch.ingest.model.target import Request, one_dtype, open_if_there, stored_dtypes
 from ncbatch.store.feature_store import FeatureStore
-from ncbatch.store.format import DTYPES, check_name
+from ncbatch.store.format import check_name
 from ncbatch.store.ranks import Share
 
 if TYPE_CHECKING:
     import torch
+
+    from ncbatch.ingest.language.option_types import DumpOptions
 
 
 # What a language model is fed: the batches of a rank, as the dump takes them.
@@ -106,41 +110,15 @@ class Feed:
         return inputs
 
 
-LABELS = ("next", "given", "argmax")
-
-
+@takes(DumpRequest)
 def dump_language_model(
     model: str | os.PathLike[str] | torch.nn.Module,
     texts: Texts,
     store: FeatureStore | str | os.PathLike[str],
     split: str = "train",
     *,
-    tokenizer: Any = None,
-    layers: str | Sequence[str] | None = None,
-    labels: Literal["next", "given", "argmax"] | None = None,
-    context: int | None = None,
-    batch_size: int = 8,
-    pack: bool = False,
-    field: str = "text",
-    exclude: Iterable[int] = (),
-    max_tokens: int | None = None,
-    per_class_cap: int | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    model_dtype: str | None = None,
-    device: str | None = None,
-    rank: int | None = None,
-    world_size: int | None = None,
-    moments: bool = False,
-    means: str | None = None,
-    name: str | None = None,
-    step: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
     progress: Progress | None = None,
+    **options: Unpack[DumpOptions],
 ) -> FeatureStore:
     """Run a causal or masked language model over texts and store its hidden states.
 
@@ -160,46 +138,6 @@ def dump_language_model(
         Where to write; a path where nothing is becomes a new store.
     split : str, optional
         A new split, or a complete one that lacks all of `layers`: then they are added to it.
-    tokenizer : path, str or tokenizer, optional
-        Another tokenizer than the model's own.
-    layers : str or sequence of str, optional
-        Modules by path, with ``:input`` for what they take. By default what enters the first
-        block, what each block gives, and what enters the head:
-        ``model.layers.0:input``, ``model.layers.0``, ..., ``lm_head:input``.
-    labels : {"next", "given", "argmax"}, optional
-        The class of a position: the next token of its document, the label that comes with the
-        text, or the model's own decision. By default ``next``, and ``argmax`` for a masked model.
-    context : int, optional
-        Tokens of a window; by default as many as the model takes, 2048 at most.
-    batch_size : int, optional
-        Windows per forward pass. It belongs to the result: other batches may give other last bits.
-    pack, field, exclude, max_tokens, per_class_cap, seed
-        As `open_corpus` has them.
-    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
-        How hidden states are stored; by default as the store has or declares them, else bfloat16
-        for a model in bfloat16, else float16.
-    model_dtype : {"auto", "float32", "bfloat16", "float16"}, optional
-        What the model runs in; by default as it is stored.
-    device : str, optional
-        Where the model runs; by default on a GPU where torch finds one.
-    rank, world_size : int, optional
-        Which of several processes this is, and how many; by default what torchrun says in RANK
-        and WORLD_SIZE. Rank r takes batches r, r + world_size, ... Whichever ends last completes
-        the split.
-    moments : bool, optional
-        Keep no rows but their moments, class by class: `measure` takes them as it takes rows.
-    means : str, optional
-        With `moments`: the split whose class means decide, so that NC4 can be measured too.
-    name, step : str, int, optional
-        What the store says of the model; by default read from its path.
-    revision : str, optional
-        Branch, tag or commit on the hub.
-    trust_remote_code, allow_pickle : bool, optional
-        Run code that comes with the model; read weights that are pickled.
-    resume : bool, optional
-        Go on after an interruption, with the same arguments.
-    overwrite : bool, optional
-        Replace the split if it exists.
     progress : Progress, optional
         Told how far the dump is, and of its size and speed.
 
@@ -225,39 +163,64 @@ def dump_language_model(
         of another model or step, or the split was begun with other texts or options.
     """
     check_name("split", split)
-    _check_options(labels, batch_size, dtype, moments, means, step)
-    share = _share(rank, world_size)
+    asked = DumpRequest.of(options)
+    moments, means, overwrite = asked.moments, asked.means, asked.overwrite
+    if means is not None and not moments:
+        raise UsageError(f"means '{means}' without moments", "--moments (moments=True) too")
+    share = _share(asked.rank, asked.world_size)
     lm = open_language_model(
-        model, tokenizer, revision=revision, model_dtype=model_dtype, device=device, rank=rank,
-        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-    )  # fmt: skip
+        model,
+        asked.tokenizer,
+        revision=asked.revision,
+        model_dtype=asked.model_dtype,
+        device=asked.device,
+        rank=asked.rank,
+        trust_remote_code=asked.trust_remote_code,
+        allow_pickle=asked.allow_pickle,
+    )
     with _full_named(store):
         lm = with_checked_head(lm)
     lm.check_vocabulary()
-    kind = _labels(labels, lm)
-    places = choose_places(lm, [layers] if isinstance(layers, str) else layers)
-    called, at = name or lm.name, lm.step if step is None else step
+    kind = _labels(asked.labels, lm)
+    places = choose_places(lm, [asked.layers] if isinstance(asked.layers, str) else asked.layers)
+    called = asked.name or lm.name
+    step = lm.step if asked.step is None else asked.step
     opened = open_if_there(store)
     if opened is not None:
-        _check_described(opened, split, called, at, overwrite)
-    stored_dtype = _stored_dtype(opened, split, places, lm, dtype, moments, overwrite)
+        _check_described(opened, split, called, step, overwrite)
+    stored_dtype = _stored_dtype(opened, split, places, lm, asked.dtype, moments, overwrite)
     how: dict[str, Any] = {
-        "moments": moments, "means": means, "resume": resume, "overwrite": overwrite
-    }  # fmt: skip
+        "moments": moments,
+        "means": means,
+        "resume": asked.resume,
+        "overwrite": overwrite,
+    }
     complete = _complete(store, split, places, stored_dtype, lm.n_tokens, share, **how)
     if complete is not None:
         _note(progress, complete_resumed(complete, split, share))
         return complete
     corpus = open_corpus(
-        texts, lm.tokenizer, context=lm.context(context), labels=kind, pack=pack, field=field,
-        exclude=exclude, max_tokens=max_tokens, per_class_cap=per_class_cap, seed=seed,
-        masked=lm.masked, progress=progress,
-    )  # fmt: skip
-    feed = Feed(lm, corpus, batch_size, share)
+        texts,
+        lm.tokenizer,
+        context=lm.context(asked.context),
+        labels=kind,
+        pack=asked.pack,
+        field=asked.field,
+        exclude=asked.exclude,
+        max_tokens=asked.max_tokens,
+        per_class_cap=asked.per_class_cap,
+        seed=asked.seed,
+        masked=lm.masked,
+        progress=progress,
+    )
+    feed = Feed(lm, corpus, asked.batch_size, share)
     identity: dict[str, str | int] = {
-        "model": called, "model dtype": lm.dtype, "labels": kind,
-        "texts and windows": corpus.fingerprint[:12], "batch size": batch_size,
-    }  # fmt: skip
+        "model": called,
+        "model dtype": lm.dtype,
+        "labels": kind,
+        "texts and windows": corpus.fingerprint[:12],
+        "batch size": asked.batch_size,
+    }
     with _full_named(store):
         seen = probe(lm, places, feed.example(), device_of(lm.module))
     if not moments:
@@ -280,31 +243,10 @@ def dump_language_model(
             progress=progress, **how,
         )  # fmt: skip
         if share.rank == 0:  # what all would say alike, written once
-            done.describe(model=called, step=at, layers=seen.notes)
+            done.describe(model=called, step=step, layers=seen.notes)
         if share.several:
             finalize_if_last(done, split)
     return done
-
-
-def _check_options(
-    labels: str | None,
-    batch_size: int,
-    dtype: str | None,
-    moments: bool,
-    means: str | None,
-    step: int | None,
-) -> None:
-    """Refuse before a model is loaded what needs no model."""
-    if labels not in (None, *LABELS):
-        raise UsageError(f"labels '{labels}'", "one of: " + ", ".join(LABELS))
-    if batch_size < 1:
-        raise UsageError(f"batch size {batch_size}", "at least 1")
-    if dtype not in (None, *DTYPES):
-        raise UsageError(f"dtype '{dtype}'", "one of: " + ", ".join(DTYPES))
-    if step is not None and step < 0:
-        raise UsageError(f"step {step}", "0 or more")
-    if means is not None and not moments:
-        raise UsageError(f"means '{means}' without moments", "--moments (moments=True) too")
 
 
 def _check_described(

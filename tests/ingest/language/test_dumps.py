@@ -657,11 +657,11 @@ def test_a_full_gpu_is_named(dumped: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_options_without_sense(tmp_path: Path) -> None:
     for options, message in (
-        ({"labels": "nxt"}, "labels 'nxt'; expected one of: next, given, argmax"),
-        ({"batch_size": 0}, "batch size 0; expected at least 1"),
-        ({"dtype": "int8"}, "dtype 'int8'; expected one of: float16"),
+        ({"labels": "nxt"}, "labels 'nxt'; expected next, given or argmax"),
+        ({"batch_size": 0}, "batch_size 0; expected an integer, at least 1"),
+        ({"dtype": "int8"}, "dtype 'int8'; expected float16, bfloat16, float32 or float64"),
         ({"means": "train"}, "means 'train' without moments; expected --moments"),
-        ({"step": -3}, "step -3; expected 0 or more"),
+        ({"step": -3}, "step -3; expected an integer, at least 0"),
         ({"split": "a/b"}, "split name 'a/b'; expected"),
     ):
         with pytest.raises(UsageError, match=message):
