@@ -22,6 +22,7 @@ import ncbatch.ingest.language.texts as texts_module
 import ncbatch.ingest.language.texts as tokenizing
 from ncbatch.errors import DataError, NcbatchError, OutputError, UsageError
 from ncbatch.ingest.language.corpus import Column, Corpus, open_corpus
+from tests.ingest.language.corpora import RECORDS, records, write_sources
 from tests.ingest.language.tokenizers import transformers_tokenizer, word_tokenizer
 
 
@@ -55,6 +56,12 @@ def samples_of(corpus: Corpus, batch_size: int = 3) -> list[tuple[list[int], int
             for place in np.flatnonzero(labels >= 0):
                 found.append((ids[: place + 1].tolist(), int(labels[place])))
     return found
+
+
+def test_corpora_are_what_the_version_before_made_of_them(folder: Path):
+    """So that a dump that it began is resumed."""
+    write_sources(folder)
+    assert dict(records(open_corpus)) == json.loads(RECORDS.read_text())
 
 
 # ------------------------------------------------------------------------------------- tokenizers
