@@ -16,10 +16,11 @@ import numpy.typing as npt
 from ncbatch.engine.jobs import Progress
 from ncbatch.engine.options import takes
 from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
-from ncbatch.ingest.language.corpus import Corpus, Texts, TokenBatch, open_corpus
+from ncbatch.ingest.language.corpus import Corpus, TokenBatch, open_corpus
 from ncbatch.ingest.language.model import LanguageModel, open_language_model, with_checked_head
 from ncbatch.ingest.language.options import DumpRequest
 from ncbatch.ingest.language.places import choose_places, probe
+from ncbatch.ingest.language.texts import Texts
 from ncbatch.ingest.model.capture import device_of
 from ncbatch.ingest.model.dumps import dump, make_target
 from ncbatch.ingest.model.places import Place

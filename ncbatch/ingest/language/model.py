@@ -1,4 +1,4 @@
-"""A causal or masked language model: its module, tokenizer, head and vocabulary, and what it is called."""
+"""A causal or masked language model: loaded with its tokenizer, its head found and checked."""
 
 from __future__ import annotations
 
@@ -11,102 +11,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ncbatch.errors import BudgetError, DataError, NcbatchError, UsageError
+from ncbatch.ingest.language.texts import vocabulary_of
 from ncbatch.ingest.model.capture import device_of
 
 if TYPE_CHECKING:
     import torch
 
 
-# What kind of model a checkpoint holds, and whether its head was trained.
+logger = logging.getLogger("ncbatch")
 
-
-def check_kind(config: Any, path: str) -> None:
-    """Refuse what reads with an encoder and predicts with a decoder.
-
-    Raises
-    ------
-    DataError
-        Names the model.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise DataError(
-            f"model '{path}' is an encoder with a decoder", "a causal or a masked language model"
-        )
-
-
-def kind_of(names: tuple[str, ...], config: Any) -> Literal["causal", "masked"]:
-    """Say by the names of classes, else by the type of the model, what it predicts."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    for name in names:
-        if name.endswith("ForMaskedLM"):
-            return "masked"
-        if name.endswith(("ForCausalLM", "LMHeadModel")) and "WithLMHead" not in name:
-            return "causal"
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    decodes = getattr(config, "is_decoder", False)
-    return "masked" if masked and not (causal and decodes) else "causal"
-
-
-def has_head(name: str) -> bool:
-    """Whether a model class of this name ends in logits over tokens."""
-    from transformers.models.auto import modeling_auto
-
-    known: set[str] = set()
-    for mapping in (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
-    ):
-        for names in mapping.values():
-            known.update([names] if isinstance(names, str) else names)
-    ends = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")  # those that bring their own code
-    return name in known or name.endswith(ends)
-
-
-def without_random_weights(module: Any, info: Mapping[str, Any], path: str) -> Any:
-    """Give the model without its head, if the checkpoint lacks weights of that.
-
-    Weights that a checkpoint lacks are drawn at random: as a classifier they would say nothing.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    lacking = set(info["missing_keys"]) & parameters.keys()
-    stored = {id(value) for name, value in parameters.items() if name not in lacking}
-    lacking = {name for name in lacking if id(parameters[name]) not in stored}  # not tied
-    base = module.base_model
-    inside = {id(value) for value in base.parameters()}
-    broken = sorted(
-        name
-        for name in lacking
-        if id(parameters[name]) in inside and "pooler" not in name.split(".")
-    )
-    if broken:
-        raise DataError(
-            f"model '{path}' lacks {len(broken)} weights, such as '{broken[0]}'",
-            "a checkpoint of the whole model",
-        )
-    outside = any(id(parameters[name]) not in inside for name in lacking)
-    return base if outside else module
-
-
-def head_of(module: Any) -> str | None:
-    """Find the path of the module that gives the logits."""
-    head = module.get_output_embeddings()
-    if head is None:
-        return None
-    return next((path for path, found in module.named_modules() if found is head), None)
-
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _LONGEST = 2048  # tokens of a window unless asked for: attention over more is seldom wanted
+# A number of parameters or tokens, such as step-350M, is no step.
 _STEP = re.compile(r"(?:^|[-_./])(?:checkpoint|global_?step|step|iter)[-_]?(\d+)(?![\d.]*[kKmMbB])")
-_ONLY_STEP = re.compile(r"(?:checkpoint|global_?step|step|iter)[-_]?\d+")
+_PROBE_TOKENS = 16
+_ROUNDINGS = 64  # a cap or a scale of logits rounds several times
 
 
 @dataclass(frozen=True)
@@ -148,8 +71,7 @@ class LanguageModel:
     @property
     def n_tokens(self) -> int:
         """K: token ids of the tokenizer, from 0 to the largest."""
-        ids: dict[str, int] = self.tokenizer.get_vocab()
-        return max([len(self.tokenizer), *(i + 1 for i in ids.values())])
+        return vocabulary_of(self.tokenizer)
 
     @property
     def n_embeddings(self) -> int:
@@ -169,11 +91,13 @@ class LanguageModel:
         DataError
             Names both sizes.
         """
-        rows, what = self.n_embeddings, "rows of the input embedding"
+        rows = self.n_embeddings
+        what = "rows of the input embedding"
         if self.head is not None:
             outputs = int(self.module.get_submodule(self.head).weight.shape[0])
             if outputs < rows:
-                rows, what = outputs, f"rows of the head '{self.head}'"
+                rows = outputs
+                what = f"rows of the head '{self.head}'"
         if self.n_tokens > rows:
             raise DataError(
                 f"the tokenizer does not match the vocabulary of {self.name}: "
@@ -185,11 +109,11 @@ class LanguageModel:
     @property
     def _longest(self) -> int | None:
         """Tokens that the model takes at most, where it says so."""
-        longest = getattr(self.config, "max_position_embeddings", None)
+        longest: int | None = getattr(self.config, "max_position_embeddings", None)
         for path, module in self.module.named_modules():
             padding = getattr(module, "padding_idx", None)
             if path.endswith("position_embeddings") and longest is not None and padding is not None:
-                return int(longest) - int(padding) - 1  # RoBERTa counts from behind the padding
+                return longest - int(padding) - 1  # RoBERTa counts from behind the padding
         return longest
 
     def context(self, asked: int | None) -> int:
@@ -201,86 +125,12 @@ class LanguageModel:
             When the model takes fewer.
         """
         longest = self._longest
-        if asked is not None:
-            if longest is not None and asked > longest:
-                raise UsageError(f"context of {asked} tokens", f"{longest} at most, for this model")
-            return asked
-        known = (longest, getattr(self.tokenizer, "model_max_length", None))
-        return min([_LONGEST, *(int(n) for n in known if n)])
-
-
-def is_step(name: str) -> bool:
-    """Whether a folder's name says no more than which checkpoint it is."""
-    return _ONLY_STEP.fullmatch(name) is not None
-
-
-def name_of(path: str) -> str:
-    """Name a model by its path; a folder that is but a checkpoint, by the one above.
-
-    Examples
-    --------
-    >>> name_of("runs/tiny/checkpoint-1000"), name_of("EleutherAI/pythia-70m")
-    ('tiny', 'EleutherAI/pythia-70m')
-    """
-    place = Path(path)
-    if not place.exists() and not is_step(place.name):
-        return path
-    place = place.resolve()
-    return place.parent.name if is_step(place.name) else place.name
-
-
-def step_of(*names: str | None) -> int | None:
-    """Read a training step from a path or revision, the first that tells.
-
-    Examples
-    --------
-    >>> step_of("runs/tiny/checkpoint-1000"), step_of("main", "step143000"), step_of("gpt2")
-    (1000, 143000, None)
-    """
-    for name in names:
-        found = _STEP.findall(Path(name).name) if name else []
-        if found:
-            return int(found[-1])
-    return None
-
-
-# Loading a causal or masked Hugging Face language model; weights drawn at random never become its head.
-
-
-logger = logging.getLogger("ncbatch")
-
-MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model and its tokenizer come from, and how they are loaded.
-
-    Attributes
-    ----------
-    path : str
-        A local folder, or a name on the Hugging Face hub.
-    tokenizer : str
-        Where the tokenizer is; mostly `path`.
-    revision : str or None
-        Branch, tag or commit on the hub.
-    model_dtype : str
-        One of `MODEL_DTYPES`; auto: as stored.
-    device : str
-        Where the model goes.
-    trust_remote_code : bool
-        Run code that comes with the model.
-    allow_pickle : bool
-        Read weights that are pickled where there are no safetensors.
-    """
-
-    path: str
-    tokenizer: str
-    revision: str | None = None
-    model_dtype: str = "auto"
-    device: str = "cpu"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
+        if asked is None:
+            known = (longest, getattr(self.tokenizer, "model_max_length", None))
+            return min([_LONGEST, *(int(n) for n in known if n)])
+        if longest is not None and asked > longest:
+            raise UsageError(f"context of {asked} tokens", f"{longest} at most, for this model")
+        return asked
 
 
 def open_language_model(
@@ -302,10 +152,17 @@ def open_language_model(
         A folder, a name on the Hugging Face hub, or a model of transformers that is loaded.
     tokenizer : path, str or tokenizer, optional
         Another tokenizer than the model's own; needed for a loaded model.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    model_dtype : str, optional
+        One of `MODEL_DTYPES`; auto: as stored.
+    device : str, optional
+        Where the model goes; by default a GPU where there is one.
     rank : int, optional
         Which of several processes this is, where torchrun does not say: it chooses the GPU.
-    revision, model_dtype, device, trust_remote_code, allow_pickle
-        As `Origin` has them; none of them for a loaded model.
+    trust_remote_code, allow_pickle : bool, optional
+        Run code that comes with the model; read weights that are pickled where there are no
+        safetensors. A loaded model takes these options as little as those before.
 
     Returns
     -------
@@ -319,35 +176,34 @@ def open_language_model(
     DataError
         When the model or the tokenizer is not there, cannot be read, or is of another kind.
     """
-    dtype, where = model_dtype or "auto", device or "auto"
+    dtype = model_dtype or "auto"
     if dtype not in MODEL_DTYPES:
         raise UsageError(f"model dtype '{dtype}'", "one of: " + ", ".join(MODEL_DTYPES))
     _check_transformers()
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = os.path.expanduser(os.fspath(tokenizer))
     if not isinstance(model, str | os.PathLike):
-        given = (revision, trust_remote_code or None, allow_pickle or None)
-        if dtype != "auto" or where != "auto" or any(given):
+        asked_device = (device or "auto") != "auto"
+        if dtype != "auto" or asked_device or revision or trust_remote_code or allow_pickle:
             raise UsageError(
                 "a loaded model, and options of loading",
                 "the model with the dtype and on the device that it shall have",
             )
-        return _taken(model, tokenizer)
-    path = os.path.expanduser(os.fspath(model))
-    named = isinstance(tokenizer, str | os.PathLike)
-    origin = Origin(
-        path,
-        os.path.expanduser(os.fspath(tokenizer)) if named else path,
-        revision,
-        dtype,
-        _device(where, rank),
-        trust_remote_code,
-        allow_pickle,
-    )
-    _check_there(origin.path, "model")
-    with _quietly():
-        config = _load_config(origin)
-        # Before the weights: what is wrong with it shows sooner.
-        tokens = tokenizer if tokenizer is not None and not named else _load_tokenizer(origin)
-        return _load(origin, config, tokens)
+        opened = _take(model, tokenizer)
+    else:
+        path = os.path.expanduser(os.fspath(model))
+        where = _device(device or "auto", rank)
+        _check_there(path, "model")
+        with _quietly():
+            origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+            opened = _load(path, tokenizer, origin, dtype, allow_pickle)
+        _move(opened.module, where)
+    if opened.head is None:
+        logger.warning(
+            "%s has no head that was trained: no classifier is stored, NC3 and NC4 are left out",
+            opened.name,
+        )
+    return opened
 
 
 def _check_transformers() -> None:
@@ -364,14 +220,14 @@ def _check_there(path: str, what: str) -> None:
     """Tell a path where nothing is from a name on the hub, which has one slash at most."""
     place = Path(path)
     looks_local = place.is_absolute() or path.startswith(".") or len(place.parts) > 2
-    checkpoint = place.parent.is_dir() and is_step(place.name)
+    checkpoint = place.parent.is_dir() and _STEP.fullmatch(place.name)
     if (looks_local or checkpoint) and not place.exists():
         raise DataError(
             f"no {what} at '{path}': nothing is there", "a folder, or a name on the hub"
         )
 
 
-def _device(device: str, rank: int | None = None) -> str:
+def _device(device: str, rank: int | None) -> str:
     """Choose where the model goes; each of several processes has a GPU of its own."""
     import torch
 
@@ -391,105 +247,6 @@ def _device(device: str, rank: int | None = None) -> str:
     return device
 
 
-def _taken(module: Any, tokenizer: Any) -> LanguageModel:
-    """Take a model that is loaded as it is."""
-    import torch
-
-    if not isinstance(module, torch.nn.Module) or not hasattr(module, "config"):
-        raise UsageError(
-            f"a model of type {type(module).__name__}",
-            "a path, a name on the hub, or a model of transformers",
-        )
-    if isinstance(tokenizer, str | os.PathLike):
-        path = os.path.expanduser(os.fspath(tokenizer))
-        with _quietly():
-            tokenizer = _load_tokenizer(Origin(path, path))
-    if tokenizer is None:
-        raise UsageError("a loaded model without tokenizer", "tokenizer=")
-    config: Any = module.config
-    path = getattr(config, "_name_or_path", "") or ""
-    check_kind(config, path or type(module).__name__)
-    kind = kind_of((type(module).__name__,), config)
-    name = name_of(path) if path else type(module).__name__
-    return _warned(
-        LanguageModel(module, tokenizer, name, step_of(path), head_of(module), kind == "masked")
-    )
-
-
-def _load_tokenizer(origin: Origin) -> Any:
-    from transformers import AutoTokenizer
-
-    _check_there(origin.tokenizer, "tokenizer")
-    with _readable("tokenizer", origin.tokenizer, "--tokenizer (tokenizer=) names another one"):
-        return AutoTokenizer.from_pretrained(
-            origin.tokenizer,
-            revision=origin.revision if origin.tokenizer == origin.path else None,
-            trust_remote_code=origin.trust_remote_code,
-        )
-
-
-def _load_config(origin: Origin) -> Any:
-    from transformers import AutoConfig
-
-    with _readable("model", origin.path):
-        config = AutoConfig.from_pretrained(
-            origin.path, revision=origin.revision, trust_remote_code=origin.trust_remote_code
-        )
-    check_kind(config, origin.path)
-    return config
-
-
-def _load(origin: Origin, config: Any, tokenizer: Any) -> LanguageModel:
-    """Load the weights, with the class that has the head they were trained with."""
-    import transformers
-
-    names = tuple(getattr(config, "architectures", None) or ())
-    kind = kind_of(names, config)
-    auto: Any = transformers.AutoModel
-    if not names or any(map(has_head, names)):
-        auto = (
-            transformers.AutoModelForMaskedLM
-            if kind == "masked"
-            else transformers.AutoModelForCausalLM
-        )
-    with _readable("model", origin.path, _remedy(origin)):
-        module, info = auto.from_pretrained(
-            origin.path,
-            revision=origin.revision,
-            trust_remote_code=origin.trust_remote_code,
-            **_dtype_option(origin.model_dtype),
-            use_safetensors=None if origin.allow_pickle else True,
-            output_loading_info=True,
-        )
-    module = without_random_weights(module, info, origin.path)
-    _move(module, origin.device)
-    step = step_of(origin.path, origin.revision)
-    return _warned(
-        LanguageModel(
-            module, tokenizer, name_of(origin.path), step, head_of(module), kind == "masked"
-        )
-    )
-
-
-def _dtype_option(dtype: str) -> dict[str, Any]:
-    """Name the option as this version of transformers does: ``torch_dtype`` before 4.56."""
-    import torch
-    import transformers
-
-    major, minor = (int(n) for n in transformers.__version__.split(".")[:2])
-    value = dtype if dtype == "auto" else getattr(torch, dtype)
-    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": value}
-
-
-def _warned(model: LanguageModel) -> LanguageModel:
-    if model.head is None:
-        logger.warning(
-            "%s has no head that was trained: no classifier is stored, NC3 and NC4 are left out",
-            model.name,
-        )
-    return model
-
-
 def _move(module: Any, device: str) -> None:
     import torch
 
@@ -504,12 +261,84 @@ def _move(module: Any, device: str) -> None:
         ) from error
 
 
-def _remedy(origin: Origin) -> str:
+# Taking a model that is loaded, or loading one; what transformers says becomes an error of a line.
+
+
+def _take(module: Any, tokenizer: Any) -> LanguageModel:
+    import torch
+
+    if not isinstance(module, torch.nn.Module) or not hasattr(module, "config"):
+        raise UsageError(
+            f"a model of type {type(module).__name__}",
+            "a path, a name on the hub, or a model of transformers",
+        )
+    if isinstance(tokenizer, str):
+        with _quietly():
+            tokenizer = _load_tokenizer(tokenizer, revision=None, trust_remote_code=False)
+    if tokenizer is None:
+        raise UsageError("a loaded model without tokenizer", "tokenizer=")
+    kind = type(module).__name__
+    path = getattr(module.config, "_name_or_path", "") or ""
+    _check_kind(module.config, path or kind)
+    name = name_of(path) if path else kind
+    masked = is_masked([kind], module.config)
+    return LanguageModel(module, tokenizer, name, step_of(path), head_of(module), masked)
+
+
+def _load(
+    path: str, tokenizer: Any, origin: Mapping[str, Any], dtype: str, allow_pickle: bool
+) -> LanguageModel:
+    """Load a model with the class that has the head its weights were trained with."""
+    import transformers
+
+    with _readable("model", path):
+        config = transformers.AutoConfig.from_pretrained(path, **origin)
+    _check_kind(config, path)
+    # Before the weights: what is wrong with it shows sooner.
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(path, **origin)
+    elif isinstance(tokenizer, str):
+        of_model = origin if tokenizer == path else {**origin, "revision": None}
+        tokenizer = _load_tokenizer(tokenizer, **of_model)
+    names = getattr(config, "architectures", None) or []
+    masked = is_masked(names, config)
+    auto: Any = transformers.AutoModel
+    if not names or any(map(_has_head, names)):
+        auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    with _readable("model", path, "" if allow_pickle else _remedy_for_pickles(Path(path))):
+        module, info = auto.from_pretrained(
+            path,
+            **origin,
+            **_dtype_option(dtype),
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+        )
+    module = without_random_weights(module, info["missing_keys"], path)
+    step = step_of(path, origin["revision"])
+    return LanguageModel(module, tokenizer, name_of(path), step, head_of(module), masked)
+
+
+def _load_tokenizer(path: str, **origin: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    _check_there(path, "tokenizer")
+    with _readable("tokenizer", path, "--tokenizer (tokenizer=) names another one"):
+        return AutoTokenizer.from_pretrained(path, **origin)
+
+
+def _dtype_option(dtype: str) -> dict[str, Any]:
+    """Name the option as this version of transformers does: ``torch_dtype`` before 4.56."""
+    import torch
+    import transformers
+
+    major, minor = (int(n) for n in transformers.__version__.split(".")[:2])
+    value = dtype if dtype == "auto" else getattr(torch, dtype)
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": value}
+
+
+def _remedy_for_pickles(folder: Path) -> str:
     """Say what helps where weights are there, but pickled."""
-    if origin.allow_pickle:
-        return ""
-    place = Path(origin.path)
-    if place.is_dir() and (any(place.glob("*.safetensors")) or not any(place.glob("*.bin"))):
+    if folder.is_dir() and (any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))):
         return ""
     return "--allow-pickle (allow_pickle=True) reads pickled weights, from a source you trust"
 
@@ -532,7 +361,8 @@ def _readable(what: str, path: str, remedy: str = "") -> Iterator[None]:
             reason = "it is neither a folder nor on this machine, and the hub cannot be reached"
             remedy = "give the path of a folder, or download it first"
         elif "not a valid model identifier" in str(error):
-            reason, remedy = "it is neither a folder nor a name on the hub", ""
+            reason = "it is neither a folder nor a name on the hub"
+            remedy = ""
         raise DataError(f"{what} '{path}' cannot be loaded: {reason}", "", remedy) from error
 
 
@@ -541,7 +371,8 @@ def _quietly() -> Iterator[None]:
     """Keep transformers from reporting what is said here, and its bars to terminals."""
     from transformers.utils import logging as reports
 
-    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    level = reports.get_verbosity()
+    bars = reports.is_progress_bar_enabled()
     reports.set_verbosity_error()
     if not sys.stderr.isatty():
         reports.disable_progress_bar()
@@ -553,11 +384,111 @@ def _quietly() -> Iterator[None]:
             reports.enable_progress_bar()
 
 
-# Whether the linear module that a model calls its head gives its logits, and what is added outside of it.
+# What a checkpoint is called, and what kind of model it holds.
 
 
-_PROBE_TOKENS = 16
-_ROUNDINGS = 64  # a cap or a scale of logits rounds several times
+def name_of(path: str) -> str:
+    """Name a model by its path; a folder that is but a checkpoint, by the one above.
+
+    Examples
+    --------
+    >>> name_of("runs/tiny/checkpoint-1000"), name_of("EleutherAI/pythia-70m")
+    ('tiny', 'EleutherAI/pythia-70m')
+    """
+    place = Path(path)
+    if not place.exists() and not _STEP.fullmatch(place.name):
+        return path
+    place = place.resolve()
+    return place.parent.name if _STEP.fullmatch(place.name) else place.name
+
+
+def step_of(*names: str | None) -> int | None:
+    """Read a training step from a path or revision, the first that tells.
+
+    Examples
+    --------
+    >>> step_of("runs/tiny/checkpoint-1000"), step_of("main", "step143000"), step_of("gpt2")
+    (1000, 143000, None)
+    """
+    for name in names:
+        steps = _STEP.findall(Path(name).name) if name else []
+        if steps:
+            return int(steps[-1])
+    return None
+
+
+def _check_kind(config: Any, path: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(
+            f"model '{path}' is an encoder with a decoder", "a causal or a masked language model"
+        )
+
+
+def is_masked(names: list[str], config: Any) -> bool:
+    """Whether a model predicts masked tokens, by the names of classes, else by its type."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    for name in names:
+        if name.endswith("ForMaskedLM"):
+            return True
+        # XLMWithLMHeadModel and its like may be either.
+        if name.endswith(("ForCausalLM", "LMHeadModel")) and "WithLMHead" not in name:
+            return False
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    decodes = causal and getattr(config, "is_decoder", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
+
+
+def _has_head(name: str) -> bool:
+    """Whether a model class of this name ends in logits over tokens."""
+    from transformers.models.auto import modeling_auto
+
+    known: set[str] = set()
+    for mapping in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    ):
+        for names in mapping.values():
+            known.update([names] if isinstance(names, str) else names)
+    ends = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")  # those that bring their own code
+    return name in known or name.endswith(ends)
+
+
+def head_of(module: Any) -> str | None:
+    """Find the path of the module that gives the logits."""
+    head = module.get_output_embeddings()
+    if head is None:
+        return None
+    return next((path for path, part in module.named_modules() if part is head), None)
+
+
+def without_random_weights(module: Any, missing_keys: list[str], path: str) -> Any:
+    """Take the model without its head, if the checkpoint lacks weights of that.
+
+    Weights that a checkpoint lacks are drawn at random: as a classifier they would say nothing.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    lacking = set(missing_keys) & parameters.keys()
+    stored = {id(value) for name, value in parameters.items() if name not in lacking}
+    # What is tied to a weight that is stored does not lack.
+    lacking = {name for name in lacking if id(parameters[name]) not in stored}
+    base = module.base_model
+    base_weights = {id(value) for value in base.parameters()}
+    inside = {name for name in lacking if id(parameters[name]) in base_weights}
+    broken = sorted(name for name in inside if "pooler" not in name.split("."))
+    if broken:
+        raise DataError(
+            f"model '{path}' lacks {len(broken)} weights, such as '{broken[0]}'",
+            "a checkpoint of the whole model",
+        )
+    return base if lacking - inside else module
+
+
+# Whether the module that a model calls its head gives its logits, and what is added outside of it.
 
 
 def with_checked_head(model: LanguageModel) -> LanguageModel:
@@ -579,39 +510,39 @@ def with_checked_head(model: LanguageModel) -> LanguageModel:
 
     if model.head is None:
         return model
-    if not isinstance(model.module.get_submodule(model.head), torch.nn.Linear):
+    head = model.module.get_submodule(model.head)
+    if not isinstance(head, torch.nn.Linear):
         return _without_head(model, "is no torch.nn.Linear")
-    outputs, logits = _run(model)
-    if len(outputs) != 1:
+    calls, logits = _run_head(model, head)
+    if len(calls) != 1:
         return _without_head(model, "runs never or several times in a pass")
     if logits is None:
         return model  # nothing to compare with
-    found = outputs[0].to(logits.device)  # of several, where the model is spread over GPUs
-    if found.shape != logits.shape:
+    outputs = calls[0].to(logits.device)  # of several, where the model is spread over GPUs
+    if outputs.shape != logits.shape:
         return _without_head(model, "does not give the logits")
-    if torch.equal(found, logits):
+    if torch.equal(outputs, logits):
         return model
-    bias = _outside(model.module, found, logits)
+    bias = _bias_outside(model.module, outputs, logits)
     if bias is not None:
         return replace(model, head_bias=bias)
-    if _rank_alike(found, logits):
+    if _rank_alike(outputs, logits):
         return model
     return _without_head(model, "does not give the logits")
 
 
-def _run(model: LanguageModel) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Give what the head gave, call by call, and the logits."""
+def _run_head(
+    model: LanguageModel, head: torch.nn.Linear
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Run the model on a few tokens: what the head gave, call by call, and the logits."""
     import torch
 
-    outputs: list[torch.Tensor] = []
-    assert model.head is not None
+    calls: list[torch.Tensor] = []
     module = model.module
     modes = [(part, part.training) for part in module.modules()]
     # A copy: the model may work in place on what its head gave.
-    handle = module.get_submodule(model.head).register_forward_hook(
-        lambda _, __, out: outputs.append(out.clone())
-    )
-    ids = torch.tensor([_ids(model)], device=device_of(module))
+    handle = head.register_forward_hook(lambda _, __, out: calls.append(out.clone()))
+    ids = torch.tensor([_probe_ids(model)], device=device_of(module))
     takes = inspect.signature(module.forward).parameters
     cache = {"use_cache": False} if "use_cache" in takes else {}
     try:
@@ -622,10 +553,10 @@ def _run(model: LanguageModel) -> tuple[list[torch.Tensor], torch.Tensor | None]
         handle.remove()
         for part, mode in modes:
             part.training = mode
-    return outputs, getattr(out, "logits", None)
+    return calls, getattr(out, "logits", None)
 
 
-def _ids(model: LanguageModel) -> list[int]:
+def _probe_ids(model: LanguageModel) -> list[int]:
     """Choose tokens from all over the vocabulary; special ones may ask for more than text."""
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
     n = min(model.n_tokens, model.n_embeddings)
@@ -634,7 +565,7 @@ def _ids(model: LanguageModel) -> list[int]:
     return ids[:: max(len(ids) // _PROBE_TOKENS, 1)][: min(_PROBE_TOKENS, model.context(None))]
 
 
-def _outside(module: Any, found: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+def _bias_outside(module: Any, outputs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
     """Find the parameter or buffer that was added to the head's outputs."""
     import torch
 
@@ -642,27 +573,28 @@ def _outside(module: Any, found: torch.Tensor, logits: torch.Tensor) -> torch.Te
         for values in tensors:
             if tuple(values.shape) != tuple(logits.shape[-1:]) or not values.is_floating_point():
                 continue
-            added = found + values.detach().to(found.device)
+            added = outputs + values.detach().to(outputs.device)
             if added.dtype == logits.dtype and torch.equal(added, logits):
                 return values.detach()
     return None
 
 
-def _rank_alike(found: torch.Tensor, logits: torch.Tensor) -> bool:
+def _rank_alike(outputs: torch.Tensor, logits: torch.Tensor) -> bool:
     """Whether the logits of each row grow with the outputs, and the same class wins."""
     import torch
 
-    order = found.argsort(-1)
-    sorted_logits = logits.gather(-1, order).float()
+    sorted_logits = logits.gather(-1, outputs.argsort(-1)).float()
     unit = torch.finfo(logits.dtype).eps * logits.abs().amax(-1, keepdim=True).float()
     if not bool((sorted_logits.diff(dim=-1) >= -_ROUNDINGS * unit).all()):
         return False
-    return bool(torch.equal(found.argmax(-1), logits.argmax(-1)))
+    return bool(torch.equal(outputs.argmax(-1), logits.argmax(-1)))
 
 
 def _without_head(model: LanguageModel, why: str) -> LanguageModel:
     logger.warning(
         "module '%s' of %s %s: no classifier is stored, NC3 and NC4 are left out",
-        model.head, model.name, why,
-    )  # fmt: skip
+        model.head,
+        model.name,
+        why,
+    )
     return replace(model, head=None)

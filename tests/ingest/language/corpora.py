@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ingest.language.tokenizers import transformers_tokenizer, word_tokenizer
+from tests.ingest.language.tokenizers import transformers_tokenizer
 
 RECORDS = Path(__file__).with_name("corpora.json")
 
@@ -69,11 +69,11 @@ def write_sources(folder: Path) -> None:
 CASES: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "texts": ("texts", "words", {"context": 8}),
     "texts packed": (["texts/t*.txt", "lines.jsonl"], "special", {"context": 8, "pack": True}),
-    "globs": (["texts/**/*.txt", "mixed.jsonl"], "transformers", {"context": 5}),
+    "globs": (["texts/**/*.txt", "mixed.jsonl"], "words", {"context": 5}),
     "long": ("long.txt", "special", {"context": 64}),
     "long capped": ("long.txt", "words", {"context": 64, "per_class_cap": 9, "seed": 3}),
     "long first": ("long.txt", "special", {"context": 64, "max_tokens": 150_001}),
-    "long line": ("long.jsonl", "transformers special", {"context": 32, "pack": True}),
+    "long line": ("long.jsonl", "special", {"context": 32, "pack": True}),
     "long line argmax": ("long.jsonl", "special", {"context": 32, "labels": "argmax"}),
     "lines": ("lines.jsonl", "special", {"context": 7}),
     "lines of a field": ("lines.jsonl", "words", {"context": 7, "field": "body"}),
@@ -100,19 +100,12 @@ CASES: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "saved texts": ("sets", "special", {"context": 9}),
 }
 
-TOKENIZERS = {
-    "words": word_tokenizer,
-    "special": lambda: word_tokenizer(special=True),
-    "transformers": transformers_tokenizer,
-    "transformers special": lambda: transformers_tokenizer(special=True),
-}
-
 
 def records(open_corpus: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Open every corpus from the working folder; say what is in it."""
     for name, (texts, tokenizer, options) in CASES.items():
-        make = TOKENIZERS.get(tokenizer or "")
-        yield name, record_of(open_corpus(texts, make and make(), **options))
+        ready = transformers_tokenizer(special="special" in tokenizer) if tokenizer else None
+        yield name, record_of(open_corpus(texts, ready, **options))
 
 
 def record_of(corpus: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncbatch.errors import DataError, UnknownNameError
-from ncbatch.ingest.language import texts as pieces
-from ncbatch.ingest.language.texts import Document, Texts, find_texts
+from ncbatch.ingest.language import texts as texts_module
+from ncbatch.ingest.language.texts import Document, Texts, cut_into_pieces, find_texts
 
 
 @pytest.fixture(autouse=True)
@@ -55,18 +55,18 @@ def test_a_text_file_is_one_document():
 )
 def test_pieces_make_the_text_and_are_no_longer_than_wanted(text: str, size: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", size)
-        patch.setattr("ncbatch.ingest.language.texts.PIECE", size)
-        found = list(pieces.pieces_of(text))
+        patch.setattr(texts_module, "PIECE", size)
+        found = list(cut_into_pieces([text]))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.txt"
             path.write_bytes(text.encode())
             read = documents(path)
-    assert "".join(piece for piece, _ in found) == text
-    assert [more for _, more in found] == [True] * (len(found) - 1) + [False]
-    assert all(0 < len(piece) <= size for piece, _ in found) or not text
+    assert "".join(piece for piece, *_ in found) == text
+    assert [begins for _, begins, _ in found] == [True] + [False] * (len(found) - 1)
+    assert [ends for *_, ends in found] == [False] * (len(found) - 1) + [True]
+    assert all(0 < len(piece) <= size for piece, *_ in found) or not text
     assert "".join(document.content for document in read) == text
-    assert not read[-1].goes_on
+    assert [document.ends for document in read] == [False] * (len(read) - 1) + [True]
     assert sum(document.size for document in read) == len(text.encode())
 
 
@@ -81,20 +81,20 @@ def test_pieces_make_the_text_and_are_no_longer_than_wanted(text: str, size: int
     ],
 )
 def test_a_long_text_is_cut_where_tokens_end(monkeypatch, text: str, first: str):
-    monkeypatch.setattr(pieces, "PIECE", 10)
-    assert next(pieces.pieces_of(text)) == (first, True)
+    monkeypatch.setattr(texts_module, "PIECE", 10)
+    assert next(cut_into_pieces([text])) == (first, True, False)
 
 
 @pytest.mark.parametrize("piece", [4, 7, 64])
 @pytest.mark.parametrize("tail", [b"\xe9 more", b"\xc3"])
 def test_a_wrong_byte_is_named_wherever_it_is_read(monkeypatch, piece: int, tail: bytes):
-    monkeypatch.setattr("ncbatch.ingest.language.texts.PIECE", piece)
+    monkeypatch.setattr(texts_module, "PIECE", piece)
     good = "\ufeffüñ € \U0001f600 and so on".encode()
     write("a.txt", good + tail)
     with pytest.raises(DataError, match=rf"not UTF-8: byte {len(good)} is 0x{tail[0]:02x}"):
         contents("a.txt")
     write("a.txt", good)
-    assert contents("a.txt") == ["üñ € \U0001f600 and so on"]
+    assert "".join(contents("a.txt")) == "üñ € \U0001f600 and so on"
 
 
 def test_a_byte_order_mark_is_no_text():
@@ -175,7 +175,7 @@ def test_ids_are_taken_where_there_are_some():
     assert tokens.ids.tolist() == [3, 4]
     assert tokens.kept.tolist() == [False, True]
     assert tokens.labels is None
-    assert tokens.attended is None
+    assert tokens.attended.tolist() == [True, True]
     assert text == "yes"
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 WORDS = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abcdefghij"])}
 
 
-def word_tokenizer(special: bool = False) -> Tokenizer:
+def raw_tokenizer(special: bool = False) -> Tokenizer:
     """Give a is 3, b is 4 and so on; with `special`, 1 begins a document and 2 ends it."""
     tokenizer = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -24,5 +24,5 @@ def word_tokenizer(special: bool = False) -> Tokenizer:
 
 def transformers_tokenizer(special: bool = False, **options: object) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(special), unk_token="[UNK]", **options
+        tokenizer_object=raw_tokenizer(special), unk_token="[UNK]", **options
     )
