@@ -18,7 +18,7 @@ from ncbatch.engine.options import Declared, Limits
 from ncbatch.engine.plans import Plan, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, DataError, OutputError
 from ncbatch.measurement.passes import MomentsPass
-from ncbatch.measurement.samples import RowSource, Selection, count_labels, select_classes
+from ncbatch.measurement.samples import Samples, Selection, count_labels, select_classes
 from ncbatch.metrics.statistics import Statistics
 from ncbatch.results.files import check_output
 from ncbatch.states.moments import MomentsAccumulator
@@ -137,9 +137,9 @@ class GridRequest(Declared):
         return selection
 
     @property
-    def source(self) -> RowSource:
+    def source(self) -> Samples:
         """The rows of the layer."""
-        return RowSource(self.store.split(self.split), self.layer, self.selection.index)
+        return Samples(self.store.split(self.split), self.layer, self.selection.index)
 
     def plan(self) -> Plan:
         """Say what writing it reads, computes, holds and takes on disk; reads labels alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.arrays.devices import Device, find_device
+from ncbatch.arrays.devices import find_device
 from ncbatch.arrays.named_arrays import Arrays, pack
 from ncbatch.arrays.namespace import Array
 from ncbatch.engine.jobs import Item
-from ncbatch.measurement.samples import Block, MomentsRead, RowSource, to_file
+from ncbatch.measurement.samples import Block, MomentsRead, Samples, to_file
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.directional import DirectionalVariance
 from ncbatch.states.fold import StateFold
@@ -26,13 +26,129 @@ from ncbatch.states.pairs.sweep import PairTiles
 from ncbatch.states.rules import Rule
 
 
+class _FoldPass:
+    """What passes share: they accumulate in a `Fold`, whose states merge by themselves."""
+
+    kind: ClassVar[Any]
+
+    def start(self) -> Any:
+        """Make the fold of nothing."""
+        raise NotImplementedError
+
+    def seal(self, accumulator: Any) -> Any:
+        """Turn a fold into its state."""
+        return accumulator.seal()
+
+    def finish(self, partial: Any) -> Any:
+        """Return the state as it is."""
+        return partial
+
+    def save(self, accumulator: Any) -> Arrays:
+        """Take apart all that a fold is."""
+        arrays: Arrays = accumulator.arrays()
+        return arrays
+
+    def restore(self, arrays: Arrays) -> Any:
+        """Make a fold that goes on where `save` was called."""
+        accumulator = self.start()
+        accumulator.restore(arrays)
+        return accumulator
+
+
+class _RowsPass(_FoldPass):
+    """What passes over rows share: their blocks go to the device, and into the fold."""
+
+    source: Samples
+    device: str
+
+    @property
+    def matmul_precision(self) -> Precision:
+        """Of products on the device."""
+        # The bound within which near-ties are decided again is that of float32, not of TF32.
+        return "fp32"
+
+    def fold(self, accumulator: Any, item: Item) -> Any:
+        """Add the samples of an item."""
+        device = find_device(self.device)
+        with device.matmul_precision(self.matmul_precision):
+            for block in device.stream(self._staged(accumulator, item)):
+                accumulator.add(*block)
+        return accumulator
+
+    def _staged(self, accumulator: Any, item: Item) -> Iterator[tuple[Any, ...]]:
+        beside = self._beside(item)
+        for block in self.source.blocks(item):
+            accumulator.skip(block.n_skipped)
+            yield block.features, block.labels, *beside(block)
+
+    def _beside(self, item: Item) -> Any:
+        """Find what gives the arrays that a block takes along, beside features and labels."""
+        return lambda block: ()
+
+
+class MomentsFold:
+    """Folds blocks into moments under their labels and, maybe, under labels at random.
+
+    Parameters
+    ----------
+    accumulators : dict of str to MomentsAccumulator
+        ``real`` and, maybe, ``null``: for the labels of a block in their order.
+    block : (int, int), optional
+        Only these classes are taken, the first and the last + 1.
+    """
+
+    def __init__(
+        self, accumulators: dict[str, MomentsAccumulator], block: tuple[int, int] | None
+    ) -> None:
+        self._accumulators = accumulators
+        self._block = block
+        self._skipped = 0
+
+    def add(self, features: Array, *drawn: Array) -> None:
+        """Fold a block: features (B, D), and labels (B,) for each accumulator."""
+        for accumulator, labels in zip(self._accumulators.values(), drawn, strict=True):
+            if self._block is None:
+                accumulator.add(features, labels)
+                continue
+            first, stop = self._block
+            inside = (labels >= first) & (labels < stop)
+            accumulator.add(features[inside], labels[inside] - first)
+
+    def skip(self, n_rows: int) -> None:
+        """Count rows that are left out."""
+        self._skipped += n_rows
+
+    def arrays(self) -> Arrays:
+        """Return all that it is so far as arrays."""
+        parts = {name: each.arrays() for name, each in self._accumulators.items()}
+        return pack({**parts, "skipped": self._skipped})
+
+    def restore(self, arrays: Mapping[str, Any]) -> None:
+        """Go on from what `arrays` returned."""
+        for name, accumulator in self._accumulators.items():
+            prefix = f"value.{name}."
+            names = [key for key in arrays if key.startswith(prefix)]
+            accumulator.restore({key.removeprefix(prefix): arrays[key] for key in names})
+        self._skipped = int(arrays["value.skipped"])
+
+    def seal(self) -> MomentsRead:
+        """Correct for the pilots; the state is on the host, over classes with samples."""
+        first = 0 if self._block is None else self._block[0]
+        states = []
+        for accumulator in self._accumulators.values():
+            state = Moments.from_arrays(accumulator.seal().to_arrays())
+            assert state.classes is not None
+            states.append(replace(state, classes=state.classes + first))
+        return MomentsRead(replace(states[0], skipped=self._skipped), *states[1:])
+
+
 @dataclass(frozen=True)
-class MomentsPass:
+class MomentsPass(_RowsPass):
     """Reads the rows of a layer once, into `MomentsRead` over the classes used.
 
     Attributes
     ----------
-    source : RowSource
+    source : Samples
         The rows.
     n_classes : int
         How many classes are used.
@@ -52,7 +168,7 @@ class MomentsPass:
         A folder for the class means, which then are not held in memory.
     """
 
-    source: RowSource
+    source: Samples
     n_classes: int
     scatter: bool
     precision: Precision
@@ -63,145 +179,49 @@ class MomentsPass:
     rows_at: Path | None = None
     kind: ClassVar[Any] = MomentsRead
 
-    def start(self) -> _Moments:
-        """Make empty accumulators."""
-        return _Moments(
-            self._accumulator(self.scatter),
-            None if self.null_counts is None else self._accumulator(False),
-        )
+    @property
+    def matmul_precision(self) -> Precision:
+        """Of products on the device."""
+        return self.precision
 
-    def fold(self, accumulator: _Moments, item: Item) -> _Moments:
-        """Add the samples of an item."""
-        with self._device.matmul_precision(self.precision):
-            for features, labels, *null in self._device.stream(self._staged(accumulator, item)):
-                self._add(accumulator.real, features, labels)
-                if accumulator.null is not None:
-                    self._add(accumulator.null, features, null[0])
-        return accumulator
-
-    def seal(self, accumulator: _Moments) -> MomentsRead:
-        """Correct for the pilots; the state is on the host, over classes with samples."""
-        first = 0 if self.block is None else self.block[0]
-        null = accumulator.null
-        return MomentsRead(
-            _sealed(accumulator.real, first, accumulator.skipped),
-            None if null is None else _sealed(null, first),
-        )
-
-    def finish(self, partial: MomentsRead) -> MomentsRead:
-        """Let the class means go to their file, where that is asked for."""
-        if self.rows_at is None:
-            return partial
-        null = partial.null
-        return replace(
-            partial,
-            moments=to_file(partial.moments, self.rows_at, "means"),
-            null=None if null is None else to_file(null, self.rows_at, "null"),
-        )
-
-    def save(self, accumulator: _Moments) -> Arrays:
-        """Give all that the accumulators are."""
-        parts = {"real": accumulator.real.arrays()}
-        if accumulator.null is not None:
-            parts["null"] = accumulator.null.arrays()
-        return pack({**parts, "skipped": accumulator.skipped})
-
-    def restore(self, arrays: Arrays) -> _Moments:
-        """Make accumulators that go on where `save` was called."""
-        found = self.start()
-        found.real.restore(self._part(arrays, "real"))
-        if found.null is not None:
-            found.null.restore(self._part(arrays, "null"))
-        found.skipped = int(arrays["value.skipped"])
-        return found
-
-    @cached_property
-    def _device(self) -> Device:
-        return find_device(self.device)
-
-    def _part(self, arrays: Arrays, name: str) -> Arrays:
-        prefix = f"value.{name}."
-        return {
-            key.removeprefix(prefix): value
-            for key, value in arrays.items()
-            if key.startswith(prefix)
-        }
-
-    def _staged(self, accumulator: _Moments, item: Item) -> Iterator[tuple[Any, ...]]:
-        for block in self.source.blocks(item):
-            accumulator.skipped += block.n_skipped
-            if self.null_counts is None:
-                yield block.features, block.labels
-            else:
-                drawn = null_labels(block.numbers, self.null_counts, self.null_seed)
-                yield block.features, block.labels, drawn
-
-    def _add(self, accumulator: MomentsAccumulator, features: Array, labels: Array) -> None:
-        if self.block is not None:
-            first, stop = self.block
-            inside = (labels >= first) & (labels < stop)
-            features, labels = features[inside], labels[inside] - first
-        accumulator.add(features, labels)
+    def start(self) -> MomentsFold:
+        """Make the fold of no samples."""
+        accumulators = {"real": self._accumulator(self.scatter)}
+        if self.null_counts is not None:
+            accumulators["null"] = self._accumulator(False)
+        return MomentsFold(accumulators, self.block)
 
     def _accumulator(self, scatter: bool) -> MomentsAccumulator:
         first, stop = self.block or (0, self.n_classes)
         return MomentsAccumulator(
             stop - first,
             self.source.n_features,
-            like=self._device.put(self.source.empty()),
+            like=find_device(self.device).put(self.source.empty()),
             scatter=scatter,
             precision=self.precision,
         )
 
+    def _beside(self, item: Item) -> Any:
+        counts = self.null_counts
+        if counts is None:
+            return lambda block: ()
+        return lambda block: (null_labels(block.numbers, counts, self.null_seed),)
 
-@dataclass
-class _Moments:
-    real: MomentsAccumulator
-    null: MomentsAccumulator | None
-    skipped: int = 0
-
-
-def _sealed(accumulator: MomentsAccumulator, first: int, skipped: int = 0) -> Moments:
-    state = Moments.from_arrays(accumulator.seal().to_arrays())
-    assert state.classes is not None
-    return replace(state, classes=state.classes + first, skipped=skipped)
-
-
-class _StatePass:
-    """What passes share whose accumulator merges the states of blocks on the host."""
-
-    kind: ClassVar[Any]
-
-    def start(self) -> StateFold[Any]:
-        """Start from no samples."""
-        raise NotImplementedError
-
-    def seal(self, accumulator: StateFold[Any]) -> Any:
-        """Return the state."""
-        return accumulator.seal()
-
-    def finish(self, partial: Any) -> Any:
-        """Give the state."""
-        return partial
-
-    def save(self, accumulator: StateFold[Any]) -> Arrays:
-        """Return all that the state is."""
-        return accumulator.arrays()
-
-    def restore(self, arrays: Arrays) -> StateFold[Any]:
-        """Go on from what `save` returned."""
-        accumulator = self.start()
-        accumulator.restore(arrays)
-        return accumulator
+    def finish(self, partial: MomentsRead) -> MomentsRead:
+        """Let the class means go to their file, where that is asked for."""
+        if self.rows_at is None:
+            return partial
+        null = None if partial.null is None else to_file(partial.null, self.rows_at, "null")
+        return MomentsRead(to_file(partial.moments, self.rows_at, "means"), null)
 
 
 @dataclass(frozen=True)
-class DecisionsPass(_StatePass):
+class DecisionsPass(_RowsPass):
     """Reads the rows of a layer once, into `Decisions` over all classes.
 
     Attributes
     ----------
-    source : RowSource
+    source : Samples
         The rows.
     nearest_mean : Rule
         Chooses the nearest class mean, on the device.
@@ -211,77 +231,52 @@ class DecisionsPass(_StatePass):
         Where it computes.
     """
 
-    source: RowSource
+    source: Samples
     nearest_mean: Rule
     classifier: Rule | None
     device: str = "cpu"
     kind: ClassVar[Any] = Decisions
 
     def start(self) -> StateFold[Decisions]:
-        """Start from no samples."""
+        """Make the fold of no samples."""
         return StateFold(Decisions.zero(self.source.split.n_classes), self._decide)
 
     def _decide(
         self, features: Array, labels: Array, predictions: Array | None = None
     ) -> Decisions:
-        return Decisions.from_block(
-            features,
-            labels,
-            self.source.split.n_classes,
-            self.nearest_mean,
-            predictions if self.classifier is None else self.classifier,
-        )
+        chosen = predictions if self.classifier is None else self.classifier
+        n_classes = self.source.split.n_classes
+        return Decisions.from_block(features, labels, n_classes, self.nearest_mean, chosen)
 
-    def fold(self, accumulator: StateFold[Decisions], item: Item) -> StateFold[Decisions]:
-        """Add an item."""
-        device = find_device(self.device)
-        # The bound within which near-ties are decided again is that of float32, not of TF32.
-        with device.matmul_precision("fp32"):
-            for block in device.stream(self._staged(item, accumulator)):
-                accumulator.add(*block)
-        return accumulator
-
-    def _staged(self, item: Item, accumulator: StateFold[Decisions]) -> Iterator[tuple[Any, ...]]:
-        predictions = None
-        if self.classifier is None:
-            predictions = self.source.split.predictions(item.start, item.stop).astype(np.int64)
-        for block in self.source.blocks(item):
-            accumulator.skip(block.n_skipped)
-            if predictions is None:
-                yield block.features, block.labels
-            else:
-                yield block.features, block.labels, predictions[block.numbers - item.start]
+    def _beside(self, item: Item) -> Any:
+        if self.classifier is not None:
+            return lambda block: ()
+        predictions = self.source.split.predictions(item.start, item.stop).astype(np.int64)
+        return lambda block: (predictions[block.numbers - item.start],)
 
 
 @dataclass(frozen=True)
-class DirectionalPass(_StatePass):
+class DirectionalPass(_RowsPass):
     """Reads the rows of a layer a second time, into `DirectionalVariance`."""
 
-    source: RowSource
+    source: Samples
     pairs: PairTiles
     device: str = "cpu"
     kind: ClassVar[Any] = DirectionalVariance
 
     def start(self) -> StateFold[DirectionalVariance]:
-        """Start from no samples."""
-        return StateFold(
-            DirectionalVariance.zero(self.pairs.n_classes),
-            partial(DirectionalVariance.from_block, pairs=self.pairs),
-        )
+        """Make the fold of no samples."""
+        state_of = partial(DirectionalVariance.from_block, pairs=self.pairs)
+        return StateFold(DirectionalVariance.zero(self.pairs.n_classes), state_of)
 
-    def fold(
-        self, accumulator: StateFold[DirectionalVariance], item: Item
-    ) -> StateFold[DirectionalVariance]:
-        """Add an item."""
+    def _staged(self, accumulator: Any, item: Item) -> Iterator[tuple[Any, ...]]:
+        # The first read counted the rows left out.
         blocks: Iterator[Block] = self.source.blocks(item)
-        staged = ((block.features, block.labels) for block in blocks)
-        for block in find_device(self.device).stream(staged):
-            accumulator.add(*block)
-        return accumulator
+        return ((block.features, block.labels) for block in blocks)
 
 
 @dataclass(frozen=True)
-class PairPass(_StatePass):
+class PairPass(_FoldPass):
     """Sweeps all pairs of class means, into `PairStats`; without means it gives no pairs.
 
     Items number the tiles of all classes used. Where rows that are not finite left a class without
@@ -292,11 +287,11 @@ class PairPass(_StatePass):
     kind: ClassVar[Any] = PairStats
 
     def start(self) -> StateFold[PairStats]:
-        """Start from no samples."""
+        """Make the fold of no pairs."""
         return StateFold(PairStats.zero(), None if self.pairs is None else self.pairs.fold)
 
     def fold(self, accumulator: StateFold[PairStats], item: Item) -> StateFold[PairStats]:
-        """Add an item."""
+        """Add some tiles."""
         if self.pairs is not None:
             accumulator.add(self._tiles[item.start : item.stop])
         return accumulator

@@ -22,9 +22,10 @@ from ncbatch.engine.loop import run_jobs
 from ncbatch.engine.options import takes
 from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, UsageError
-from ncbatch.measurement.layers import Layer, StoreLike, choose_tasks, open_stores, wanted_metrics
+from ncbatch.measurement.layers import Layer, StoreLike, open_stores
 from ncbatch.measurement.options import MeasureRequest, PlanRequest, check_device, conventions
-from ncbatch.measurement.steps import Mode, choose_mode, job_of, prices, shape_of
+from ncbatch.measurement.samples import Mode
+from ncbatch.measurement.steps import choose_mode, choose_tasks, job_of, wanted_metrics
 from ncbatch.measurement.update import At, Saved
 from ncbatch.metrics.catalogue import CATALOGUE
 from ncbatch.metrics.metric import Metric
@@ -130,33 +131,35 @@ class Workers:
         # that was killed could not go on with its kept blocks.
         base = -(-self.base_bytes // _BASE_STEP) * _BASE_STEP
         room = (self.budget - base) // self.at_once
-        shapes = [shape_of(task, merged=self.client is not None) for task in tasks]
-        modes = [choose_mode(shape, room, self.device_memory) for shape in shapes]
-        costs = [price for s, m in zip(shapes, modes, strict=True) for price in prices(s, m)]
+        merged = self.client is not None
+        modes = [choose_mode(task, room, self.device_memory, merged) for task in tasks]
+        chosen = list(zip(tasks, modes, strict=True))
+        prices = [price for task, mode in chosen for price in job_of(task, mode).prices]
         notes = [
-            f"class means of {shape.where} are kept in a file, and the data is read "
+            f"class means of {task.where} are kept in a file, and the data is read "
             f"{mode.class_blocks} time{'s' if mode.class_blocks > 1 else ''}: "
-            f"K x D = {shape.n_used:,} x {shape.n_features:,} does not fit into the memory"
-            for shape, mode in zip(shapes, modes, strict=True)
+            f"K x D = {task.n_used:,} x {task.train.n_features:,} does not fit into the memory"
+            for task, mode in chosen
             if mode.stored
         ]
-        return Plan(costs, self.base_bytes, self.budget, self.at_once, notes), modes
+        return Plan(prices, self.base_bytes, self.budget, self.at_once, notes), modes
 
     def run(
         self,
         tasks: Sequence[Layer],
         modes: Sequence[Mode],
+        disk_bytes: int,
         progress: Progress | None,
         state: Path | None,
     ) -> list[Cell]:
-        """Measure every task."""
+        """Measure every task; class means in files take `disk_bytes`."""
         if any(mode.stored for mode in modes) and not self.shares_disk and state is None:
             raise UsageError(
                 "class means that must go to files, on a cluster that may share no disk with this machine",
                 "a directory that every worker reaches",
                 "give it with --state DIR, or give the workers more --memory",
             )
-        with _scratch(tasks, modes, state) as scratch:
+        with _scratch(disk_bytes, state) as scratch:
 
             def folder_of(about: About) -> Path:
                 return scratch if state is None else Kept(state, about).folder
@@ -181,16 +184,11 @@ def _own(device: str) -> tuple[Literal["cpu", "cuda"], str, int, int | None, int
 
 
 @contextmanager
-def _scratch(tasks: Sequence[Layer], modes: Sequence[Mode], state: Path | None) -> Iterator[Path]:
+def _scratch(needed: int, state: Path | None) -> Iterator[Path]:
     """Give a folder for class means that are not held in memory: of the kept state, or our own."""
-    if not any(mode.stored for mode in modes):
+    if not needed:
         yield Path()
         return
-    needed = sum(
-        price.disk_bytes
-        for task, mode in zip(tasks, modes, strict=True)
-        for price in prices(shape_of(task), mode)
-    )
     if state is not None:
         folder = state
         folder.mkdir(parents=True, exist_ok=True)
@@ -346,7 +344,7 @@ def _measured(
     check_budget(plan)
     for task in tasks:
         task.check_chunks()
-    found = workers.run(tasks, modes, progress, state) if tasks else []
+    found = workers.run(tasks, modes, plan.disk_bytes, progress, state) if tasks else []
     return {(task.name, task.layer): cell for task, cell in zip(tasks, found, strict=True)}
 
 

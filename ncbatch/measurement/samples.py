@@ -1,14 +1,17 @@
-"""Rows of a store as passes read them: which classes are used, and their samples block by block."""
+"""What a split gives of a layer: labelled blocks of samples, or states that are finished already.
+
+`Samples` and `Finished` answer the same questions, so that nobody asks which of them a `Source` is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,378 +21,30 @@ from ncbatch.arrays.atomic import replacing
 from ncbatch.arrays.namespace import first_nonfinite_row
 from ncbatch.arrays.rows import StackedRows, StoredRows, row_blocks
 from ncbatch.arrays.threads import read_ahead
-from ncbatch.engine.jobs import Item, cut
+from ncbatch.engine.jobs import Call, Item, Price, cut
+from ncbatch.engine.kept import About
 from ncbatch.errors import DataError
-from ncbatch.states import decisions
+from ncbatch.measurement.options import Options
+from ncbatch.states.decisions import DECISIONS as DECISION_ARRAYS
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import Moments
 from ncbatch.store.chunks import check_present, read_rows
-from ncbatch.store.feature_store import FeatureStore
-from ncbatch.store.format import LayerSpec, natural_key
 from ncbatch.store.split import Split
 
-# Reads: what a read of a layer gives, and how class blocks of one are joined.
+if TYPE_CHECKING:
+    from ncbatch.store.feature_store import FeatureStore
 
-
-@dataclass(frozen=True)
-class MomentsRead:
-    """What a read of a layer gives.
-
-    Attributes
-    ----------
-    moments : Moments
-        Of the samples under their labels, over classes with samples; counts rows left out because
-        they are not finite.
-    null : Moments or None
-        Of the same samples under labels at random, without scatter.
-    """
-
-    moments: Moments
-    null: Moments | None = None
-
-    def merge(self, other: MomentsRead) -> MomentsRead:
-        """Combine with what other rows gave."""
-        null = None
-        if self.null is not None and other.null is not None:
-            null = self.null.merge(other.null)
-        return MomentsRead(self.moments.merge(other.moments), null)
-
-
-def to_file(moments: Moments, folder: Path, name: str) -> Moments:
-    """Move class means to a file of a name of its own, complete when it takes that name.
-
-    A task may run twice, and both runs' results may be in use: no file is ever written again.
-
-    Parameters
-    ----------
-    moments : Moments
-        With their means (P, D) in memory.
-    folder : Path
-        Where the file goes; made if it is not there.
-    name : str
-        What the file's name begins with.
-    """
-    means = moments.means
-    blocks = (means[part] for part in row_blocks(len(means)))
-    rows = rows_file(folder / f"{name}-{uuid.uuid4().hex[:12]}.rows", blocks, means.shape)
-    return replace(moments, means=rows)
-
-
-def rows_file(path: Path, blocks: Iterable[Any], shape: tuple[int, int]) -> StoredRows:
-    """Write blocks of rows, one after another, to a file that is complete when it takes its name.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its folder is made if it is not there.
-    blocks : iterable of array (n, D)
-        All rows in order.
-    shape : (int, int)
-        Rows in all, and D.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        rows = StoredRows.create(temporary, shape)
-        first = 0
-        for block in blocks:
-            rows[first : first + len(block)] = block
-            first += len(block)
-    return StoredRows(path, shape)
-
-
-def joined(a: MomentsRead, b: MomentsRead) -> MomentsRead:
-    """Join the moments of two class blocks of the same rows, with their means in files."""
-    null = None
-    if a.null is not None and b.null is not None:
-        null = _stacked(a.null, b.null)
-    return MomentsRead(_stacked(a.moments, b.moments), null)
-
-
-def _stacked(a: Moments, b: Moments) -> Moments:
-    return Moments(
-        np.concatenate([a.counts, b.counts]),
-        StackedRows([a.means, b.means]),
-        np.concatenate([a.traces, b.traces]),
-        None if a.scatter is None or b.scatter is None else a.scatter + b.scatter,
-        np.concatenate([a.classes, b.classes]),
-        # Both reads met the same rows that are not finite.
-        max(a.skipped, b.skipped),
-    )
-
-
-# Summed splits: layers of which a store holds finished states in the place of the samples.
-
-
-MOMENTS, DECISIONS = "moments", "decisions"
+MOMENTS = "moments"
+DECISIONS = "decisions"
 Index = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class SummedSplit:
-    """The layers of a split that are there as states; stands where a `Split` stands.
-
-    Attributes
-    ----------
-    store : FeatureStore
-        The store.
-    name : str
-        The split's name.
-    """
-
-    store: FeatureStore
-    name: str
-    head: ClassVar[str | None] = None  # no predictions of single samples
-    _opened: dict[tuple[str, str], dict[str, zarr.Array[Any]] | None] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SummedSplit, (self.store, self.name)
-
-    @property
-    def where(self) -> str:
-        """The store's path, for messages."""
-        return self.store.path
-
-    @property
-    def layers(self) -> list[str]:
-        """Layers with moments, in the order of the model's depth where it is known, else of names."""
-        notes = self.store.layer_notes
-        return sorted(
-            self.store.state_layers(self.name, MOMENTS),
-            key=lambda layer: (notes.get(layer, {}).get("depth", 2.0), natural_key(layer)),
-        )
-
-    @property
-    def unmerged(self) -> list[str]:
-        """Layers of which there are only parts, of processes that have not all ended or merged."""
-        return self.store.unmerged_layers(self.name)
-
-    def has(self, layer: str, kind: str = MOMENTS) -> bool:
-        """Whether a layer has a state of that kind."""
-        return self._found(layer, kind) is not None
-
-    def _found(self, layer: str, kind: str) -> dict[str, zarr.Array[Any]] | None:
-        """Open the arrays of a state once; their metadata may be far away."""
-        if (layer, kind) not in self._opened:
-            self._opened[layer, kind] = self.store.state_arrays(self.name, layer, kind)
-        return self._opened[layer, kind]
-
-    def _arrays(self, layer: str, kind: str) -> dict[str, zarr.Array[Any]]:
-        arrays = self._found(layer, kind) or {}
-        names = _MOMENTS if kind == MOMENTS else _DECISIONS
-        for name in names:
-            if name not in arrays:
-                raise self._bad(layer, kind, f"no array '{name}'", ", ".join(names))
-        return arrays
-
-    def spec(self, layer: str) -> LayerSpec:
-        """Width D; the means are float64, whatever the features were."""
-        return LayerSpec(int(self._arrays(layer, MOMENTS)["mean"].shape[1]), "float64")
-
-    def n_seen(self, layer: str) -> int:
-        """P, the classes with samples."""
-        return int(self._arrays(layer, MOMENTS)["class"].shape[0])
-
-    def has_scatter(self, layer: str) -> bool:
-        """Whether the moments hold the pooled scatter."""
-        return "scatter" in self._arrays(layer, MOMENTS)
-
-    def chunk_bytes(self, layer: str) -> int:
-        """Bytes of a chunk of the means, which are read chunk by chunk."""
-        mean = self._arrays(layer, MOMENTS)["mean"]
-        return int(np.prod(mean.chunks)) * 8
-
-    def attributes(self, layer: str, kind: str = MOMENTS) -> dict[str, Any]:
-        """Give what was recorded beside a state."""
-        return self.store.state_attributes(self.name, layer, kind)
-
-    def fingerprint(self, layer: str, class_filter: str = "", *, kind: str = MOMENTS) -> str:
-        """Hash the stored checksums of a state, and the classes used."""
-        own = self.store.state_fingerprint(self.name, layer, kind)
-        return hashlib.sha256(f"{own} {class_filter}".encode()).hexdigest()[:32]
-
-    def check_chunks(self, layer: str) -> None:
-        """Refuse states of which a chunk is missing.
-
-        Raises
-        ------
-        CorruptionError
-            Names the first such chunk.
-        """
-        for kind in (MOMENTS, DECISIONS):
-            for array in (self._found(layer, kind) or {}).values():
-                check_present(array)
-
-    def counts(self, layer: str) -> Index:
-        """Read the samples of each class (K,).
-
-        Raises
-        ------
-        DataError
-            When the classes are not ascending ids below K with a sample each.
-        """
-        arrays = self._arrays(layer, MOMENTS)
-        classes, found = _whole(arrays["class"]), _whole(arrays["count"])
-        k = self.store.n_classes
-        if classes.shape != found.shape or classes.ndim != 1:
-            raise self._bad(
-                layer, MOMENTS, f"{found.shape} counts of {classes.shape} classes", "one per class"
-            )
-        within = not len(classes) or (classes[0] >= 0 and classes[-1] < k)
-        if not within or np.any(np.diff(classes) <= 0) or np.any(found < 1):
-            raise self._bad(
-                layer, MOMENTS, "classes and counts that do not fit",
-                f"ascending classes in 0..{k - 1}, each with samples",
-            )  # fmt: skip
-        counts = np.zeros(k, np.int64)
-        counts[classes] = found
-        return counts
-
-    def moments(
-        self, layer: str, index: Index | None, *, scatter: bool, rows_at: Path | None = None
-    ) -> MomentsRead:
-        """Read the moments of the classes used, as a read of the samples would give them.
-
-        Parameters
-        ----------
-        layer : str
-            Which layer.
-        index : array (K,) or None
-            For each class its place among those used, ascending, or -1; None uses all seen.
-        scatter : bool
-            Whether the pooled scatter is wanted; then every class seen must be used.
-        rows_at : Path, optional
-            A folder for the class means, which then are not held in memory.
-
-        Raises
-        ------
-        DataError
-            When shapes do not fit, or a value is not finite.
-        """
-        arrays = self._arrays(layer, MOMENTS)
-        self._check_shapes(layer, arrays)
-        counts = self.counts(layer)
-        ids = np.flatnonzero(counts)
-        places = np.arange(len(ids)) if index is None else index[ids]
-        used = places >= 0
-        if scatter and not used.all():
-            raise self._bad(
-                layer, MOMENTS, "the scatter of some classes", "that of all classes seen"
-            )
-        traces = self._finite(layer, "trace", _whole(arrays["trace"]))[used]
-        pooled = self._finite(layer, "scatter", _whole(arrays["scatter"])) if scatter else None
-        means: Any = self._means(layer, arrays["mean"], used, rows_at)
-        classes = places[used].astype(np.int64)
-        skipped = int(self.attributes(layer).get("skipped", 0))
-        return MomentsRead(Moments(counts[ids][used], means, traces, pooled, classes, skipped))
-
-    def _means(
-        self, layer: str, array: zarr.Array[Any], used: npt.NDArray[np.bool_], rows_at: Path | None
-    ) -> npt.NDArray[np.float64] | StoredRows:
-        shape = (int(np.count_nonzero(used)), int(array.shape[1]))
-        blocks = (self._finite(layer, "mean", block) for block in _row_chunks(array, used))
-        if rows_at is not None:  # a name that says what is in it: a run that goes on finds it
-            content = self.fingerprint(layer, hashlib.sha256(used.tobytes()).hexdigest())
-            file = StoredRows(rows_at / f"means-{content}.rows", shape)
-            return file if file.complete else rows_file(Path(file.path), blocks, shape)
-        means, first = np.empty(shape), 0
-        for block in blocks:
-            means[first : first + len(block)] = block
-            first += len(block)
-        return means
-
-    def decisions(self, layer: str, used: Index | None) -> Decisions:
-        """Read the decisions; with `used` only those on samples of these classes (K,), >= 0.
-
-        Raises
-        ------
-        DataError
-            When there is not a number per class.
-        """
-        arrays = self._arrays(layer, DECISIONS)
-        counts = {name: _whole(arrays[name]) for name in _DECISIONS}
-        for name, values in counts.items():
-            if values.shape != (self.store.n_classes,) or (len(values) and values.min() < 0):
-                raise self._bad(
-                    layer, DECISIONS, f"array '{name}' of shape {values.shape}",
-                    f"({self.store.n_classes},), no number below 0",
-                )  # fmt: skip
-        if used is not None:
-            counts = {name: np.where(used >= 0, values, 0) for name, values in counts.items()}
-        skipped = int(self.attributes(layer, DECISIONS).get("skipped", 0))
-        return Decisions(**counts, skipped=skipped)
-
-    def undecided(self, train: SummedSplit | None, layer: str, classifier: str | None) -> str:
-        """Say why stored decisions are not those of the class means of `train`; empty if they are.
-
-        Parameters
-        ----------
-        train : SummedSplit or None
-            Whose stored moments give the means; None where the means come from features.
-        layer : str
-            Which layer.
-        classifier : str or None
-            Fingerprint of the classifier that is stored now.
-        """
-        if not self.has(layer, DECISIONS):
-            return f"no samples and no decisions of split '{self.name}'"
-        about = self.attributes(layer, DECISIONS)
-        own = None
-        if train is not None and about.get("means_split") == train.name:
-            own = self.store.state_fingerprint(train.name, layer, MOMENTS)
-        if own is None or about.get("means_fingerprint") != own:
-            return f"decisions of split '{self.name}' are by other class means"
-        recorded = about.get("classifier_fingerprint")
-        if recorded is not None and classifier is not None and recorded != classifier:
-            return f"decisions of split '{self.name}' are by another classifier"
-        return ""
-
-    def _check_shapes(self, layer: str, arrays: dict[str, zarr.Array[Any]]) -> None:
-        p, d = arrays["class"].shape[0], arrays["mean"].shape[-1]
-        wanted = {"mean": (p, d), "trace": (p,), "scatter": (d, d)}
-        for name, shape in wanted.items():
-            if name in arrays and arrays[name].shape != shape:
-                raise self._bad(
-                    layer, MOMENTS, f"array '{name}' of shape {arrays[name].shape}", str(shape)
-                )
-
-    def _finite(self, layer: str, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if not np.isfinite(values).all():
-            raise self._bad(layer, MOMENTS, f"array '{name}' is not finite", "finite values")
-        return values
-
-    def _bad(self, layer: str, kind: str, found: str, expected: str) -> DataError:
-        return DataError(
-            f"{kind} of split '{self.name}', layer '{layer}' of {self.where}: {found}", expected,
-            "make that state anew; docs/store.md says what it holds",
-        )  # fmt: skip
-
-
-_MOMENTS = ("class", "count", "mean", "trace")
-_DECISIONS = decisions.DECISIONS
-
-
-def _whole(array: zarr.Array[Any]) -> npt.NDArray[Any]:
-    return read_rows(array, 0, int(array.shape[0]))
-
-
-def _row_chunks(
-    array: zarr.Array[Any], used: npt.NDArray[np.bool_]
-) -> Iterator[npt.NDArray[np.float64]]:
-    """Read the rows used chunk by chunk, so that no more than one is held beside the result."""
-    n, rows = int(array.shape[0]), int(array.chunks[0])
-    for start in range(0, n, rows):
-        kept = used[start : min(start + rows, n)]
-        block = read_rows(array, start, start + len(kept)).astype(np.float64, copy=False)
-        yield block if kept.all() else block[kept]
-        del block
-
-
 # Bytes of a block of rows in float64, the unit of arithmetic within a chunk.
 BLOCK_BYTES = 64 * 2**20
 # Items of a sweep over rows, and the most chunks of one: enough for resume and balance.
-ITEMS, ITEM_CHUNKS = 16, 64
+ITEMS = 16
+ITEM_CHUNKS = 64
+# The allocator keeps a freed chunk for each thread that read one.
+_CHUNKS_KEPT = 12
+_MOMENTS_ARRAYS = ("class", "count", "mean", "trace")
 
 
 @dataclass(frozen=True)
@@ -406,29 +61,29 @@ class Selection:
         Whether a filter was asked for, beyond the class being seen.
     """
 
-    counts: npt.NDArray[np.int64]
-    classes: npt.NDArray[np.int64]
+    counts: Index
+    classes: Index
     filtered: bool
 
     @cached_property
-    def index(self) -> npt.NDArray[np.int64]:
+    def index(self) -> Index:
         """For each class id its place among the classes used, or -1 (K,)."""
         index = np.full(self.counts.shape[0], -1, np.int64)
         index[self.classes] = np.arange(self.classes.shape[0])
         return index
 
     @property
-    def n_samples(self) -> int:
-        """Samples of the classes used."""
-        return int(self.counts[self.classes].sum())
-
-    @property
     def digest(self) -> str:
         """A hash of the classes used."""
         return hashlib.sha256(self.classes.tobytes()).hexdigest()[:32]
 
+    @property
+    def drops_classes(self) -> bool:
+        """Whether a class that has samples is not used."""
+        return len(self.classes) < int(np.count_nonzero(self.counts))
 
-def count_labels(split: Split) -> npt.NDArray[np.int64]:
+
+def count_labels(split: Split) -> Index:
     """Count the samples of each class (K,), reading labels only.
 
     Raises
@@ -441,7 +96,8 @@ def count_labels(split: Split) -> npt.NDArray[np.int64]:
         if labels.size and labels.max() >= split.n_classes:
             row = int(labels.argmax())
             raise DataError(
-                f"label {int(labels[row])} in row {start + row} of split '{split.name}' of {split.where}",
+                f"label {int(labels[row])} in row {start + row} of split '{split.name}' "
+                f"of {split.where}",
                 f"labels below {split.n_classes}, the classes of the store",
             )
         counts += np.bincount(labels[labels >= 0], minlength=split.n_classes)
@@ -449,7 +105,7 @@ def count_labels(split: Split) -> npt.NDArray[np.int64]:
 
 
 def select_classes(
-    counts: npt.NDArray[np.int64],
+    counts: Index,
     *,
     min_count: int = 1,
     max_count: int | None = None,
@@ -486,6 +142,145 @@ def select_classes(
     return Selection(counts, np.flatnonzero(used).astype(np.int64), filtered)
 
 
+# What a read of moments gives, and how its class means get to files.
+
+
+@dataclass(frozen=True)
+class MomentsRead:
+    """What a read of a layer gives.
+
+    Attributes
+    ----------
+    moments : Moments
+        Of the samples under their labels, over classes with samples; counts rows left out because
+        they are not finite.
+    null : Moments or None
+        Of the same samples under labels at random, without scatter.
+    """
+
+    moments: Moments
+    null: Moments | None = None
+    # How states were kept before `Moments` knew their classes.
+    earlier: ClassVar[Mapping[str, str]] = {
+        "seen.moments": "moments",
+        "seen.classes": "moments.classes",
+        "null.moments": "null",
+        "skipped": "moments.skipped",
+    }
+
+    def merge(self, other: MomentsRead) -> MomentsRead:
+        """Combine with what other rows gave."""
+        null = None
+        if self.null is not None and other.null is not None:
+            null = self.null.merge(other.null)
+        return MomentsRead(self.moments.merge(other.moments), null)
+
+    def join(self, other: MomentsRead) -> MomentsRead:
+        """Join with another class block of the same rows, both with their means in files."""
+        null = None
+        if self.null is not None and other.null is not None:
+            null = _stack(self.null, other.null)
+        return MomentsRead(_stack(self.moments, other.moments), null)
+
+
+def _stack(a: Moments, b: Moments) -> Moments:
+    return Moments(
+        np.concatenate([a.counts, b.counts]),
+        StackedRows([a.means, b.means]),
+        np.concatenate([a.traces, b.traces]),
+        None if a.scatter is None or b.scatter is None else a.scatter + b.scatter,
+        np.concatenate([a.classes, b.classes]),
+        # Both reads met the same rows that are not finite.
+        max(a.skipped, b.skipped),
+    )
+
+
+def to_file(moments: Moments, folder: Path, name: str) -> Moments:
+    """Move class means to a file of `folder` whose own name begins with `name`.
+
+    A task may run twice, and both runs' results may be in use: no file is ever written again.
+    """
+    means = moments.means
+    blocks = (means[part] for part in row_blocks(len(means)))
+    rows = rows_file(folder / f"{name}-{uuid.uuid4().hex[:12]}.rows", blocks, means.shape)
+    return replace(moments, means=rows)
+
+
+def rows_file(path: Path, blocks: Iterable[Any], shape: tuple[int, int]) -> StoredRows:
+    """Write all rows, given as blocks (n, D) in order, to a file; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        _fill(StoredRows.create(temporary, shape), blocks)
+    return StoredRows(path, shape)
+
+
+def _fill(rows: Any, blocks: Iterable[Any]) -> None:
+    first = 0
+    for block in blocks:
+        rows[first : first + len(block)] = block
+        first += len(block)
+
+
+# Sources: both kinds have the facts that plans are made of, and the reasons of what they lack.
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a layer is measured so that it fits.
+
+    Attributes
+    ----------
+    class_blocks : int
+        The data is read once per block of classes.
+    stored : bool
+        Whether class means are kept in a file instead of memory.
+    merged : bool
+        Whether items are merged on a cluster.
+    """
+
+    class_blocks: int = 1
+    stored: bool = False
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which moments a step gives of a source.
+
+    Attributes
+    ----------
+    name : str
+        Of the step's result.
+    label, planned : str
+        What a person reads while it runs, and in a plan.
+    about : mapping
+        What its kept state depends on; empty in a plan.
+    n_classes : int
+        The classes used, or the most there can be.
+    selection : Selection or None
+        Which those are; None in a plan.
+    scatter, null : bool
+        Whether the pooled scatter, and the moments under labels at random, are wanted too.
+    beside : int
+        Bytes that are held meanwhile.
+    """
+
+    name: str
+    label: str
+    planned: str
+    about: About
+    n_classes: int
+    selection: Selection | None
+    scatter: bool = False
+    null: bool = False
+    beside: int = 0
+
+    @property
+    def index(self) -> Index | None:
+        """For each class id its place among those used, or -1 (K,)."""
+        return None if self.selection is None else self.selection.index
+
+
 @dataclass(frozen=True)
 class Block:
     """Labelled samples in memory.
@@ -495,7 +290,7 @@ class Block:
     features : array (B, D)
         In the stored dtype.
     labels : array (B,) of int64
-        Classes, as `RowSource.index` gives them out.
+        Classes, as `Samples.index` numbers them.
     numbers : array (B,) of int64
         Their rows in the split.
     n_skipped : int
@@ -503,13 +298,13 @@ class Block:
     """
 
     features: npt.NDArray[Any]
-    labels: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]
+    labels: Index
+    numbers: Index
     n_skipped: int = 0
 
 
 @dataclass(frozen=True)
-class RowSource:
+class Samples:
     """The rows of one layer of one split as labelled blocks of samples.
 
     Attributes
@@ -519,18 +314,109 @@ class RowSource:
     layer : str
         Which layer.
     index : array (K,) of int, optional
-        Maps stored labels to those given out; rows mapped below 0 are left out.
+        Maps stored labels to those of blocks; rows mapped below 0 are left out.
     skip_nonfinite : bool
         Leave out rows with NaN or infinities, and count them, instead of refusing them.
     widened : bool
-        Give bfloat16 as float32, as the host's arithmetic takes it; a GPU takes the half.
+        Read bfloat16 as float32, as the host's arithmetic takes it; a GPU takes the half.
     """
 
     split: Split
     layer: str
-    index: npt.NDArray[np.int64] | None = None
+    index: Index | None = None
     skip_nonfinite: bool = False
     widened: bool = True
+    kind: ClassVar[str] = "features"
+    no_samples: ClassVar[str | None] = None
+    no_moments: ClassVar[str | None] = None
+    moments_fingerprint: ClassVar[str | None] = None
+    bytes_left: ClassVar[int] = 0
+    finished: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        """The split's name."""
+        return self.split.name
+
+    @property
+    def where(self) -> str:
+        """The store's path, for messages."""
+        return self.split.where
+
+    @property
+    def samples(self) -> Samples:
+        """Itself."""
+        return self
+
+    @property
+    def n_features(self) -> int:
+        """D."""
+        return self.split.spec(self.layer).n_features
+
+    @property
+    def wide(self) -> bool:
+        """Whether features are float64."""
+        return self.split.spec(self.layer).dtype == "float64"
+
+    @property
+    def most_classes(self) -> int:
+        """The most classes that can have samples, as far as metadata says."""
+        return self.split.n_rows
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of features and labels."""
+        return self.split.n_rows * (self.split.spec(self.layer).row_bytes + 4)
+
+    @property
+    def by_predictions(self) -> bool:
+        """Whether stored predictions are the classifier's decisions."""
+        return self.split.head == self.layer
+
+    @property
+    def decider(self) -> str:
+        """Name what the classifier's decisions are: those of its weights, or the model's own."""
+        return "predictions" if self.by_predictions else "weights"
+
+    @cached_property
+    def deciding_fingerprint(self) -> str | None:
+        """Fingerprint of what decides, where it is not the layer's classifier."""
+        return self.split.prediction_fingerprint() if self.by_predictions else None
+
+    def fingerprint(self, classes: str = "") -> str:
+        """Hash what values depend on: features, labels, and the classes used by their digest."""
+        return self.split.fingerprint(self.layer, classes)
+
+    def check_chunks(self) -> None:
+        """Refuse missing chunks."""
+        self.split.check_chunks(self.layer)
+
+    def check_width(self) -> None:
+        """Do nothing: the store checks features against classifiers as they are written."""
+
+    def is_empty(self, *, scanned: bool) -> bool:
+        """Whether there is no row or, where labels may be read, no sample."""
+        return not (self.split.n_rows and (not scanned or self.split.n_samples))
+
+    def counts(self) -> Index:
+        """Read the samples of each class (K,)."""
+        return count_labels(self.split)
+
+    def no_scatter(self, *, drops_classes: bool) -> str | None:
+        """Say why the pooled scatter cannot be had."""
+        return None
+
+    def undecided(self, train: Source, *, classifier: bool, drops_classes: bool) -> str | None:
+        """Say why there are no decisions; `classifier` is whether the layer has one."""
+        decides = classifier or self.by_predictions
+        return None if decides else "no classifier and no predictions"
+
+    def labelled(self, index: Index | None, options: Options) -> Samples:
+        """Let blocks have the labels of `index`, and be as `options` wants them."""
+        widened = options.device == "cpu"
+        return Samples(self.split, self.layer, index, options.skip_nonfinite, widened)
+
+    # ------------------------------------------------------------------------------ reading blocks
 
     @property
     def chunk_rows(self) -> int:
@@ -545,18 +431,13 @@ class RowSource:
         return [Item(start, stop, (stop - start) * width) for start, stop in ranges]
 
     @property
-    def n_features(self) -> int:
-        """D."""
-        return self.split.spec(self.layer).n_features
-
-    @property
     def block_rows(self) -> int:
         """Rows of a block: a chunk's, or fewer where a chunk in float64 would be large."""
         return min(self.chunk_rows, max(256, BLOCK_BYTES // (8 * self.n_features)))
 
     @property
     def read_bytes(self) -> int:
-        """Bytes held by reading: one chunk in use and those ahead, each its file, bytes and array."""
+        """Bytes held by reading: a chunk in use and those ahead, each its file, bytes and array."""
         spec = self.split.spec(self.layer)
         chunk = self.chunk_rows * spec.row_bytes
         wide = 2 if spec.dtype == "bfloat16" and self.widened else 0
@@ -564,13 +445,13 @@ class RowSource:
         return chunk * (1 + wide + ahead * (3 + wide)) + int(self.split.base_block) * 48
 
     def empty(self) -> npt.NDArray[Any]:
-        """Give no rows, of the dtype that blocks have."""
+        """Make an array of no rows, of the dtype that blocks have."""
         spec = self.split.spec(self.layer)
         wide = spec.dtype == "bfloat16" and self.widened
         return np.empty((0, spec.n_features), np.float32 if wide else spec.numpy_dtype)
 
     def blocks(self, item: Item) -> Iterator[Block]:
-        """Give the samples of an item block by block; a thread reads one chunk ahead.
+        """Read the samples of an item block by block; a thread reads one chunk ahead.
 
         Raises
         ------
@@ -588,45 +469,381 @@ class RowSource:
             for start in range(0, len(rows), self.block_rows):
                 part = slice(start, start + self.block_rows)
                 kept = np.flatnonzero(y[part] >= 0)
-                whole = kept.size == y[part].size
-                block = rows[part] if whole else rows[part][kept]
+                all_kept = kept.size == y[part].size
+                block = rows[part] if all_kept else rows[part][kept]
                 yield self._finite(block, y[part][kept], kept + (first + start))
 
-    def _chunks(self, item: Item) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Give (first row, labels given out) of every chunk of an item that holds samples.
+    def _chunks(self, item: Item) -> Iterator[tuple[int, Index]]:
+        """Find (first row, labels of the rows) of every chunk of an item that holds samples.
 
         A chunk of labels, which may cover many of features, is read once.
         """
         base = self.split.base_block
         for block in range(item.start // base * base, item.stop, base):
-            start, stop = max(block, item.start), min(block + base, item.stop)
+            start = max(block, item.start)
+            stop = min(block + base, item.stop)
             labels = self.split.labels(start, stop)
             for first in range(start, stop, self.chunk_rows):
-                y = self._given_out(labels[first - start : first - start + self.chunk_rows])
+                y = self._relabelled(labels[first - start : first - start + self.chunk_rows])
                 if (y >= 0).any():
                     yield first, y
 
-    def _given_out(self, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    def _relabelled(self, labels: npt.NDArray[np.int32]) -> Index:
         y = np.full(labels.shape, -1, np.int64)
         exists = labels >= 0
         y[exists] = labels[exists] if self.index is None else self.index[labels[exists]]
         return y
 
-    def _finite(
-        self,
-        block: npt.NDArray[Any],
-        labels: npt.NDArray[np.int64],
-        numbers: npt.NDArray[np.int64],
-    ) -> Block:
+    def _finite(self, block: npt.NDArray[Any], labels: Index, numbers: Index) -> Block:
         row = first_nonfinite_row(block) if len(block) else None
         if row is None:
             return Block(block, labels, numbers)
         if not self.skip_nonfinite:
             raise DataError(
-                f"a feature that is not finite: split '{self.split.name}', layer '{self.layer}', "
-                f"row {int(numbers[row])} of {self.split.where}",
+                f"a feature that is not finite: split '{self.name}', layer '{self.layer}', "
+                f"row {int(numbers[row])} of {self.where}",
                 "finite features",
                 "--skip-nonfinite (skip_nonfinite=True) leaves such rows out and counts them",
             )
         good = np.isfinite(block).all(axis=1)
         return Block(block[good], labels[good], numbers[good], int(np.count_nonzero(~good)))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The states that a store holds of a layer of a split in the place of its samples.
+
+    Attributes
+    ----------
+    store : FeatureStore
+        The store.
+    name : str
+        The split's name.
+    layer : str
+        Which layer.
+    """
+
+    store: FeatureStore
+    name: str
+    layer: str
+    kind: ClassVar[str] = "states"
+    wide: ClassVar[bool] = True  # the means are float64, whatever the features were
+    by_predictions: ClassVar[bool] = False
+
+    @cached_property
+    def _moments(self) -> dict[str, zarr.Array[Any]] | None:
+        """The arrays of its moments, opened once: their metadata may be far away."""
+        return self.store.state_arrays(self.name, self.layer, MOMENTS)
+
+    @cached_property
+    def _decisions(self) -> dict[str, zarr.Array[Any]] | None:
+        return self.store.state_arrays(self.name, self.layer, DECISIONS)
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a state of that kind."""
+        return (self._moments if kind == MOMENTS else self._decisions) is not None
+
+    def _arrays(self, kind: str) -> dict[str, zarr.Array[Any]]:
+        arrays = (self._moments if kind == MOMENTS else self._decisions) or {}
+        names = _MOMENTS_ARRAYS if kind == MOMENTS else DECISION_ARRAYS
+        for name in names:
+            if name not in arrays:
+                raise self._bad(kind, f"no array '{name}'", ", ".join(names))
+        return arrays
+
+    def _attributes(self, kind: str) -> dict[str, Any]:
+        return self.store.state_attributes(self.name, self.layer, kind)
+
+    @property
+    def where(self) -> str:
+        """The store's path, for messages."""
+        return self.store.path
+
+    @property
+    def no_samples(self) -> str:
+        """Why what reads samples cannot be had."""
+        return f"no samples of split '{self.name}', only their moments"
+
+    @property
+    def samples(self) -> Samples:
+        """The samples, which are not there.
+
+        Raises
+        ------
+        DataError
+            Always.
+        """
+        raise DataError(self.no_samples)
+
+    @property
+    def no_moments(self) -> str | None:
+        """Why there are no moments."""
+        return None if self.has(MOMENTS) else f"no samples and no moments of split '{self.name}'"
+
+    @property
+    def n_features(self) -> int:
+        """D."""
+        return int(self._arrays(MOMENTS)["mean"].shape[1])
+
+    @property
+    def most_classes(self) -> int:
+        """P, the classes with samples."""
+        return int(self._arrays(MOMENTS)["class"].shape[0])
+
+    @property
+    def bytes_left(self) -> int:
+        """Bytes that reading the means, chunk by chunk, leaves with the allocator."""
+        chunks = self._arrays(MOMENTS)["mean"].chunks
+        return _CHUNKS_KEPT * int(np.prod(chunks)) * 8
+
+    @property
+    def decider(self) -> str:
+        """Name whose decisions are stored."""
+        by_weights = "classifier_fingerprint" in self._attributes(DECISIONS)
+        return f"stored decisions{' by weights' if by_weights else ''}"
+
+    @cached_property
+    def moments_fingerprint(self) -> str:
+        """Fingerprint of the stored moments alone."""
+        return self.store.state_fingerprint(self.name, self.layer, MOMENTS)
+
+    @cached_property
+    def deciding_fingerprint(self) -> str | None:
+        """Fingerprint of the stored decisions."""
+        if not self.has(DECISIONS):
+            return None
+        return _digest(self.store.state_fingerprint(self.name, self.layer, DECISIONS), "")
+
+    def fingerprint(self, classes: str = "") -> str:
+        """Hash the stored checksums of the moments, and the classes used by their digest."""
+        return _digest(self.moments_fingerprint, classes)
+
+    def check_chunks(self) -> None:
+        """Refuse states of which a chunk is missing; names the first."""
+        for arrays in (self._moments, self._decisions):
+            for array in (arrays or {}).values():
+                check_present(array)
+
+    @property
+    def finished(self) -> Finished:
+        """Itself: what `Samples` have none of."""
+        return self
+
+    def check_width(self) -> None:
+        """Refuse moments of another width than the layer's classifier; names both."""
+        if self.layer not in self.store.classifiers:
+            return
+        arrays = {array.basename: array for array in self.store.classifier_arrays(self.layer)}
+        width = int(arrays["weight"].shape[1])
+        if width != self.n_features:
+            raise DataError(
+                f"moments of layer '{self.layer}' with {self.n_features} features in {self.where}",
+                f"{width}, as its classifier there reads",
+                "store the moments or the classifier under another layer",
+            )
+
+    def is_empty(self, *, scanned: bool) -> bool:
+        """Whether there is nothing: a state is of some samples."""
+        return False
+
+    def counts(self) -> Index:
+        """Read the samples of each class (K,).
+
+        Raises
+        ------
+        DataError
+            When the classes are not ascending ids below K with a sample each.
+        """
+        arrays = self._arrays(MOMENTS)
+        classes = _read(arrays["class"])
+        samples = _read(arrays["count"])
+        k = self.store.n_classes
+        if classes.shape != samples.shape or classes.ndim != 1:
+            raise self._bad(
+                MOMENTS, f"{samples.shape} counts of {classes.shape} classes", "one per class"
+            )
+        within = not len(classes) or (classes[0] >= 0 and classes[-1] < k)
+        if not within or np.any(np.diff(classes) <= 0) or np.any(samples < 1):
+            raise self._bad(
+                MOMENTS,
+                "classes and counts that do not fit",
+                f"ascending classes in 0..{k - 1}, each with samples",
+            )
+        counts = np.zeros(k, np.int64)
+        counts[classes] = samples
+        return counts
+
+    def no_scatter(self, *, drops_classes: bool) -> str | None:
+        """Say why the pooled scatter cannot be had."""
+        if "scatter" not in self._arrays(MOMENTS):
+            return f"no scatter in the moments of split '{self.name}'"
+        if drops_classes:
+            return "the pooled scatter of some classes cannot be had from finished moments"
+        return None
+
+    def undecided(self, train: Source, *, classifier: bool, drops_classes: bool) -> str | None:
+        """Say why there are no decisions by the class means of `train` and the classifier of now.
+
+        Parameters
+        ----------
+        train : Source
+            Where the class means come from.
+        classifier : bool
+            Whether the layer has one.
+        drops_classes : bool
+            Whether a class that has samples is not used.
+        """
+        if not self.has(DECISIONS):
+            if not classifier:
+                return "no classifier and no predictions"
+            return f"no samples and no decisions of split '{self.name}'"
+        about = self._attributes(DECISIONS)
+        means = train.moments_fingerprint if about.get("means_split") == train.name else None
+        if means is None or about.get("means_fingerprint") != means:
+            return f"decisions of split '{self.name}' are by other class means"
+        recorded = about.get("classifier_fingerprint")
+        known = self.store.classifier_fingerprint(self.layer) if classifier else None
+        if None not in (recorded, known) and recorded != known:
+            return f"decisions of split '{self.name}' are by another classifier"
+        if drops_classes:
+            return f"decisions of split '{self.name}' are among all classes, not some"
+        return None
+
+    def moments_call(
+        self, reading: Reading, mode: Mode, on_device: bool, rows_at: Path | None
+    ) -> Call:
+        """Make the step that reads the moments of the classes used, means to a file if so said."""
+        d = self.n_features
+        square = d**2 * 8 * reading.scatter
+        means = min(reading.n_classes, self.most_classes) * d * 8
+        held = 0 if mode.stored else means * (2 if mode.merged else 1)
+        price = Price(
+            reading.planned,
+            self.bytes_left + self.store.n_classes * 64 + 3 * square + held + reading.beside,
+            device_bytes=means + square if on_device else 0,
+            # Means, counts, traces and classes.
+            bytes_read=self.most_classes * (d * 8 + 24) + square,
+            n_reads=1,
+            disk_bytes=means if mode.stored else 0,
+        )
+        compute = partial(self.moments, reading.index, scatter=reading.scatter, rows_at=rows_at)
+        return Call(reading.name, compute, price=price)
+
+    def decisions_call(self, label: str, index: Index | None, beside: int) -> Call:
+        """Make the step that reads the decisions on samples of the classes used."""
+        read = self.store.n_classes * 32
+        price = Price(label, beside + 3 * read, bytes_read=read, n_reads=1)
+        return Call("decisions", partial(self.decisions, index), price=price)
+
+    def moments(
+        self, index: Index | None, *, scatter: bool, rows_at: Path | None = None
+    ) -> MomentsRead:
+        """Read the moments of the classes used, as a read of the samples would give them.
+
+        Parameters
+        ----------
+        index : array (K,) or None
+            For each class its place among those used, ascending, or -1; None uses all seen.
+        scatter : bool
+            Whether the pooled scatter is wanted; then every class seen must be used.
+        rows_at : Path, optional
+            A folder for the class means, which then are not held in memory.
+
+        Raises
+        ------
+        DataError
+            When shapes do not fit, or a value is not finite.
+        """
+        arrays = self._arrays(MOMENTS)
+        p, d = arrays["class"].shape[0], arrays["mean"].shape[-1]
+        for name, shape in {"mean": (p, d), "trace": (p,), "scatter": (d, d)}.items():
+            if name in arrays and arrays[name].shape != shape:
+                raise self._bad(
+                    MOMENTS, f"array '{name}' of shape {arrays[name].shape}", str(shape)
+                )
+        counts = self.counts()
+        ids = np.flatnonzero(counts)
+        places = np.arange(len(ids)) if index is None else index[ids]
+        used = places >= 0
+        if scatter and not used.all():
+            raise self._bad(MOMENTS, "the scatter of some classes", "that of all classes seen")
+        return MomentsRead(
+            Moments(
+                counts[ids][used],
+                self._means(arrays["mean"], used, rows_at),
+                self._finite("trace", _read(arrays["trace"]))[used],
+                self._finite("scatter", _read(arrays["scatter"])) if scatter else None,
+                places[used].astype(np.int64),
+                int(self._attributes(MOMENTS).get("skipped", 0)),
+            )
+        )
+
+    def _means(
+        self, array: zarr.Array[Any], used: npt.NDArray[np.bool_], rows_at: Path | None
+    ) -> npt.NDArray[np.float64] | StoredRows:
+        shape = (int(np.count_nonzero(used)), int(array.shape[1]))
+        blocks = (self._finite("mean", block) for block in _row_chunks(array, used))
+        if rows_at is not None:  # a name that says what is in it: a run that goes on finds it
+            content = self.fingerprint(hashlib.sha256(used.tobytes()).hexdigest())
+            file = StoredRows(rows_at / f"means-{content}.rows", shape)
+            return file if file.complete else rows_file(Path(file.path), blocks, shape)
+        means = np.empty(shape)
+        _fill(means, blocks)
+        return means
+
+    def decisions(self, used: Index | None) -> Decisions:
+        """Read the decisions; with `used` only those on samples of these classes (K,), >= 0.
+
+        Raises
+        ------
+        DataError
+            When there is not a number per class.
+        """
+        arrays = self._arrays(DECISIONS)
+        counts = {name: _read(arrays[name]) for name in DECISION_ARRAYS}
+        for name, values in counts.items():
+            if values.shape != (self.store.n_classes,) or (len(values) and values.min() < 0):
+                raise self._bad(
+                    DECISIONS,
+                    f"array '{name}' of shape {values.shape}",
+                    f"({self.store.n_classes},), no number below 0",
+                )
+        if used is not None:
+            counts = {name: np.where(used >= 0, values, 0) for name, values in counts.items()}
+        return Decisions(**counts, skipped=int(self._attributes(DECISIONS).get("skipped", 0)))
+
+    def _finite(self, name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if not np.isfinite(values).all():
+            raise self._bad(MOMENTS, f"array '{name}' is not finite", "finite values")
+        return values
+
+    def _bad(self, kind: str, problem: str, expected: str) -> DataError:
+        return DataError(
+            f"{kind} of split '{self.name}', layer '{self.layer}' of {self.where}: {problem}",
+            expected,
+            "make that state anew; docs/store.md says what it holds",
+        )
+
+
+Source: TypeAlias = Samples | Finished
+
+
+def _digest(fingerprint: str, classes: str) -> str:
+    return hashlib.sha256(f"{fingerprint} {classes}".encode()).hexdigest()[:32]
+
+
+def _read(array: zarr.Array[Any]) -> npt.NDArray[Any]:
+    return read_rows(array, 0, int(array.shape[0]))
+
+
+def _row_chunks(
+    array: zarr.Array[Any], used: npt.NDArray[np.bool_]
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Read the rows used chunk by chunk, so that no more than one is held beside the result."""
+    n = int(array.shape[0])
+    rows = int(array.chunks[0])
+    for start in range(0, n, rows):
+        kept = used[start : min(start + rows, n)]
+        block = read_rows(array, start, start + len(kept)).astype(np.float64, copy=False)
+        yield block if kept.all() else block[kept]
+        del block

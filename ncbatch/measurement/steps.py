@@ -1,159 +1,566 @@
-"""LayerTask: the steps of measuring one layer of one store."""
+"""The steps of measuring a layer: every statistic is one function, which makes its steps and prices.
+
+`STATISTICS` is the one list of them. A plan makes the same steps as a run, but of metadata alone:
+it knows neither the classes used nor what the data hash to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ncbatch.arrays.rows import StoredRows
 from ncbatch.engine.jobs import Call, Item, Job, Price, Step, Sweep, cut
 from ncbatch.engine.kept import About
-from ncbatch.measurement.layers import AnySplit, Layer, device_put
+from ncbatch.errors import DataError
+from ncbatch.measurement.layers import Layer, device_put, find_layers
+from ncbatch.measurement.options import Options
 from ncbatch.measurement.passes import DecisionsPass, DirectionalPass, MomentsPass, PairPass
-from ncbatch.measurement.samples import RowSource, SummedSplit, count_labels, joined, select_classes
-from ncbatch.measurement.values import Measured, cell_of, measured_of
+from ncbatch.measurement.samples import (
+    Index,
+    Mode,
+    MomentsRead,
+    Reading,
+    Samples,
+    Source,
+    select_classes,
+)
+from ncbatch.measurement.values import Measured, cell_of, mean_outside, measured_of
+from ncbatch.metrics.catalogue import find_metrics
+from ncbatch.metrics.metric import Metric
 from ncbatch.metrics.statistics import Statistics
 from ncbatch.states.directional import DirectionalVariance
 from ncbatch.states.moments import MomentsAccumulator
 from ncbatch.states.pairs.sweep import PairTiles
 from ncbatch.states.rules import Rule, faiss_nearest_rule, linear_rule, nearest_mean_rule
-from ncbatch.store.split import Split
-
-# What measuring a layer costs: pure integers, from shapes and options alone.
-
+from ncbatch.store.feature_store import FeatureStore
 
 # Class blocks beyond this would read the data so often that a larger machine is cheaper.
 MAX_CLASS_BLOCKS = 256
 # Bytes per class of counts, traces, norms, selections and results by class.
 _CLASS_BYTES = 256
+# Tiles of an item of the pair sweep at most, for resume and balance.
+_ITEM_TILES = 256
+_ITEMS = 16
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a layer of a split, as they are read.
+class Work:
+    """A layer, how it is measured, and where its work is kept.
 
     Attributes
     ----------
-    n_rows, n_items : int
-        Rows, and items of whole chunks.
-    row_bytes : int
-        Stored bytes of a row.
-    block_rows : int
-        Rows of a block.
-    read_bytes : int
-        Bytes held by reading.
-    summed : bool
-        Whether a finished state is read instead: `n_rows` classes with samples, `row_bytes` of
-        their means.
+    layer : Layer
+        What is measured.
+    mode : Mode
+        How it fits.
+    folder_of : callable or None
+        Tells the folder of what is kept of a state; None in a plan, which keeps nothing.
     """
 
-    n_rows: int
-    n_items: int
-    row_bytes: int
-    block_rows: int
-    read_bytes: int
-    summed: bool = False
+    layer: Layer
+    mode: Mode
+    folder_of: Callable[[About], Path] | None = None
+
+    def about(
+        self, state: str, source: Source, depends: Callable[[], Mapping[str, Any]] = dict
+    ) -> About:
+        """Say what a kept state depends on; a plan hashes no data, and so calls no `depends`."""
+        return {} if self.folder_of is None else self.layer.about(state, source, **depends())
+
+    def rows_at(self, about: About) -> Path | None:
+        """Tell the folder of class means that are not held in memory."""
+        return self.folder_of(about) if self.mode.stored and self.folder_of else None
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes of features and labels; of a state, of means, counts, traces and classes."""
-        if self.summed:
-            return self.n_rows * (self.row_bytes + 24)
-        return self.n_rows * (self.row_bytes + 4)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """All numbers that the cost of a layer depends on.
-
-    Attributes
-    ----------
-    where : str
-        Store and layer, for a person.
-    n_classes, n_used, n_features : int
-        K of the store, the classes used (or the most there can be), D.
-    wide : bool
-        Whether features are float64.
-    train, decided, outside : Rows
-        What is read; `decided` and `outside` are None where they are not.
-    reads : frozenset of str
-        Statistics that the metrics need.
-    quantities, null_quantities : frozenset of str
-        Pair quantities, of the sweep and of its null.
-    null : bool
-        Whether there is a null.
-    weight_bytes : int
-        Bytes of an element of the classifier's rows; 0 without a classifier.
-    classifier_decides : bool
-        Whether the classifier's own products are needed for decisions.
-    decisions_stored : bool
-        Whether the store holds the decisions in the place of the samples.
-    faiss : bool
-        Whether FAISS seeks the nearest mean: it holds a copy of the means, stored ones too.
-    on_device : bool
-        Whether arrays of blocks and states are on a GPU.
-    merged : bool
-        Whether items are merged on a cluster.
-    """
-
-    where: str
-    n_classes: int
-    n_used: int
-    n_features: int
-    wide: bool
-    train: Rows
-    decided: Rows | None
-    outside: Rows | None
-    reads: frozenset[str]
-    quantities: frozenset[str]
-    null_quantities: frozenset[str]
-    null: bool
-    weight_bytes: int
-    classifier_decides: bool
-    decisions_stored: bool = False
-    faiss: bool = False
-    on_device: bool = False
-    merged: bool = False
+    def on_device(self) -> bool:
+        """Whether arrays of blocks and states are on a GPU."""
+        return self.layer.options.device != "cpu"
 
     @property
-    def scatter(self) -> bool:
-        """Whether the D x D scatter is kept."""
-        return "scatter" in self.reads
+    def n_features(self) -> int:
+        """D."""
+        return self.layer.train.n_features
+
+    @cached_property
+    def held(self) -> int:
+        """Bytes that stay while later steps run: means, moments and the classifier."""
+        layer = self.layer
+        k = layer.n_used
+        d = self.n_features
+        states = 2 if layer.null else 1
+        scatter = d * d * 8 if "scatter" in layer.reads else 0
+        held = states * (k * _CLASS_BYTES + scatter) + layer.store.n_classes * 32
+        held += layer.train.bytes_left
+        if not self.mode.stored:
+            held += states * k * d * 8
+            if "test" in layer.reads:
+                held += k * d * 8
+        if self.mode.merged:  # as they were merged, and as they were sent
+            held *= 2
+        if layer.weighs and not self.mode.stored:
+            held += layer.store.n_classes * d * layer.weight_bytes
+        return held
+
+    @cached_property
+    def held_outside(self) -> int:
+        """Bytes of the class means of outside data, which may linger when only their mean is left."""
+        ood = self.layer.ood
+        if ood is None or "ood" not in self.layer.reads or self.mode.stored:
+            return 0
+        return _most_outside(self.layer, ood) * self.n_features * 8
+
+
+# Moments: of train by its classes, of outside data by theirs, of test by those of train.
+
+
+def read_moments(work: Work) -> Iterator[Step]:
+    """Read class means, traces and the pooled scatter of train, and those of the null."""
+    layer = work.layer
+    scatter = "scatter" in layer.reads
+
+    def depends() -> dict[str, Any]:
+        null = [f"null {layer.options.null_seed}"] if layer.null else []
+        return {"holds": [*(["scatter"] if scatter else []), *null]}
+
+    reading = Reading(
+        "moments",
+        f"moments of {layer.train.name}/{layer.layer}",
+        f"moments of {layer.where}",
+        work.about("moments", layer.train, depends),
+        layer.n_used,
+        layer.selection,
+        scatter=scatter,
+        null=layer.null,
+    )
+    yield from _moments(work, layer.train, reading)
+    yield Call("measured", partial(measured_of, layer), ("moments",))
+
+
+def read_outside(work: Work) -> Iterator[Step]:
+    """Read the class means of outside data, of which only their mean stays."""
+    layer = work.layer
+    ood = layer.ood
+    if ood is None or "ood" not in layer.reads:
+        return
+    reading = Reading(
+        "outside",
+        f"moments of {ood.name}/{layer.layer}",
+        f"outside data of {layer.where}",
+        work.about("moments", ood),
+        _most_outside(layer, ood),
+        None if work.folder_of is None else select_classes(ood.counts()),
+        beside=work.held,
+    )
+    yield from _moments(work, ood, reading)
+    yield Call("ood", mean_outside, ("outside",))
+
+
+def _most_outside(layer: Layer, ood: Source) -> int:
+    return min(layer.store.n_classes, max(ood.most_classes, 1))
+
+
+def read_test(work: Work) -> Iterator[Step]:
+    """Read the moments of test samples by the classes of train."""
+    layer = work.layer
+    if "test" not in layer.reads:
+        return
+    test = layer.decided
+    reading = Reading(
+        "test",
+        f"moments of {test.name}/{layer.layer} by train's classes",
+        f"test moments of {layer.where}",
+        work.about("test", test, lambda: {"train_fingerprint": layer.fingerprint}),
+        layer.n_used,
+        layer.selection,
+        beside=work.held + work.held_outside,
+    )
+    yield from _moments(work, test, reading)
+
+
+def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
+    """Make the steps of a reading: the state that the store holds, or reads of samples.
+
+    There is one read or, with class means in files, one per class block, joined one after another.
+    """
+    if source.finished is not None:
+        rows_at = work.rows_at(work.about("means", source))
+        yield source.finished.moments_call(reading, work.mode, work.on_device, rows_at)
+        return
+    samples = source.samples
+    options = work.layer.options
+    selection = reading.selection
+    k = reading.n_classes if selection is None else len(selection.classes)
+    read = partial(
+        MomentsPass,
+        samples.labelled(reading.index, options),
+        k,
+        reading.scatter,
+        options.precision,
+        options.device,
+        selection.counts[selection.classes] if reading.null and selection is not None else None,
+        options.null_seed,
+    )
+    price: Price | None = _moments_price(work, samples, reading)
+    n = work.mode.class_blocks
+    blocks = list(cut(0, k, 1, most=-(-k // n), parts=n)) if work.mode.stored else [None]
+    so_far = ""
+    for i, block in enumerate(blocks):
+        name, label, about = reading.name, reading.label, reading.about
+        if block is not None:
+            about = {**about, "class_block": list(block)}
+        if block is not None and len(blocks) > 1:
+            name += f"-{i}"
+            label += f", classes {block[0]}..{block[1] - 1}"
+        make = partial(read, block=block, rows_at=work.rows_at(about))
+        yield Sweep(name, label, make, samples.items, about=about, price=price)
+        price = None  # of all blocks together
+        if so_far:
+            joined = reading.name if block is blocks[-1] else f"{reading.name}-to-{i}"
+            yield Call(joined, MomentsRead.join, (so_far, name))
+            name = joined
+        so_far = name
+
+
+def _moments_price(work: Work, samples: Samples, reading: Reading) -> Price:
+    mode = work.mode
+    scatter = reading.scatter
+    on_device = work.on_device
+    n_rows = samples.split.n_rows
+    n_items = len(samples.items)
+    block_rows = samples.block_rows
+    d = samples.n_features
+    b = mode.class_blocks
+    k = -(-reading.n_classes // b)
+    states = 2 if reading.null else 1
+
+    def accumulated(scatter: bool) -> int:
+        return MomentsAccumulator.peak_bytes(
+            k,
+            d,
+            block_rows,
+            scatter=scatter,
+            n_rows=0 if on_device else n_rows,
+            itemsize=8 if samples.wide else 4,
+        )
+
+    arrays = accumulated(scatter)
+    if reading.null:
+        arrays += accumulated(False)
+    if b > 1:  # a block's rows of the classes at hand, and their residuals' mask and labels
+        row_bytes = samples.split.spec(samples.layer).row_bytes
+        arrays += 2 * block_rows * (row_bytes + 32)
+    if b > 1 and scatter:  # of the blocks before, and of both when they are joined
+        arrays += 2 * d * d * 8
+    state = k * (d * 8 + 48) + (d * d * 8 if scatter else 0)
+    merges = 0
+    if mode.merged:  # states of items that wait to be merged, and a merge beside them
+        merges = (n_items.bit_length() + 3) * state * states
+    held = samples.split.n_classes * 32 + merges + (state if on_device else arrays)
+    return Price(
+        reading.planned,
+        samples.read_bytes + held + reading.beside,
+        device_bytes=arrays + 2 * block_rows * d * 8 if on_device else 0,
+        bytes_read=samples.bytes_read * b,
+        flops=n_rows * d * 4 + (n_rows + reading.n_classes) * d * d * scatter,
+        n_items=n_items * b,
+        block_rows=block_rows,
+        n_reads=b,
+        disk_bytes=reading.n_classes * d * 8 * states if mode.stored else 0,
+    )
+
+
+# Pairs of class means, under the labels and under labels at random.
+
+
+def sweep_pairs(work: Work) -> Iterator[Step]:
+    """Sweep all pairs of class means."""
+    return _pairs(work, "pairs", work.layer.quantities)
+
+
+def sweep_null_pairs(work: Work) -> Iterator[Step]:
+    """Sweep all pairs of class means under labels at random."""
+    return _pairs(work, "null_pairs", work.layer.null_quantities)
+
+
+def _pairs(work: Work, name: str, quantities: frozenset[str]) -> Iterator[Step]:
+    if not quantities:
+        return
+    layer = work.layer
+    options = layer.options
+    stored = work.mode.stored
+    null = name == "null_pairs"
+    k = layer.n_used
+    d = work.n_features
+    label = f"{name.replace('_', ' ')} of {layer.where}"
+    side = PairTiles.side(k, stored=stored)
+    tiles = -(-k // side) * (-(-k // side) + 1) // 2
+    price = Price(
+        label,
+        work.held + PairTiles.peak_bytes(k, d, quantities, stored=stored),
+        device_bytes=k * d * 12 + side * side * 64 if work.on_device else 0,
+        flops=k * k * d * (2 if "cdnv_directional" in quantities else 1),
+        n_items=min(tiles, _ITEMS),
+        tile_classes=side,
+    )
+
+    def depends() -> dict[str, Any]:
+        return {
+            "holds": sorted(quantities),
+            "weighted": options.weighted,
+            "dist_exp": options.dist_exp,
+            "ddof": options.ddof,
+            "stored": stored,
+            "null_seed": options.null_seed if null else None,
+        }
+
+    yield Sweep(
+        name,
+        label,
+        partial(_pair_pass, options, quantities, null),
+        _tile_items(k, stored),
+        needs=("measured",),
+        unit="pairs",
+        about=work.about(name, layer.train, depends),
+        price=price,
+    )
+
+
+@cache
+def _tile_items(n_classes: int, stored: bool) -> list[Item]:
+    """Cut the tiles of a pair sweep over `n_classes` classes into items."""
+    tiles = PairTiles.tile_list(n_classes, stored=stored)
+    sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
+    ranges = cut(0, len(sizes), 1, _ITEM_TILES, _ITEMS)
+    return [Item(start, stop, sum(sizes[start:stop])) for start, stop in ranges]
+
+
+def _pair_pass(
+    options: Options, quantities: frozenset[str], null: bool, measured: Measured
+) -> PairPass:
+    statistics = measured.null if null else measured.statistics
+    if statistics is None:
+        return PairPass(None)
+    moments = statistics.moments
+    return PairPass(
+        PairTiles(
+            moments.means,
+            statistics.global_mean,
+            statistics.variances,
+            counts=moments.counts,
+            within=moments.within_covariance if "cdnv_directional" in quantities else None,
+            quantities=quantities,
+            dist_exp=options.dist_exp,
+            ddof=options.ddof,
+        )
+    )
+
+
+# Further reads of samples: their decisions, and their variance along the lines between means.
+
+
+def _sweep(
+    work: Work,
+    samples: Samples,
+    name: str,
+    what: str,
+    make: Callable[..., Any],
+    about: About,
+    *,
+    held: int,
+    flops: int,
+    device_bytes: int = 0,
+) -> Sweep:
+    """Make the step that reads samples once more, when the class means are known."""
+    layer = work.layer
+    items = samples.items
+    price = Price(
+        f"{what} of {layer.where}",
+        samples.read_bytes + work.held + held,
+        device_bytes,
+        samples.bytes_read,
+        flops,
+        len(items),
+        samples.block_rows,
+        n_reads=1,
+    )
+    label = f"{what} of {samples.name}/{layer.layer}"
+    return Sweep(name, label, make, items, ("measured",), about=about, price=price)
+
+
+def decide(work: Work) -> Iterator[Step]:
+    """Decide samples by the nearest class mean and by the classifier."""
+    layer = work.layer
+    if "decisions" not in layer.reads:
+        return
+    source = layer.decided
+    index = _decided_index(layer)
+    if source.finished is not None:
+        yield source.finished.decisions_call(f"decisions of {layer.where}", index, work.held)
+        return
+    samples = source.samples
+    k = layer.n_used
+    d = work.n_features
+    n_classes = layer.store.n_classes
+    stored = work.mode.stored
+    itemsize = 8 if layer.train.wide else 4
+
+    def rule(n: int, stored: bool) -> int:
+        return Rule.peak_bytes(n, d, samples.block_rows, itemsize, stored=stored)
+
+    # FAISS holds a copy of the means, stored ones too.
+    arrays = rule(k, stored and layer.options.ncc != "faiss")
+    scores = k
+    if not samples.by_predictions:
+        arrays += rule(n_classes, stored)
+        scores += n_classes
+
+    def depends() -> dict[str, Any]:
+        return {
+            "train_fingerprint": layer.fingerprint,
+            "classifier_fingerprint": layer.deciding_fingerprint,
+            "filtered": layer.selected.filtered,
+        }
+
+    yield _sweep(
+        work,
+        samples,
+        "decisions",
+        "decisions",
+        partial(_decisions_pass, layer, samples.labelled(index, layer.options)),
+        work.about("decisions", samples, depends),
+        held=n_classes * 96 + arrays,
+        flops=2 * samples.split.n_rows * scores * d,
+        device_bytes=arrays + k * d * 8 if work.on_device else 0,
+    )
+
+
+def _decided_index(layer: Layer) -> Index | None:
+    """Map labels to those of samples that are decided: all, or with a filter the classes used."""
+    selection = layer.selection
+    if selection is None or not selection.filtered:
+        return None
+    return np.where(selection.index >= 0, np.arange(layer.store.n_classes), -1)
+
+
+def _decisions_pass(layer: Layer, samples: Samples, measured: Measured) -> DecisionsPass:
+    statistics = measured.statistics
+    means = statistics.moments.means
+    device = layer.options.device
+    classes = device_put(device, means)(measured.classes)
+    dtype = np.float64 if layer.train.wide else np.float32
+    classifier = None
+    if not samples.by_predictions:
+        weight, bias = layer.classifier(means)
+        classifier = linear_rule(weight, bias, statistics.global_mean, dtype=dtype)
+    nearest = (
+        faiss_nearest_rule(means, classes, device=device)
+        if layer.options.ncc == "faiss"
+        else nearest_mean_rule(means, classes, dtype=dtype)
+    )
+    return DecisionsPass(samples, nearest, classifier, device)
+
+
+def sweep_directions(work: Work) -> Iterator[Step]:
+    """Read train a second time, for the variance of samples along the lines between means."""
+    layer = work.layer
+    if "directional" not in layer.reads:
+        return
+    samples = layer.train.samples
+    k = layer.n_used
+    d = work.n_features
+    yield _sweep(
+        work,
+        samples,
+        "directional",
+        "directional variance",
+        partial(_directional_pass, layer, samples),
+        work.about("directional", samples, lambda: {"weighted": layer.options.weighted}),
+        held=DirectionalVariance.peak_bytes(k, d, samples.block_rows),
+        flops=2 * samples.split.n_rows * k * d,
+    )
+
+
+def _directional_pass(layer: Layer, samples: Samples, measured: Measured) -> DirectionalPass:
+    index = np.full(layer.store.n_classes, -1, np.int64)
+    index[measured.classes] = np.arange(len(measured.classes))
+    statistics = measured.statistics
+    pairs = PairTiles(statistics.moments.means, statistics.global_mean, quantities=[])
+    return DirectionalPass(samples.labelled(index, layer.options), pairs, layer.options.device)
+
+
+# All of them: jobs, and which metrics a layer allows.
 
 
 @dataclass(frozen=True)
-class Mode:
-    """How a layer is measured so that it fits.
+class Statistic:
+    """What metrics may read of a layer.
 
     Attributes
     ----------
-    class_blocks : int
-        The data is read once per block of classes.
-    stored : bool
-        Whether class means are kept in a file instead of memory.
+    name : str
+        As `Metric.reads` calls it.
+    absent : callable
+        ``absent(layer)`` says why a layer has none; None where it has.
+    steps : callable
+        ``steps(work)`` makes the steps, nothing where no metric reads them. The last one's result
+        is the attribute of `Statistics` of its name or, where there is none, in its `others`.
     """
 
-    class_blocks: int = 1
-    stored: bool = False
+    name: str
+    absent: Callable[[Layer], str | None]
+    steps: Callable[[Work], Iterable[Step]]
 
 
-def choose_mode(shape: Shape, memory: int, device_memory: int | None = None) -> Mode:
+def _always(layer: Layer) -> str | None:
+    return None
+
+
+# In the order in which they run and are planned.
+STATISTICS = (
+    Statistic("scatter", Layer.no_scatter, read_moments),
+    Statistic("ood", Layer.no_ood, read_outside),
+    Statistic("pairs", _always, sweep_pairs),
+    Statistic("null_pairs", _always, sweep_null_pairs),
+    Statistic("classifier", Layer.no_classifier, lambda work: ()),
+    Statistic("decisions", Layer.no_decisions, decide),
+    Statistic("test", Layer.no_test, read_test),
+    Statistic("directional", Layer.no_samples, sweep_directions),
+)
+
+
+def job_of(layer: Layer, mode: Mode, folder_of: Callable[[About], Path] | None = None) -> Job:
+    """Make the job that measures a layer; without `folder_of` only for its prices."""
+    work = Work(layer, mode, folder_of)
+    chains = [steps for each in STATISTICS if (steps := list(each.steps(work)))]
+    names = tuple(steps[-1].name for steps in chains)
+    scatter = "scatter" in layer.reads
+    formulas = Statistics.peak_bytes(layer.n_used, work.n_features, scatter=scatter)
+    price = Price(f"formulas of {layer.where}", work.held + work.held_outside + formulas)
+    cell = Call("cell", partial(cell_of, layer, names), names, price=price)
+    return Job(layer.where, (*chain.from_iterable(chains), cell))
+
+
+def choose_mode(
+    layer: Layer, memory: int, device_memory: int | None = None, merged: bool = False
+) -> Mode:
     """Choose the cheapest way that fits: all in memory, or means in a file and class blocks.
 
     Parameters
     ----------
-    shape : Shape
+    layer : Layer
         The layer.
     memory : int
         Bytes a worker may hold beside the interpreter.
     device_memory : int, optional
         Bytes of GPU memory it may hold.
+    merged : bool, optional
+        Whether items are merged on a cluster.
 
     Returns
     -------
@@ -165,497 +572,74 @@ def choose_mode(shape: Shape, memory: int, device_memory: int | None = None) -> 
         return all(
             price.peak_bytes <= memory
             and (device_memory is None or price.device_bytes <= device_memory)
-            for price in prices(shape, mode)
+            for price in job_of(layer, mode).prices
         )
 
+    modes = [Mode(merged=merged)]
     blocks = 1
-    modes = [Mode()]
-    while blocks <= min(MAX_CLASS_BLOCKS, max(shape.n_used, 1)):
-        modes.append(Mode(blocks, stored=True))
+    while blocks <= min(MAX_CLASS_BLOCKS, max(layer.n_used, 1)):
+        modes.append(Mode(blocks, stored=True, merged=merged))
         blocks *= 2
     return next((mode for mode in modes if fits(mode)), modes[-1])
 
 
-def prices(shape: Shape, mode: Mode) -> list[Price]:
-    """Give the cost of every step of measuring a layer."""
-    return list(_prices(shape, mode))
+def wanted_metrics(metrics: Iterable[str] | None) -> tuple[list[Metric], bool]:
+    """Find the metrics asked for, and whether they were named."""
+    names = [metrics] if isinstance(metrics, str) else metrics
+    return find_metrics(names), metrics is not None
 
 
-def _prices(s: Shape, mode: Mode) -> Iterator[Price]:
-    yield _moments(
-        s, mode, s.train, f"moments of {s.where}", s.n_used, scatter=s.scatter, null=s.null
-    )
-    held, after = _held(s, mode), 0
-    if "ood" in s.reads and s.outside is not None:
-        n_outside = min(s.n_classes, max(s.outside.n_rows, 1))
-        found = _moments(s, mode, s.outside, f"outside data of {s.where}", n_outside)
-        yield replace(found, peak_bytes=found.peak_bytes + held)
-        after = 0 if mode.stored else n_outside * s.n_features * 8
-    for quantities, what in ((s.quantities, "pairs"), (s.null_quantities, "null pairs")):
-        if quantities:
-            yield _pairs(s, mode, quantities, f"{what} of {s.where}", held)
-    if "decisions" in s.reads and s.decided is not None:
-        yield _decisions(s, mode, s.decided, held)
-    if "test" in s.reads and s.decided is not None:
-        found = _moments(s, mode, s.decided, f"test moments of {s.where}", s.n_used)
-        yield replace(found, peak_bytes=found.peak_bytes + held + after)
-    if "directional" in s.reads:
-        peak = DirectionalVariance.peak_bytes(s.n_used, s.n_features, s.train.block_rows)
-        yield Price(
-            f"directional variance of {s.where}", s.train.read_bytes + held + peak,
-            bytes_read=s.train.bytes_read, flops=2 * s.train.n_rows * s.n_used * s.n_features,
-            n_items=s.train.n_items, block_rows=s.train.block_rows, n_reads=1,
-        )  # fmt: skip
-    yield Price(
-        f"formulas of {s.where}",
-        held + after + Statistics.peak_bytes(s.n_used, s.n_features, scatter=s.scatter),
-    )
-
-
-def _moments(
-    s: Shape,
-    mode: Mode,
-    rows: Rows,
-    step: str,
-    n_used: int,
-    scatter: bool = False,
-    null: bool = False,
-) -> Price:
-    if rows.summed:
-        return _state(s, mode, rows, step, n_used, scatter)
-    d, b = s.n_features, mode.class_blocks
-    k = -(-n_used // b)
-
-    def accumulated(scatter: bool) -> int:
-        return MomentsAccumulator.peak_bytes(
-            k, d, rows.block_rows, scatter=scatter,
-            n_rows=0 if s.on_device else rows.n_rows, itemsize=8 if s.wide else 4,
-        )  # fmt: skip
-
-    arrays = accumulated(scatter)
-    if null:
-        arrays += accumulated(False)
-    if b > 1:  # a block's rows of the classes at hand, and their residuals' mask and labels
-        arrays += 2 * rows.block_rows * (rows.row_bytes + 32)
-    if b > 1 and scatter:  # of the blocks before, and of both when they are joined
-        arrays += 2 * d * d * 8
-    state = k * (d * 8 + 48) + (d * d * 8 if scatter else 0)
-    merges = 0
-    if s.merged:  # states of items that wait to be merged, and a merge beside them
-        merges = (rows.n_items.bit_length() + 3) * state * (2 if null else 1)
-    host = merges + (state if s.on_device else arrays)
-    flops = rows.n_rows * d * 4 + (rows.n_rows + n_used) * d * d * scatter
-    return Price(
-        step, rows.read_bytes + s.n_classes * 32 + host,
-        device_bytes=arrays + 2 * rows.block_rows * d * 8 if s.on_device else 0,
-        bytes_read=rows.bytes_read * b, flops=flops, n_items=rows.n_items * b,
-        block_rows=rows.block_rows, n_reads=b,
-        disk_bytes=n_used * d * 8 * (2 if null else 1) if mode.stored else 0,
-    )  # fmt: skip
-
-
-def _state(s: Shape, mode: Mode, rows: Rows, step: str, n_used: int, scatter: bool) -> Price:
-    """Price a state that is read instead of samples: its means once, and chunks on their way."""
-    k, square = min(n_used, rows.n_rows), s.n_features**2 * 8 * scatter
-    means = k * s.n_features * 8
-    host = 3 * square + (0 if mode.stored else means * (2 if s.merged else 1))
-    return Price(
-        step, rows.read_bytes + s.n_classes * 64 + host,
-        device_bytes=means + square if s.on_device else 0, bytes_read=rows.bytes_read + square,
-        n_reads=1, disk_bytes=means if mode.stored else 0,
-    )  # fmt: skip
-
-
-def _held(s: Shape, mode: Mode) -> int:
-    """Give what stays while later steps run: means, moments and the classifier."""
-    k, d = s.n_used, s.n_features
-    states = 2 if s.null else 1
-    held = states * (k * _CLASS_BYTES + (d * d * 8 if s.scatter else 0)) + s.n_classes * 32
-    if s.train.summed:  # what reading it left with the allocator
-        held += s.train.read_bytes
-    if not mode.stored:
-        held += states * k * d * 8
-        if "test" in s.reads:
-            held += k * d * 8
-    if s.merged:  # as they were merged, and as they were sent
-        held *= 2
-    if s.weight_bytes and not mode.stored:
-        held += s.n_classes * d * s.weight_bytes
-    return held
-
-
-def _pairs(s: Shape, mode: Mode, quantities: frozenset[str], step: str, held: int) -> Price:
-    k, d = s.n_used, s.n_features
-    peak = PairTiles.peak_bytes(k, d, quantities, stored=mode.stored)
-    side = PairTiles.side(k, stored=mode.stored)
-    tiles = -(-k // side) * (-(-k // side) + 1) // 2
-    products = 2 if "cdnv_directional" in quantities else 1
-    return Price(
-        step, held + peak, device_bytes=k * d * 12 + side * side * 64 if s.on_device else 0,
-        flops=k * k * d * products, n_items=min(tiles, 16), tile_classes=side,
-    )  # fmt: skip
-
-
-def _decisions(s: Shape, mode: Mode, rows: Rows, held: int) -> Price:
-    if s.decisions_stored:
-        found = s.n_classes * 32
-        return Price(f"decisions of {s.where}", held + 3 * found, bytes_read=found, n_reads=1)
-    k, d, itemsize = s.n_used, s.n_features, 8 if s.wide else 4
-
-    def rule(n: int, stored: bool) -> int:
-        return Rule.peak_bytes(n, d, rows.block_rows, itemsize, stored=stored)
-
-    arrays = rule(k, mode.stored and not s.faiss)
-    if s.classifier_decides:
-        arrays += rule(s.n_classes, mode.stored)
-    scores = k + (s.n_classes if s.classifier_decides else 0)
-    return Price(
-        f"decisions of {s.where}", rows.read_bytes + held + s.n_classes * 96 + arrays,
-        device_bytes=arrays + k * d * 8 if s.on_device else 0, bytes_read=rows.bytes_read,
-        flops=2 * rows.n_rows * scores * d, n_items=rows.n_items, block_rows=rows.block_rows,
-        n_reads=1,
-    )  # fmt: skip
-
-
-# The shape of a layer: the numbers that the cost of measuring it depends on, from metadata.
-
-
-# The allocator keeps a freed chunk for each thread that read one.
-_CHUNKS_KEPT = 12
-
-
-def shape_of(layer: Layer, *, merged: bool = False) -> Shape:
-    """Give the numbers that a layer's cost depends on.
+def choose_tasks(
+    opened: Mapping[str, FeatureStore],
+    layers: Iterable[str] | None,
+    options: Options,
+    wanted: list[Metric],
+    named: bool,
+    *,
+    scanned: bool,
+) -> list[Layer]:
+    """Find the layers of every store, and what is measured of each.
 
     Parameters
     ----------
-    layer : Layer
-        Which, and how it is measured.
-    merged : bool, optional
-        Whether items are merged on a cluster.
+    opened, layers, options, scanned
+        As for `find_layers`.
+    wanted : list of Metric
+        The metrics; those that a layer does not allow are left out there.
+    named : bool
+        Whether the user named them: one that no layer allows is refused then.
+
+    Raises
+    ------
+    UnknownNameError
+        For a split or layer that does not exist.
+    DataError
+        When there is nothing to measure.
     """
-    spec = layer.train.spec(layer.layer)
-    reads, decided, outside = layer.reads, layer.decided, layer.ood
-    weighs = layer.has_classifier and reads & {"classifier", "decisions"}
-    return Shape(
-        where=layer.where,
-        n_classes=layer.store.n_classes,
-        n_used=_n_used(layer),
-        n_features=spec.n_features,
-        wide=spec.dtype == "float64",
-        train=_rows(layer.train, layer.layer),
-        decided=_rows(decided, layer.layer) if reads & {"decisions", "test"} else None,
-        outside=None if outside is None or "ood" not in reads else _rows(outside, layer.layer),
-        reads=reads,
-        quantities=layer.quantities,
-        null_quantities=layer.null_quantities,
-        null=layer.null,
-        weight_bytes=_weight_bytes(layer) if weighs else 0,
-        classifier_decides=not layer.by_predictions,
-        decisions_stored=isinstance(decided, SummedSplit),
-        faiss=layer.options.ncc == "faiss",
-        on_device=layer.options.device != "cpu",
-        merged=merged,
-    )
-
-
-def _n_used(layer: Layer) -> int:
-    """How many classes are used, or can be as far as metadata says."""
-    if layer.selection is not None:
-        return len(layer.selection.classes)
-    train = layer.train
-    most = train.n_seen(layer.layer) if isinstance(train, SummedSplit) else train.n_rows
-    n_used = min(layer.store.n_classes, max(most, 1))
-    listed = layer.options.classes
-    return n_used if listed is None else min(n_used, len(set(listed)))
-
-
-def _weight_bytes(layer: Layer) -> int:
-    """Bytes of an element of the classifier in memory; bfloat16 is read as float32."""
-    weight = layer.store.classifier_arrays(layer.layer)[-1]
-    return 4 if str(weight.dtype) == "bfloat16" else int(weight.dtype.itemsize)
-
-
-def _rows(split: AnySplit, layer: str) -> Rows:
-    if isinstance(split, SummedSplit):
-        if not split.has(layer):  # decisions only
-            return Rows(0, 0, 0, 0, 0, summed=True)
-        width, chunks = split.spec(layer).n_features * 8, _CHUNKS_KEPT * split.chunk_bytes(layer)
-        return Rows(split.n_seen(layer), 0, width, 0, chunks, summed=True)
-    source, spec = RowSource(split, layer), split.spec(layer)
-    return Rows(
-        split.n_rows, len(source.items), spec.row_bytes, source.block_rows, source.read_bytes
-    )
-
-
-# Steps whose results the values are computed from.
-_RESULTS = ("measured", "pairs", "null_pairs", "decisions", "outside", "test", "directional")
-# Tiles of an item of the pair sweep at most, for resume and balance.
-_ITEM_TILES, _ITEMS = 256, 16
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A read that gives moments: of what, over how many classes, and its pass by class block."""
-
-    label: str
-    source: RowSource
-    n_classes: int
-    about: About
-    work: Callable[..., MomentsPass]
-
-
-def job_of(layer: Layer, mode: Mode, folder_of: Callable[[About], Path]) -> Job:
-    """Make the steps of a layer; `folder_of` a state is where class means in files go."""
-    facts = {each.name: getattr(layer, each.name) for each in fields(layer)}
-    return _LayerSteps(**facts).job(mode, folder_of)
-
-
-@dataclass(frozen=True)
-class _LayerSteps(Layer):
-    # ------------------------------------------------------------------------------- its steps
-
-    def job(self, mode: Mode, folder_of: Callable[[About], Path]) -> Job:
-        """Give its steps.
-
-        Parameters
-        ----------
-        mode : Mode
-            How it is measured.
-        folder_of : callable
-            Gives the folder for class means that do not stay in memory, of a state.
-        """
-        reads = self.reads
-        steps = list(self._moments_steps("moments", self.train, mode, folder_of))
-        steps.append(Call("measured", partial(measured_of, self), ("moments",)))
-        steps += self._pair_steps(mode)
-        steps += self._read_steps()
-        if "ood" in reads and self.ood is not None:
-            steps += self._moments_steps("outside", self.ood, mode, folder_of)
-        if "test" in reads:
-            steps += self._moments_steps("test", self.decided, mode, folder_of)
-        names = tuple(s.name for s in steps if s.name in _RESULTS)
-        steps.append(Call("cell", partial(cell_of, self, names), names))
-        return Job(self.where, tuple(steps))
-
-    def _moments_steps(
-        self, name: str, split: AnySplit, mode: Mode, folder_of: Callable[[About], Path]
-    ) -> Iterator[Step]:
-        """Give the steps of moments: the state that the store holds, or reads of samples."""
-        if isinstance(split, SummedSplit):
-            read = partial(
-                split.moments, self.layer, None if name == "outside" else self.selected.index,
-                scatter=name == "moments" and "scatter" in self.reads,
-                rows_at=folder_of(self.about("means", split)) if mode.stored else None,
-            )  # fmt: skip
-            yield Call(name, read)
-            return
-        reads = {
-            "moments": self._train_moments, "outside": self._outside_moments,
-            "test": self._test_moments,
-        }  # fmt: skip
-        yield from self._blocks(name, reads[name](split), mode, folder_of)
-
-    def _blocks(
-        self, name: str, read: _Read, mode: Mode, folder_of: Callable[[About], Path]
-    ) -> Iterator[Step]:
-        """Give the steps of moments: one read, or one per class block, joined one after another."""
-        source, label, about = read.source, read.label, read.about
-        if not mode.stored:
-            yield _sweep(name, label, read.work, source, about)
-            return
-        k, n = read.n_classes, mode.class_blocks
-        blocks = list(cut(0, k, 1, most=-(-k // n), parts=n))
-        so_far = ""
-        for i, block in enumerate(blocks):
-            own = f"{name}-{i}" if len(blocks) > 1 else name
-            about_block = {**about, "class_block": list(block)}
-            part = f", classes {block[0]}..{block[1] - 1}" if len(blocks) > 1 else ""
-            make = partial(read.work, block=block, rows_at=folder_of(about_block))
-            yield _sweep(own, label + part, make, source, about_block)
-            if so_far:
-                last = i == len(blocks) - 1
-                own, earlier = name if last else f"{name}-to-{i}", (so_far, own)
-                yield Call(own, joined, earlier)
-            so_far = own
-
-    def _train_moments(self, split: Split) -> _Read:
-        holds = ["scatter"] if "scatter" in self.reads else []
-        if self.null:
-            holds.append(f"null {self.options.null_seed}")
-        source = self._source(split, self.selected.index)
-        return _Read(
-            f"moments of {split.name}/{self.layer}", source, len(self.selected.classes),
-            self.about("moments", split, holds=holds), partial(self._moments_pass, source),
-        )  # fmt: skip
-
-    def _outside_moments(self, split: Split) -> _Read:
-        seen = select_classes(count_labels(split))
-        source = self._source(split, seen.index)
-        return _Read(
-            f"moments of {split.name}/{self.layer}", source, len(seen.classes),
-            self.about("moments", split), partial(self._plain_moments, source, len(seen.classes)),
-        )  # fmt: skip
-
-    def _test_moments(self, split: Split) -> _Read:
-        source, k = self._source(split, self.selected.index), len(self.selected.classes)
-        return _Read(
-            f"moments of {split.name}/{self.layer} by train's classes", source, k,
-            self.about("test", split, train_fingerprint=self.fingerprint),
-            partial(self._plain_moments, source, k),
-        )  # fmt: skip
-
-    def _pair_steps(self, mode: Mode) -> Iterator[Step]:
-        for name, quantities in (
-            ("pairs", self.quantities),
-            ("null_pairs", self.null_quantities),
-        ):
-            if not quantities:
-                continue
-            null = name == "null_pairs"
-            about = self.about(
-                name, self.train, holds=sorted(quantities), weighted=self.options.weighted,
-                dist_exp=self.options.dist_exp, ddof=self.options.ddof, stored=mode.stored,
-                null_seed=self.options.null_seed if null else None,
-            )  # fmt: skip
-            k = len(self.selected.classes)
-            yield Sweep(
-                name, f"{name.replace('_', ' ')} of {self.where}",
-                partial(self._pair_pass, quantities, null), _tile_items(k, stored=mode.stored),
-                needs=("measured",), unit="pairs", about=about,
-            )  # fmt: skip
-
-    def _read_steps(self) -> Iterator[Step]:
-        reads = self.reads
-        if "decisions" in reads and isinstance(self.decided, SummedSplit):
-            yield Call(
-                "decisions", partial(self.decided.decisions, self.layer, self._decided_index)
+    tasks = [
+        _with_metrics(layer, wanted)
+        for layer in find_layers(opened, layers, options, scanned=scanned)
+    ]
+    for metric in wanted if named else ():
+        if not any(metric.name in task.metric_names for task in tasks):
+            why = next(why for why, names in tasks[0].missing.items() if metric.name in names)
+            raise DataError(
+                f"metric '{metric.name}' cannot be measured: {why}",
+                "a store that has what it reads",
+                "see 'ncbatch metrics' for what each metric reads, 'ncbatch info' for what is there",
             )
-        elif "decisions" in reads and isinstance(self.decided, Split):
-            source = self._source(self.decided, self._decided_index)
-            about = self.about(
-                "decisions", self.decided, train_fingerprint=self.fingerprint,
-                classifier_fingerprint=self.deciding, filtered=self.selected.filtered,
-            )  # fmt: skip
-            yield _sweep(
-                "decisions", f"decisions of {self.decided.name}/{self.layer}",
-                partial(self._decisions_pass, source), source, about, ("measured",),
-            )  # fmt: skip
-        if "directional" in reads and isinstance(self.train, Split):
-            yield _sweep(
-                "directional", f"directional variance of {self.train.name}/{self.layer}",
-                partial(self._directional_pass, self.train), self._source(self.train, None),
-                self.about("directional", self.train, weighted=self.options.weighted),
-                ("measured",),
-            )  # fmt: skip
-
-    def _source(self, split: Split, index: npt.NDArray[np.int64] | None) -> RowSource:
-        on_host = self.options.device == "cpu"
-        return RowSource(split, self.layer, index, self.options.skip_nonfinite, on_host)
-
-    # ------------------------------------------------------------------------------- its passes
-
-    def _moments_pass(
-        self,
-        source: RowSource,
-        block: tuple[int, int] | None = None,
-        rows_at: Path | None = None,
-    ) -> MomentsPass:
-        selected = self.selected
-        return MomentsPass(
-            source,
-            len(selected.classes),
-            scatter="scatter" in self.reads,
-            precision=self.options.precision,
-            device=self.options.device,
-            null_counts=selected.counts[selected.classes] if self.null else None,
-            null_seed=self.options.null_seed,
-            block=block,
-            rows_at=rows_at,
-        )
-
-    def _plain_moments(
-        self,
-        source: RowSource,
-        n_classes: int,
-        block: tuple[int, int] | None = None,
-        rows_at: Path | None = None,
-    ) -> MomentsPass:
-        return MomentsPass(
-            source, n_classes, False, self.options.precision, self.options.device,
-            block=block, rows_at=rows_at,
-        )  # fmt: skip
-
-    def _pair_pass(self, quantities: frozenset[str], null: bool, measured: Measured) -> PairPass:
-        statistics = measured.null if null else measured.statistics
-        if statistics is None:
-            return PairPass(None)
-        moments = statistics.moments
-        return PairPass(
-            PairTiles(
-                moments.means,
-                statistics.global_mean,
-                statistics.variances,
-                counts=moments.counts,
-                within=moments.within_covariance if "cdnv_directional" in quantities else None,
-                quantities=quantities,
-                dist_exp=self.options.dist_exp,
-                ddof=self.options.ddof,
-            )
-        )
-
-    @property
-    def _decided_index(self) -> npt.NDArray[np.int64] | None:
-        """Which samples are decided: all, or with a filter those of the classes used."""
-        if not self.selected.filtered:
-            return None
-        return np.where(self.selected.index >= 0, np.arange(self.store.n_classes), -1)
-
-    def _decisions_pass(self, source: RowSource, measured: Measured) -> DecisionsPass:
-        statistics = measured.statistics
-        means = statistics.moments.means
-        put = device_put(self.options.device, means)
-        wide = self.train.spec(self.layer).dtype == "float64"
-        dtype = np.float64 if wide else np.float32
-        classifier = None
-        if not self.by_predictions:
-            weight, bias = self.classifier(stored=isinstance(means, StoredRows))
-            classifier = linear_rule(
-                put(weight),
-                None if bias is None else put(bias),
-                statistics.global_mean,
-                dtype=dtype,
-            )
-        nearest = (
-            faiss_nearest_rule(means, put(measured.classes), device=self.options.device)
-            if self.options.ncc == "faiss"
-            else nearest_mean_rule(means, put(measured.classes), dtype=dtype)
-        )
-        return DecisionsPass(source, nearest, classifier, self.options.device)
-
-    def _directional_pass(self, split: Split, measured: Measured) -> DirectionalPass:
-        index = np.full(self.store.n_classes, -1, np.int64)
-        index[measured.classes] = np.arange(len(measured.classes))
-        means = measured.statistics.moments.means
-        pairs = PairTiles(means, measured.statistics.global_mean, quantities=[])
-        return DirectionalPass(self._source(split, index), pairs, self.options.device)
+    return tasks
 
 
-def _sweep(
-    name: str,
-    label: str,
-    make: Callable[..., Any],
-    source: RowSource,
-    about: About,
-    needs: tuple[str, ...] = (),
-) -> Sweep:
-    """Make the step of a pass over rows."""
-    return Sweep(name, label, make, source.items, needs, about=about)
-
-
-def _tile_items(n_classes: int, *, stored: bool) -> list[Item]:
-    """Cut the tiles of a pair sweep over `n_classes` classes into items."""
-    tiles = PairTiles.tile_list(n_classes, stored=stored)
-    sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
-    ranges = cut(0, len(sizes), 1, _ITEM_TILES, _ITEMS)
-    return [Item(start, stop, sum(sizes[start:stop])) for start, stop in ranges]
+def _with_metrics(layer: Layer, wanted: list[Metric]) -> Layer:
+    """Split metrics into those that a layer allows, and the rest by reason."""
+    absent = {each.name: each.absent(layer) for each in STATISTICS}
+    applied: list[str] = []
+    missing: dict[str, tuple[str, ...]] = {}
+    for metric in wanted:
+        reasons = [why for name in sorted(metric.reads) if (why := absent.get(name))]
+        if reasons:
+            missing[reasons[0]] = (*missing.get(reasons[0], ()), metric.name)
+        else:
+            applied.append(metric.name)
+    return replace(layer, metric_names=tuple(applied), missing=missing)

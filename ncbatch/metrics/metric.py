@@ -83,7 +83,7 @@ class Metric:
     @property
     def has_null(self) -> bool:
         """Whether it can be computed for labels at random, from the same read."""
-        return not self.reads & {"classifier", "decisions", "ood", "test", "directional"}
+        return all(r in ("traces", "scatter") or r.startswith("pairs.") for r in self.reads)
 
 
 def reads(*names: str) -> frozenset[str]:

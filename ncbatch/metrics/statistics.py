@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,8 @@ class Statistics:
         Of the test split, over the same classes.
     directional : DirectionalVariance, optional
         Of the train samples.
+    others : mapping of str to object
+        What further statistics gave, by name.
     ddof : {0, 1}
         V_c is divided by n_c - ddof, S_W by N - ddof K.
     class_ddof : {0, 1}
@@ -135,6 +138,7 @@ class Statistics:
     ood_mean: Array | None = None
     test: Moments | None = None
     directional: DirectionalVariance | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
     ddof: int = 0
     class_ddof: int = 1
     divide_by_k: bool = True

@@ -1,103 +1,34 @@
-"""measure from stored states gives what it gives from the features, and says what it cannot give."""
+"""Sources: states measure as features do and say what they cannot give; rows are read as they are."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.engine.plans import memory_budget
-from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError
-from ncbatch.measurement import steps as pricing
+from ncbatch.errors import DataError
+from ncbatch.measurement.samples import Mode
 from ncbatch.metrics import CATALOGUE
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import Moments
 from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from ncbatch.store import FeatureStore
-from tests.conftest import run_here
-from tests.measurement.test_run import peak_of
-from tests.strategies import REGIMES
+from tests.measurement.stores import (
+    Pair,
+    assert_equal,
+    assert_equals_oracle,
+    make_store,
+    moments_of,
+)
+from tests.oracles import base_metrics
+from tests.strategies import REGIMES, Features
 
 ROWS_NEEDED = {"nc1_cdnv_directional_exact"}
+
+
 ALL = list(CATALOGUE)
-
-
-def moments_of(X, y, n_classes: int, *, scatter: bool = True) -> dict[str, np.ndarray]:
-    """Sum rows up as docs/store.md says, class by class."""
-    X = np.asarray(X, np.float64)
-    seen = np.unique(y)
-    means = np.stack([X[y == c].mean(axis=0) for c in seen])
-    apart = X - means[np.searchsorted(seen, y)]
-    found = {
-        "class": seen.astype(np.int64), "count": np.bincount(y, minlength=n_classes)[seen],
-        "mean": means, "trace": np.array([(apart[y == c] ** 2).sum() for c in seen]),
-    }  # fmt: skip
-    return {**found, "scatter": apart.T @ apart} if scatter else found
-
-
-def decisions_of(X, y, means, classes, W, b, n_classes: int) -> dict[str, np.ndarray]:
-    X = np.asarray(X, np.float64)
-    near = classes[((X[:, None, :] - means[None]) ** 2).sum(axis=2).argmin(axis=1)]
-    chosen = (X @ W.T + b).argmax(axis=1)
-    marks = {"agreements": near == chosen, "ncc_hits": near == y, "clf_hits": chosen == y}
-    counted = {name: np.bincount(y[mark], minlength=n_classes) for name, mark in marks.items()}
-    return {"samples": np.bincount(y, minlength=n_classes), **counted}
-
-
-class Pair:
-    """The same data twice: a store of features, and one of states."""
-
-    def __init__(self, folder: Path, regime: str = "k_less_d", seed: int = 3) -> None:
-        data = REGIMES[regime](seed)
-        rng = np.random.default_rng(seed)
-        self.k, d = data.n_classes, data.X.shape[1]
-        X, rows = data.X.astype(np.float64), rng.permutation(len(data.y))[:150]
-        noise = 0.1 * X.std() * rng.normal(size=(len(rows), d))
-        self.splits = {
-            "train": (X, data.y), "test": (X[rows] + noise, data.y[rows]),
-            "ood": (1.0 - 0.5 * X[rows[:40]], rng.integers(0, 3, 40)),
-        }  # fmt: skip
-        self.W, self.b = rng.normal(size=(self.k, d)), rng.normal(size=self.k)
-        self.features = FeatureStore.create(folder / "features.zarr", self.k, {"h": d}, "float64")
-        self.states = FeatureStore.create(folder / "states.zarr", self.k)
-        for name, (rows_, labels) in self.splits.items():
-            with self.features.writer(name) as writer:
-                writer.append({"h": rows_}, labels)
-            self.states.set_state(name, "h", "moments", moments_of(rows_, labels, self.k))
-        for store in (self.features, self.states):
-            store.set_classifier("h", self.W, self.b)
-        self.store_decisions()
-
-    def store_decisions(self, split: str = "test", **about) -> None:
-        train = moments_of(*self.splits["train"], self.k)
-        arrays = decisions_of(
-            *self.splits[split], train["mean"], train["class"], self.W, self.b, self.k
-        )
-        known = {
-            "means_split": "train",
-            "means_fingerprint": self.states.state_fingerprint("train", "h", "moments"),
-            "classifier_fingerprint": self.states.classifier_fingerprint("h"),
-        }
-        self.states.set_state(split, "h", "decisions", arrays, known | about)
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Pair:
-    return Pair(tmp_path)
-
-
-def assert_equal(found, wanted, names=None) -> None:
-    compared = 0
-    for name in names or CATALOGUE:
-        if name not in wanted:
-            continue
-        a, b = float(found[name][0, 0]), float(wanted[name][0, 0])
-        assert a == pytest.approx(b, rel=1e-9, abs=1e-12, nan_ok=True), name
-        compared += not np.isnan(b)
-    assert compared >= (10 if names is None else len(names))
 
 
 @pytest.mark.parametrize("regime", ["k_less_d", "k_greater_d", "zipf", "singletons"])
@@ -189,30 +120,6 @@ def test_without_scatter_what_reads_it_is_left_out(pair):
     assert_equal(found, nc.measure(pair.features), ["nc1_quot", "nc1_cdnv", "nc3_dual_err"])
 
 
-def test_features_win_and_states_fill_what_lacks_them(pair, tmp_path):
-    mixed = FeatureStore.create(tmp_path / "mixed.zarr", pair.k)
-    X, y = pair.splits["train"]
-    mixed.set_state("train", "h", "moments", moments_of(X, y, pair.k))
-    mixed.set_state("train", "g.10", "moments", moments_of(2 * X, y, pair.k))
-    mixed.set_state("train", "g.9", "moments", moments_of(3 * X, y, pair.k))
-    X_test, y_test = pair.splits["test"]
-    with mixed.writer("test", layers={"h": X.shape[1]}, dtype="float64") as writer:
-        writer.append({"h": X_test}, y_test)
-    mixed.set_classifier("h", pair.W, pair.b)
-    # A stale state beside features is not looked at.
-    mixed.set_state("test", "h", "moments", moments_of(X_test + 9, y_test, pair.k))
-    found = nc.measure(mixed)
-    assert found.layer.values.tolist() == ["g.9", "g.10", "h"]
-    wanted = nc.measure(pair.features)
-    at_h = found.sel(layer=["h"])
-    assert_equal(at_h, wanted, ["nc1_pinv", "nc4_agree", "nc4_ncc_accuracy", "nc3_dual_err"])
-    assert json.loads(found.attrs["source"])["mixed.zarr"]["h"] == "train: states, test: features"
-    tests = {"metrics": "nc1_test_to_train"}
-    assert_equal(
-        nc.measure(mixed, "h", **tests), nc.measure(pair.features, **tests), [tests["metrics"]]
-    )
-
-
 def test_moments_of_the_package_are_what_is_stored(pair):
     X, y = pair.splits["train"]
     seen = Moments.from_block(X, y, pair.k).seen()
@@ -230,42 +137,14 @@ def test_moments_of_the_package_are_what_is_stored(pair):
         np.testing.assert_array_equal(values, stored[name], err_msg=name)
 
 
-def test_the_fingerprint_follows_the_state(pair):
-    def fingerprint(**options) -> str:
-        ds = nc.measure(pair.states, metrics="nc1_quot", **options)
-        return json.loads(ds.attrs["fingerprint"])["states.zarr"]["h"]
-
-    before = fingerprint()
-    assert fingerprint() == before
-    assert fingerprint(classes=range(4)) != before
-    arrays = moments_of(*pair.splits["train"], pair.k)
-    pair.states.set_state("train", "h", "moments", {**arrays, "trace": arrays["trace"] * 2})
-    assert fingerprint() != before
-
-
 def test_class_means_in_files_give_the_same(pair, tmp_path, monkeypatch):
     wanted = nc.measure(pair.states)
-    mode = pricing.Mode(2, stored=True)
+    mode = Mode(2, stored=True)
     monkeypatch.setattr("ncbatch.measurement.run.choose_mode", lambda *_: mode)
     for _ in range(2):
         assert_equal(nc.measure(pair.states, state=tmp_path / "kept"), wanted)
     files = list((tmp_path / "kept").rglob("*.rows"))
     assert len([file for file in files if file.name.startswith("means-")]) == 2  # train and ood
-
-
-def test_a_cluster_gives_the_same(pair):
-    found = nc.measure(pair.states, cluster="threads:2", device="cpu")
-    assert_equal(found, nc.measure(pair.states))
-
-
-def test_plans_price_states(pair):
-    plan = nc.plan(pair.states)
-    steps = {price.step: price for price in plan.prices}
-    k, d = pair.k, pair.W.shape[1]
-    train = next(price for step, price in steps.items() if step.startswith("moments of"))
-    assert train.bytes_read == k * (d * 8 + 24) + d * d * 8
-    assert train.n_items == 0
-    assert "FLOP" in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -291,55 +170,25 @@ def test_bad_moments_are_named(tmp_path, change, match: str):
         nc.measure(store, device="cpu")
 
 
-def test_moments_and_classifier_of_other_widths_are_refused(pair):
-    pair.states.delete_state("train", "h", "moments")
-    narrow = moments_of(pair.splits["train"][0][:, :2], pair.splits["train"][1], pair.k)
-    pair.states.set_state("train", "h", "moments", narrow)
-    with pytest.raises(DataError, match="moments of layer 'h' with 2 features"):
-        nc.measure(pair.states)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_stored_dtypes_are_exact_numbers(tmp_path, dtype: str, small_chunks):
+    data = REGIMES["k_less_d"](0)
+    store = make_store(tmp_path / "s.zarr", data, dtype=dtype)
+    stored = store.split("train").read("h", 0, len(data.y)).astype(np.float64)
+    assert_equals_oracle(nc.measure(store), base_metrics(stored, data.y, data.n_classes))
 
 
-def test_a_lost_chunk_is_named_before_anything_is_measured(pair):
-    Path(pair.states.path, "train/states/h/moments/mean/c/0/0").unlink()
-    with pytest.raises(CorruptionError, match="mean/c/0/0"):
-        nc.measure(pair.states)
-
-
-def test_unknown_names_list_what_is_there(pair):
-    with pytest.raises(UnknownNameError, match="one of: h"):
-        nc.measure(pair.states, "hh")
-    with pytest.raises(UnknownNameError, match="one of: ood, test, train"):
-        nc.measure(pair.states, train="val")
-
-
-def test_parts_of_several_processes_are_to_be_merged_first(tmp_path):
-    store = FeatureStore.create(tmp_path / "s.zarr", 3)
-    store.set_state("train", "h", "part-0", {"class": np.arange(2)}, {"holds": ["moments"]})
-    with pytest.raises(StoreError, match=r"'ncbatch finalize .*s.zarr --split train' merges them"):
+def test_nonfinite_rows_are_refused_or_counted(tmp_path, small_chunks):
+    data = REGIMES["k_greater_d"](0)
+    X = data.X.copy()
+    X[17, 1], X[40, 0], X[41] = np.nan, np.inf, -np.inf
+    X[data.y == data.y[5]] = np.nan  # a class of which nothing is left
+    bad = ~np.isfinite(X).all(axis=1)
+    store = make_store(tmp_path / "s.zarr", Features(X, data.y, data.n_classes))
+    first = int(np.flatnonzero(bad)[0])
+    with pytest.raises(DataError, match=rf"split 'train', layer 'h', row {first} "):
         nc.measure(store)
-
-
-def test_the_command_line_measures_states(pair, tmp_path):
-    answer = run_here("measure", "states.zarr", "--out", "r.csv", cwd=tmp_path)
-    assert answer.code == 0
-    assert "nc4_agree" in answer.out
-    assert (tmp_path / "r.csv").read_text().startswith("store,layer,nc1_pinv")
-    assert run_here("plan", "states.zarr", cwd=tmp_path).code == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("budget", ["2GiB", "400MiB"])
-def test_measured_peak_stays_below_the_planned(tmp_path, budget: str):
-    k, d = 40_000, 256
-    rng = np.random.default_rng(0)
-    store = FeatureStore.create(tmp_path / "s.zarr", k)
-    for split in ("train", "ood"):
-        arrays = {
-            "class": np.arange(k), "count": np.full(k, 5), "mean": rng.normal(size=(k, d)),
-            "trace": rng.random(k), "scatter": np.eye(d) * k,
-        }  # fmt: skip
-        store.set_state(split, "h", "moments", arrays)
-    metrics = ["nc1_pinv", "nc1_quot", "nc2_norm_mean", "nc5_ood_dev", "spec_rankme"]
-    planned, peak, _, values = peak_of(stores=store.path, metrics=metrics, memory=budget)
-    assert peak <= planned <= memory_budget(budget)
-    assert values.keys() == set(metrics)
+    ds = nc.measure(store, skip_nonfinite=True)
+    oracle = base_metrics(X[~bad], data.y[~bad], data.n_classes)
+    assert_equals_oracle(ds, oracle)
+    assert int(ds.n_rows_skipped[0, 0]) == bad.sum()

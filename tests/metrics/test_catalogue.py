@@ -8,7 +8,7 @@ import pytest
 import ncbatch as nc
 from ncbatch.metrics import CATALOGUE
 from tests import oracles
-from tests.measurement.test_values import make_store, outside
+from tests.measurement.stores import make_store, outside
 from tests.strategies import REGIMES, Features, random_rotation
 
 # Metrics of uncentred features: what a translation of them changes.

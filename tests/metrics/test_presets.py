@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 import ncbatch as nc
 from ncbatch.measurement.options import PRESETS
-from tests.measurement.test_values import make_store
+from tests.measurement.stores import make_store
 from tests.strategies import Features
 
 

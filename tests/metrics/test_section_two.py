@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import ncbatch as nc
 from tests import oracles
-from tests.measurement.test_values import make_store, outside
+from tests.measurement.stores import make_store, outside
 from tests.strategies import REGIMES, Features, feature_sets
 
 

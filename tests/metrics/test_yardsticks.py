@@ -12,7 +12,7 @@ from ncbatch.states.moments import Moments
 from ncbatch.states.null import null_labels
 from ncbatch.states.pairs.sweep import sweep_pairs
 from ncbatch.store import format as store_format
-from tests.measurement.test_values import make_store
+from tests.measurement.stores import make_store
 from tests.oracles import select
 from tests.strategies import REGIMES, Features
 

@@ -24,7 +24,7 @@ import pytest
 import ncbatch as nc
 from ncbatch.engine.jobs import Item
 from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError, UsageError
-from ncbatch.measurement.samples import RowSource
+from ncbatch.measurement.samples import Samples
 from ncbatch.store import FeatureStore
 from tests.conftest import make_toy
 
@@ -189,7 +189,7 @@ def test_workers_of_other_processes_open_the_url(both):
 
 def test_what_is_sent_to_workers_holds_no_credentials(both):
     _, remote = both
-    sent = pickle.dumps((remote, RowSource(remote.split("train"), "a")))
+    sent = pickle.dumps((remote, Samples(remote.split("train"), "a")))
     assert SECRET.encode() not in sent
     store, source = pickle.loads(sent)
     assert store.splits == remote.splits
@@ -476,8 +476,8 @@ def test_a_pass_reads_every_chunk_once(both, monkeypatch, asked):
     monkeypatch.setattr(
         "ncbatch.measurement.samples.BLOCK_BYTES", 1
     )  # several blocks of rows per chunk ...
-    source = RowSource(store.split("train"), "a")
-    monkeypatch.setattr(RowSource, "block_rows", 10)
+    source = Samples(store.split("train"), "a")
+    monkeypatch.setattr(Samples, "block_rows", 10)
     asked.clear()
     blocks = list(source.blocks(Item(0, 300, 0)))
     assert len(blocks) == 4 * 7 + 5
@@ -497,7 +497,7 @@ def test_fingerprints_read_no_chunk(both, asked):
 
 def test_several_chunks_are_read_at_once_but_not_many(both, monkeypatch):
     _, store = both
-    source = RowSource(store.split("train"), "a")
+    source = Samples(store.split("train"), "a")
     stored = source.split.read("a", 0, 300)
     running, most, get = [0], [0], object_store.RemoteStore.get
 
@@ -518,7 +518,7 @@ def test_several_chunks_are_read_at_once_but_not_many(both, monkeypatch):
 
 def test_what_is_read_ahead_is_planned_for(both):
     local, remote = both
-    here, there = (RowSource(store.split("train"), "a") for store in both)
+    here, there = (Samples(store.split("train"), "a") for store in both)
     assert (
         there.read_bytes - here.read_bytes == 3 * (remote.split("train").chunks_at_once - 1) * 1024
     )
