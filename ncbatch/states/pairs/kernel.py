@@ -3,50 +3,142 @@
 Every row of a tile is worked on in small buffers, quantity by quantity, so that the compiler can
 vectorise each loop; the logarithm and the exponential are written out for the same reason. Squared
 distances that cancelled in the products are computed anew from the vectors, in place.
+
+The loops and the kernel that calls them stand in one file: numba's cache of the kernel goes by the
+date of this file alone.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple, Self
 
 import numpy as np
 from numba import njit
 
-from ncbatch.states.pairs.outputs import (
-    ALONG,
-    CDNV,
-    CDNV2,
-    CDNV_RANGE,
-    COINCIDENT,
-    CORRECTABLE,
-    CORRECTED,
-    CORRECTED2,
-    COS,
-    COS2,
-    COSINE_RANGE,
-    DEV,
-    DEV2,
-    DIRECTED,
-    DIRECTED2,
-    DIRECTIONS,
-    DIRECTIONS_APART,
-    DIST,
-    DIST2,
-    INNER,
-    INNER2,
-    INNER_RANGE,
-    LOG,
-    LOG2,
-    LOG_RANGE,
-    PAIRS,
-    RIESZ,
-    RIESZ2,
-    SQUARE_RANGE,
-    UNIFORM,
-    UNIFORM2,
-    VARIED,
-)
+from ncbatch.arrays.namespace import Array
+
+# Sums per row of a tile: columns of the result.
+CDNV, CDNV2, DIST, DIST2, LOG, LOG2, RIESZ, RIESZ2, INNER, INNER2 = range(10)
+COS, COS2, DEV, DEV2, UNIFORM, UNIFORM2 = range(10, 16)
+CORRECTED, CORRECTED2, DIRECTED, DIRECTED2 = range(16, 20)
+N_SUMS = 20
+# Counts per row.
+PAIRS, VARIED, DIRECTIONS, DIRECTIONS_APART, CORRECTABLE, ALONG, COINCIDENT = range(7)
+N_COUNTS = 7
+# Extremes: columns of (minimum, maximum).
+CDNV_RANGE, SQUARE_RANGE, COSINE_RANGE, INNER_RANGE, LOG_RANGE = range(0, 10, 2)
+N_EXTREMES = 10
+# Sums that are taken of differences from a reference, and the count each goes with.
+REFERENCED = {
+    CDNV: VARIED,
+    DIST: DIRECTIONS,
+    LOG: DIRECTIONS_APART,
+    INNER: PAIRS,
+    COS: DIRECTIONS,
+    DEV: DIRECTIONS,
+    CORRECTED: CORRECTABLE,
+    DIRECTED: ALONG,
+}
+
+
+class Side(NamedTuple):
+    """What lost distances are computed from: means (R, D), and their products with a root of S_W.
+
+    The latter may be empty.
+    """
+
+    means: Array
+    within: Array
+
+
+class ClassVectors(NamedTuple):
+    """What the kernel knows of each class, arrays (K,); of one class, numbers.
+
+    |Mc|^2, |m|^2 times the share that counts as zero, 1/|Mc| or 0, V or -1, V n/(n-1) or -1, the
+    error of the mean V/(n-1), and |m|^2 along S_W.
+    """
+
+    square: Array
+    size: Array
+    inverse: Array
+    variance: Array
+    corrected: Array
+    error: Array
+    square_within: Array
+
+
+class Numbers(NamedTuple):
+    """Exponents, 1/(K-1), and the shares below which digits are lost and a square is zero."""
+
+    dist_exp: float
+    riesz_exponent: float
+    coherence: float
+    lost: float
+    zero: float
+
+
+class Wanted(NamedTuple):
+    """What to tally; `sphere` are distances and logarithms."""
+
+    cdnv: bool
+    sphere: bool
+    riesz: bool
+    cosine: bool
+    corrected: bool
+    directed: bool
+    nearest: bool
+
+
+class Row(NamedTuple):
+    """What the loops write of a row of a tile: a row of each array of `Outputs`."""
+
+    sums: Array
+    counts: Array
+    extremes: Array
+    near: Array
+
+
+class Outputs(NamedTuple):
+    """What the kernel writes, per row of a tile unless said otherwise.
+
+    `near` are the squares to the nearest mean and direction (R, 2), `near_at` the class of the
+    former; `column_near` (2, C) and `column_near_at` (C,) are the same per column. `top` holds the
+    greatest CDNVs and cosines of the tile (2, T), `top_at` their classes (2, T, 2).
+    """
+
+    sums: Array
+    counts: Array
+    extremes: Array
+    scales: Array
+    near: Array
+    near_at: Array
+    column_near: Array
+    column_near_at: Array
+    histogram: Array
+    top: Array
+    top_at: Array
+
+    @classmethod
+    def empty(cls, n_rows: int, n_columns: int, bins: int, n_top: int) -> Self:
+        """Make the arrays of a tile without pairs."""
+        extremes = np.empty((n_rows, N_EXTREMES))
+        extremes[:, ::2] = np.inf
+        extremes[:, 1::2] = -np.inf
+        return cls(
+            sums=np.zeros((n_rows, N_SUMS)),
+            counts=np.zeros((n_rows, N_COUNTS), np.int64),
+            extremes=extremes,
+            scales=np.full(n_rows, -np.inf),
+            near=np.full((n_rows, 2), np.inf),
+            near_at=np.full(n_rows, -1, np.int64),
+            column_near=np.full((2, n_columns), np.inf),
+            column_near_at=np.full(n_columns, -1, np.int64),
+            histogram=np.zeros(bins, np.int64),
+            top=np.full((2, n_top), -np.inf),
+            top_at=np.zeros((2, n_top, 2), np.int64),
+        )
+
 
 # Logarithm and exponential of arrays, written out so that the compiler vectorises them.
 
@@ -54,15 +146,19 @@ from ncbatch.states.pairs.outputs import (
 # Numbers are finite, or infinite where that is meant, but never NaN; sums may be reordered.
 FAST = {"reassoc", "contract", "nsz", "arcp", "nnan"}
 _EXACT_ORDER = {"contract", "nsz", "nnan"}
-_LN2_HI, _LN2_LO = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-_LOG2_E, _SQRT2 = 1.4426950408889634, 1.4142135623730951
-_MANTISSA, _ONE = 0x000FFFFFFFFFFFFF, 0x3FF0000000000000
+_LN2_HI = 6.93147180369123816490e-01
+_LN2_LO = 1.90821492927058770002e-10
+_LOG2_E = 1.4426950408889634
+_SQRT2 = 1.4142135623730951
+# The bits of a float64's mantissa, and those of 1.0.
+_MANTISSA = 0x000FFFFFFFFFFFFF
+_ONE = 0x3FF0000000000000
 # Adding it rounds a small number to the nearest integer, left in the low bits of the sum.
 _ROUNDER = 6755399441055744.0
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def logarithms(x: Any, bits: Any, out: Any) -> None:
+def logarithms(x, bits, out):
     """Write log(x) of positive normal numbers; `bits` views x as int64, and x is spent."""
     for t in range(x.shape[0]):
         out[t] = float((bits[t] >> 52) - 1023)
@@ -85,7 +181,7 @@ def logarithms(x: Any, bits: Any, out: Any) -> None:
 
 
 @njit(cache=True, fastmath=_EXACT_ORDER, error_model="numpy")
-def exponentials(x: Any, whole: Any, whole_bits: Any, scale: Any, scale_bits: Any) -> None:
+def exponentials(x, whole, whole_bits, scale, scale_bits):
     """Replace numbers x <= 0 by exp(x), those below -700 by about 1e-304; the rest is scratch."""
     for t in range(x.shape[0]):
         v = max(x[t], -700.0)
@@ -103,34 +199,30 @@ def exponentials(x: Any, whole: Any, whole_bits: Any, scale: Any, scale_bits: An
         x[t] *= scale[t]
 
 
-# The loops of the compiled pair sweep: one quantity over one row of a tile at a time.
-#
-# Numba compiles them into `pair_kernel.sweep_tile`, and what it keeps on disk goes by the date of that
-# file alone: after a change here or in `elementary`, `touch` it.
-
+# The loops: one quantity over one row of a tile at a time, the class `me` with each of `others`.
 
 # Below this share of its terms a corrected squared distance is rounding error.
 NO_DIGITS = 1e-9
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def square_distances(
-    g: Any, square: Any, inverse: Any, si: float, ui: float, lost: float, d2: Any, r2: Any
-) -> bool:
-    """Write |m_i - m_j|^2 and |u_i - u_j|^2 from products; say whether any lost its digits."""
+def square_distances(g, me, others, lost, d2, r2):
+    """Write |m_i - m_j|^2 and |u_i - u_j|^2 from products; return whether any lost its digits."""
+    square, inverse = others.square, others.inverse
+    si, ui = me.square, me.inverse
     least = np.inf
     for t in range(g.shape[0]):
-        whole = si + square[t]
-        d = whole - 2.0 * g[t]
+        both = si + square[t]
+        d = both - 2.0 * g[t]
         r = 2.0 - 2.0 * (g[t] * ui * inverse[t])
         d2[t] = d
         r2[t] = r
-        least = min(least, min(d - lost * whole, r - 2.0 * lost))
+        least = min(least, min(d - lost * both, r - 2.0 * lost))
     return least < 0.0
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _direct(x: Any, y: Any, fx: float, fy: float, center: Any, shift: float) -> float:
+def _direct(x, y, fx, fy, center, shift):
     """Compute |(x - shift c) fx - (y - shift c) fy|^2 from the vectors themselves."""
     total = 0.0
     for k in range(x.shape[0]):
@@ -141,29 +233,17 @@ def _direct(x: Any, y: Any, fx: float, fy: float, center: Any, shift: float) -> 
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def repair(
-    x: Any,
-    others: Any,
-    b: int,
-    center: Any,
-    si: float,
-    square: Any,
-    ui: float,
-    inverse: Any,
-    lost: float,
-    d2: Any,
-    r2: Any,
-) -> None:
-    """Compute lost distances of the mean x to others[b:] anew."""
+def repair(x, means, center, me, others, lost, d2, r2):
+    """Compute lost distances of the mean x to each of `means` anew."""
     for t in range(d2.shape[0]):
-        if d2[t] < lost * (si + square[t]):
-            d2[t] = _direct(x, others[b + t], 1.0, 1.0, center, 0.0)
+        if d2[t] < lost * (me.square + others.square[t]):
+            d2[t] = _direct(x, means[t], 1.0, 1.0, center, 0.0)
         if r2[t] < 2.0 * lost:
-            r2[t] = _direct(x, others[b + t], ui, inverse[t], center, 1.0)
+            r2[t] = _direct(x, means[t], me.inverse, others.inverse[t], center, 1.0)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_inner(g: Any, reference: float, sums: Any, extremes: Any) -> None:
+def sum_inner(g, reference, row):
     """Tally inner products."""
     t1 = t2 = 0.0
     lo, hi = np.inf, -np.inf
@@ -173,26 +253,26 @@ def sum_inner(g: Any, reference: float, sums: Any, extremes: Any) -> None:
         t2 += v * v
         lo = min(lo, g[t])
         hi = max(hi, g[t])
-    sums[INNER], sums[INNER2] = t1, t2
-    extremes[INNER_RANGE], extremes[INNER_RANGE + 1] = lo, hi
+    row.sums[INNER], row.sums[INNER2] = t1, t2
+    row.extremes[INNER_RANGE], row.extremes[INNER_RANGE + 1] = lo, hi
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def count_coincident(d2: Any, size: Any, zi: float, counts: Any) -> None:
+def count_coincident(d2, me, others, row):
     """Count pairs whose means are one."""
-    found = 0.0
+    size, zi = others.size, me.size
+    n = 0.0
     for t in range(d2.shape[0]):
-        found += 0.0 if d2[t] > (zi + size[t]) else 1.0
-    counts[COINCIDENT] = found
+        n += 0.0 if d2[t] > (zi + size[t]) else 1.0
+    row.counts[COINCIDENT] = n
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_cdnv(
-    d2: Any, size: Any, variance: Any, zi: float, vi: float, p: float, reference: float,
-    value: Any, sums: Any, counts: Any, extremes: Any,
-) -> None:  # fmt: skip
+def sum_cdnv(d2, me, others, p, reference, value, row):
     """Tally CDNVs; leaves them in `value`, -1 where there is none."""
-    t1 = t2 = found = 0.0
+    size, variance = others.size, others.variance
+    zi, vi = me.size, me.variance
+    t1 = t2 = n = 0.0
     lo, hi = np.inf, -np.inf
     if vi < 0.0:
         return
@@ -210,21 +290,20 @@ def sum_cdnv(
         value[t] = e if varied else -1.0
         t1 += v
         t2 += v * v
-        found += 1.0 if varied else 0.0
+        n += 1.0 if varied else 0.0
         lo = min(lo, e if varied else np.inf)
         hi = max(hi, value[t])
-    sums[CDNV], sums[CDNV2], counts[VARIED] = t1, t2, found
-    if found > 0.0:
-        extremes[CDNV_RANGE], extremes[CDNV_RANGE + 1] = lo, hi
+    row.sums[CDNV], row.sums[CDNV2], row.counts[VARIED] = t1, t2, n
+    if n > 0.0:
+        row.extremes[CDNV_RANGE], row.extremes[CDNV_RANGE + 1] = lo, hi
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_corrected(
-    d2: Any, size: Any, corrected: Any, error: Any, zi: float, ci: float, ei: float, p: float,
-    reference: float, sums: Any, counts: Any,
-) -> None:  # fmt: skip
+def sum_corrected(d2, me, others, p, reference, row):
     """Tally CDNVs without the bias of finite samples."""
-    t1 = t2 = found = 0.0
+    size, corrected, error = others.size, others.corrected, others.error
+    zi, ci, ei = me.size, me.corrected, me.error
+    t1 = t2 = n = 0.0
     if ci < 0.0:
         return
     for t in range(d2.shape[0]):
@@ -237,38 +316,37 @@ def sum_corrected(
         v = 0.5 * (ci + corrected[t]) * q - reference if good else 0.0
         t1 += v
         t2 += v * v
-        found += 1.0 if good else 0.0
-    sums[CORRECTED], sums[CORRECTED2], counts[CORRECTABLE] = t1, t2, found
+        n += 1.0 if good else 0.0
+    row.sums[CORRECTED], row.sums[CORRECTED2], row.counts[CORRECTABLE] = t1, t2, n
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_directed(
-    g: Any, wi: float, square_w: Any, x: Any, others: Any, b: int, center: Any, lost: float, d2: Any,
-    size: Any, zi: float, reference: float, along: Any, sums: Any, counts: Any,
-) -> None:  # fmt: skip
+def sum_directed(g, x, within, center, me, others, lost, d2, reference, along, row):
     """Tally the variance along the line between two means over its squared length."""
+    size, square_w = others.size, others.square_within
+    zi, wi = me.size, me.square_within
     least = np.inf
     for t in range(d2.shape[0]):
-        whole = wi + square_w[t]
-        along[t] = whole - 2.0 * g[t]
-        least = min(least, along[t] - lost * whole)
+        both = wi + square_w[t]
+        along[t] = both - 2.0 * g[t]
+        least = min(least, along[t] - lost * both)
     if least < 0.0:
         for t in range(d2.shape[0]):
             if along[t] < lost * (wi + square_w[t]):
-                along[t] = _direct(x, others[b + t], 1.0, 1.0, center, 0.0)
-    t1 = t2 = found = 0.0
+                along[t] = _direct(x, within[t], 1.0, 1.0, center, 0.0)
+    t1 = t2 = n = 0.0
     for t in range(d2.shape[0]):
         apart = d2[t] > (zi + size[t])
         q = 1.0 / d2[t] if apart else 0.0
         v = along[t] * q * q - reference if apart else 0.0
         t1 += v
         t2 += v * v
-        found += 1.0 if apart else 0.0
-    sums[DIRECTED], sums[DIRECTED2], counts[ALONG] = t1, t2, found
+        n += 1.0 if apart else 0.0
+    row.sums[DIRECTED], row.sums[DIRECTED2], row.counts[ALONG] = t1, t2, n
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def nearest_of(d2: Any, i: int, j: int, near: Any, column: Any, column_at: Any) -> int:
+def nearest_of(d2, i, j, column, column_at, row):
     """Find the nearest class of i, and offer i to the columns."""
     lo = np.inf
     for t in range(d2.shape[0]):
@@ -277,7 +355,7 @@ def nearest_of(d2: Any, i: int, j: int, near: Any, column: Any, column_at: Any) 
         closer = d2[t] < column[t]
         column[t] = d2[t] if closer else column[t]
         column_at[t] = i if closer else column_at[t]
-    near[0] = lo
+    row.near[0] = lo
     for t in range(d2.shape[0]):
         if d2[t] == lo:
             return j + t
@@ -285,12 +363,9 @@ def nearest_of(d2: Any, i: int, j: int, near: Any, column: Any, column_at: Any) 
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_distance(
-    r2: Any, inverse: Any, reference: float, near: Any, column: Any, sums: Any, counts: Any,
-    extremes: Any,
-) -> None:  # fmt: skip
+def sum_distance(r2, inverse, reference, column, row):
     """Tally distances between directions; marks pairs without one by a square of -1."""
-    t1 = t2 = found = 0.0
+    t1 = t2 = n = 0.0
     lo, hi = np.inf, -np.inf
     for t in range(r2.shape[0]):
         yes = inverse[t] > 0.0
@@ -298,27 +373,24 @@ def sum_distance(
         v = math.sqrt(r) - reference if yes else 0.0
         t1 += v
         t2 += v * v
-        found += 1.0 if yes else 0.0
+        n += 1.0 if yes else 0.0
         least = r if yes else np.inf
         lo = min(lo, least)
         hi = max(hi, r if yes else -np.inf)
         column[t] = min(column[t], least)
         r2[t] = r if yes else -1.0
-    sums[DIST], sums[DIST2], counts[DIRECTIONS] = t1, t2, found
-    extremes[SQUARE_RANGE], extremes[SQUARE_RANGE + 1] = lo, hi
-    near[1] = lo
+    row.sums[DIST], row.sums[DIST2], row.counts[DIRECTIONS] = t1, t2, n
+    row.extremes[SQUARE_RANGE], row.extremes[SQUARE_RANGE + 1] = lo, hi
+    row.near[1] = lo
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_log(
-    r2: Any, zero: float, s: float, reference: float, x: Any, x_bits: Any, y: Any, sums: Any,
-    counts: Any, extremes: Any,
-) -> float:  # fmt: skip
-    """Tally log(1/|u_i - u_j|); leaves s times it in x, and gives the greatest."""
+def sum_log(r2, zero, s, reference, x, x_bits, y, row):
+    """Tally log(1/|u_i - u_j|); leaves s times it in x, and returns the greatest."""
     for t in range(r2.shape[0]):
         x[t] = r2[t] if r2[t] > 2.0 * zero else 1.0
     logarithms(x, x_bits, y)
-    t1 = t2 = found = 0.0
+    t1 = t2 = n = 0.0
     lo, hi = np.inf, -np.inf
     for t in range(r2.shape[0]):
         yes = r2[t] > 2.0 * zero
@@ -329,28 +401,26 @@ def sum_log(
         v = v - reference if yes else 0.0
         t1 += v
         t2 += v * v
-        found += 1.0 if yes else 0.0
-    sums[LOG], sums[LOG2], counts[DIRECTIONS_APART] = t1, t2, found
-    if found == 0.0:
+        n += 1.0 if yes else 0.0
+    row.sums[LOG], row.sums[LOG2], row.counts[DIRECTIONS_APART] = t1, t2, n
+    if n == 0.0:
         return -np.inf
-    extremes[LOG_RANGE], extremes[LOG_RANGE + 1] = lo, hi
+    row.extremes[LOG_RANGE], row.extremes[LOG_RANGE + 1] = lo, hi
     return max(s * lo, s * hi)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def sum_cosine(
-    r2: Any, coherence: float, refs: Any, uniform: Any, cosine: Any, sums: Any, extremes: Any
-) -> None:
+def sum_cosine(r2, coherence, references, uniform, cosine, row):
     """Tally cosines, their distance from a simplex and uniformity; leaves cosines in `cosine`."""
     t1 = t2 = t3 = t4 = t5 = t6 = 0.0
     lo, hi = np.inf, -np.inf
     for t in range(r2.shape[0]):
         yes = r2[t] >= 0.0
         c = 1.0 - 0.5 * r2[t]
-        v = c - refs[COS] if yes else 0.0
+        v = c - references[COS] if yes else 0.0
         t1 += v
         t2 += v * v
-        v = abs(c + coherence) - refs[DEV] if yes else 0.0
+        v = abs(c + coherence) - references[DEV] if yes else 0.0
         t3 += v
         t4 += v * v
         v = uniform[t] if yes else 0.0
@@ -359,13 +429,13 @@ def sum_cosine(
         lo = min(lo, c if yes else np.inf)
         hi = max(hi, c if yes else -np.inf)
         cosine[t] = c
-    sums[COS], sums[COS2], sums[DEV], sums[DEV2] = t1, t2, t3, t4
-    sums[UNIFORM], sums[UNIFORM2] = t5, t6
-    extremes[COSINE_RANGE], extremes[COSINE_RANGE + 1] = lo, hi
+    row.sums[COS], row.sums[COS2], row.sums[DEV], row.sums[DEV2] = t1, t2, t3, t4
+    row.sums[UNIFORM], row.sums[UNIFORM2] = t5, t6
+    row.extremes[COSINE_RANGE], row.extremes[COSINE_RANGE + 1] = lo, hi
 
 
 @njit(cache=True, error_model="numpy")
-def keep_top(values: Any, usable: Any, i: int, j: int, top: Any, top_at: Any) -> None:
+def keep_top(values, usable, i, j, top, top_at):
     """Put values in the place of the least of those kept, where they are greater."""
     least = top.argmin()
     for t in range(values.shape[0]):
@@ -376,122 +446,98 @@ def keep_top(values: Any, usable: Any, i: int, j: int, top: Any, top_at: Any) ->
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def sweep_tile(
-    gram: Any,
-    gram_w: Any,
-    i0: int,
-    j0: int,
-    rows: Any,
-    columns: Any,
-    center: Any,
-    square: Any,
-    size: Any,
-    inverse: Any,
-    variance: Any,
-    corrected: Any,
-    error: Any,
-    square_w: Any,
-    numbers: Any,
-    refs: Any,
-    wants: Any,
-    out: Any,
-) -> None:
-    """Tally the pairs i < j of one tile into the arrays of `out`.
+    gram, gram_within, i0, j0, rows, columns, center, classes, numbers, references, wanted, out
+):
+    """Tally the pairs i < j of one tile into `out`.
 
     Parameters
     ----------
     gram : array (R, C)
         Products of centred means, rows i0.. and columns j0..; float32 or float64.
-    gram_w : array (R, C) or (0, 0)
+    gram_within : array (R, C) or (0, 0)
         The same of means times a root of S_W.
-    rows, columns : tuple of array (R, D) and (C, D)
-        What lost distances are computed from: the tile's own means, and their products with the
-        root of S_W, which may be empty.
+    rows, columns : Side
     center : array (D,)
         m_G.
-    square, size, inverse, variance, corrected, error, square_w : array (K,)
-        |Mc|^2, |m|^2 times the share that counts as zero, 1/|Mc| or 0, V or -1, V n/(n-1) or -1,
-        the error of the mean V/(n-1), and |m|^2 along S_W.
-    numbers : tuple of float
-        CDNV exponent, Riesz exponent, 1/(K-1), the share below which digits are lost, and that
-        below which a square is zero.
-    refs : array (N_SUMS,)
+    classes : ClassVectors
+    numbers : Numbers
+    references : array (N_SUMS,)
         Numbers near the means, subtracted before sums of squares are formed.
-    wants : tuple of bool
-        cdnv, sphere (distances and logarithms), riesz, cosine, corrected, directed, nearest.
-    out : tuple of array
-        From `outputs`.
+    wanted : Wanted
+    out : Outputs
     """
-    p, riesz_s, coherence, lost, zero = numbers
-    want_cdnv, want_sphere, want_riesz, want_cosine, want_corrected, want_directed, want_near = (
-        wants
-    )
-    (means_a, within_a), (means_b, within_b) = rows, columns
-    sums, counts, extremes, scales, near, near_at, cnear, cnear_at, histogram, top, top_at = out
-    n_columns, bins = gram.shape[1], histogram.shape[0]
-    buffers = np.empty((6, n_columns))
+    directions = wanted.sphere or wanted.riesz or wanted.cosine or wanted.nearest
+    buffers = np.empty((6, gram.shape[1]))
     for a in range(gram.shape[0]):
         i = i0 + a
         b = max(0, i + 1 - j0)
-        n = n_columns - b
+        n = gram.shape[1] - b
         if n <= 0:
             continue
-        g = buffers[0, :n]
-        d2, r2 = buffers[1, :n], buffers[2, :n]
+        j = j0 + b
+        me, others = _vectors_of(classes, i), _vectors_of(classes, slice(j, j + n))
+        row = Row(out.sums[a], out.counts[a], out.extremes[a], out.near[a])
+        row.counts[PAIRS] = n
+        g, d2, r2 = buffers[0, :n], buffers[1, :n], buffers[2, :n]
         x, y, z = buffers[3, :n], buffers[4, :n], buffers[5, :n]
         g[:] = gram[a, b:]
-        j = j0 + b
-        here = slice(j, j + n)
-        counts[a, PAIRS] = n
-        if square_distances(g, square[here], inverse[here], square[i], inverse[i], lost, d2, r2):
-            repair(
-                means_a[a], means_b, b, center, square[i], square[here], inverse[i], inverse[here],
-                lost, d2, r2,
-            )  # fmt: skip
-        count_coincident(d2, size[here], size[i], counts[a])
-        sum_inner(g, refs[INNER], sums[a], extremes[a])
-        if want_cdnv:
-            sum_cdnv(
-                d2, size[here], variance[here], size[i], variance[i], p, refs[CDNV],
-                x, sums[a], counts[a], extremes[a],
-            )  # fmt: skip
-            if extremes[a, CDNV_RANGE + 1] > top[0].min():
-                keep_top(x, x, i, j, top[0], top_at[0])
-        if want_corrected:
-            sum_corrected(
-                d2, size[here], corrected[here], error[here], size[i], corrected[i], error[i], p,
-                refs[CORRECTED], sums[a], counts[a],
-            )  # fmt: skip
-        if want_directed:
-            g[:] = gram_w[a, b:]
-            sum_directed(
-                g, square_w[i], square_w[here], within_a[a], within_b, b, center, lost, d2,
-                size[here], size[i],
-                refs[DIRECTED], x, sums[a], counts[a],
-            )  # fmt: skip
-        if want_near:
-            near_at[a] = nearest_of(d2, i, j, near[a], cnear[0, b:], cnear_at[b:])
-        if inverse[i] == 0.0 or not (want_sphere or want_riesz or want_cosine or want_near):
-            continue
-        sum_distance(
-            r2, inverse[here], refs[DIST], near[a], cnear[1, b:], sums[a], counts[a], extremes[a]
-        )
-        if want_sphere or want_riesz:
-            hi = sum_log(
-                r2, zero, riesz_s, refs[LOG], x, x.view(np.int64), y, sums[a], counts[a],
-                extremes[a],
-            )  # fmt: skip
-            if want_riesz and counts[a, DIRECTIONS_APART] > 0:
-                scales[a] = hi
-                x -= hi
-                exponentials(x, y, y.view(np.int64), z, z.view(np.int64))
-                sums[a, RIESZ], sums[a, RIESZ2] = x.sum(), (x * x).sum()
-        if want_cosine:
-            np.multiply(r2, -2.0, x)
-            exponentials(np.minimum(x, 0.0, x), y, y.view(np.int64), z, z.view(np.int64))
-            sum_cosine(r2, coherence, refs, x, y, sums[a], extremes[a])
-            if extremes[a, COSINE_RANGE + 1] > top[1].min():
-                keep_top(y, r2, i, j, top[1], top_at[1])
-            for t in range(n):
-                if r2[t] >= 0.0:
-                    at = int((y[t] + 1.0) * (0.5 * bins))
-                    histogram[max(0, min(at, bins - 1))] += 1
+        if square_distances(g, me, others, numbers.lost, d2, r2):
+            repair(rows.means[a], columns.means[b:], center, me, others, numbers.lost, d2, r2)
+        count_coincident(d2, me, others, row)
+        sum_inner(g, references[INNER], row)
+        if wanted.cdnv:
+            sum_cdnv(d2, me, others, numbers.dist_exp, references[CDNV], x, row)
+            if row.extremes[CDNV_RANGE + 1] > out.top[0].min():
+                keep_top(x, x, i, j, out.top[0], out.top_at[0])
+        if wanted.corrected:
+            sum_corrected(d2, me, others, numbers.dist_exp, references[CORRECTED], row)
+        if wanted.directed:
+            g[:] = gram_within[a, b:]
+            own, theirs = rows.within[a], columns.within[b:]
+            reference = references[DIRECTED]
+            sum_directed(g, own, theirs, center, me, others, numbers.lost, d2, reference, x, row)
+        if wanted.nearest:
+            column, column_at = out.column_near[0, b:], out.column_near_at[b:]
+            out.near_at[a] = nearest_of(d2, i, j, column, column_at, row)
+        if me.inverse > 0.0 and directions:
+            sum_distance(r2, others.inverse, references[DIST], out.column_near[1, b:], row)
+            _sum_angles(a, i, j, r2, (x, y, z), numbers, references, wanted, row, out)
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _vectors_of(classes, i):
+    """Take a class, or a slice of them."""
+    return ClassVectors(
+        classes.square[i],
+        classes.size[i],
+        classes.inverse[i],
+        classes.variance[i],
+        classes.corrected[i],
+        classes.error[i],
+        classes.square_within[i],
+    )
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _sum_angles(a, i, j, r2, scratch, numbers, references, wanted, row, out):
+    """Tally energies and cosines of row `a` from the squares `r2` between directions."""
+    x, y, z = scratch
+    if wanted.sphere or wanted.riesz:
+        s, reference = numbers.riesz_exponent, references[LOG]
+        hi = sum_log(r2, numbers.zero, s, reference, x, x.view(np.int64), y, row)
+        if wanted.riesz and row.counts[DIRECTIONS_APART] > 0:
+            out.scales[a] = hi
+            x -= hi
+            exponentials(x, y, y.view(np.int64), z, z.view(np.int64))
+            row.sums[RIESZ], row.sums[RIESZ2] = x.sum(), (x * x).sum()
+    if wanted.cosine:
+        np.multiply(r2, -2.0, x)
+        exponentials(np.minimum(x, 0.0, x), y, y.view(np.int64), z, z.view(np.int64))
+        sum_cosine(r2, numbers.coherence, references, x, y, row)
+        if row.extremes[COSINE_RANGE + 1] > out.top[1].min():
+            keep_top(y, r2, i, j, out.top[1], out.top_at[1])
+        bins = out.histogram.shape[0]
+        for t in range(r2.shape[0]):
+            if r2[t] >= 0.0:
+                cell = int((y[t] + 1.0) * (0.5 * bins))
+                out.histogram[max(0, min(cell, bins - 1))] += 1
