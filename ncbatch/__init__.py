@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from ncbatch.measurement.run import measure, plan
     from ncbatch.results.files import load_results, save_results
     from ncbatch.states.decisions import Decisions
-    from ncbatch.states.moments import Moments
+    from ncbatch.states.moments import Moments, MomentsAccumulator
     from ncbatch.states.pairs.stats import PairStats
+    from ncbatch.states.rules import nearest_mean_rule
     from ncbatch.store.feature_store import FeatureStore
 
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Decisions": "ncbatch.states.decisions",
     "FeatureStore": "ncbatch.store.feature_store",
     "Moments": "ncbatch.states.moments",
+    "MomentsAccumulator": "ncbatch.states.moments",
     "NcbatchError": "ncbatch.errors",
     "PairStats": "ncbatch.states.pairs.stats",
     "dump": "ncbatch.ingest.model.dumps",
@@ -36,6 +38,7 @@ _HOMES = {
     "load_results": "ncbatch.results.files",
     "measure": "ncbatch.measurement.run",
     "metrics": "ncbatch",
+    "nearest_mean_rule": "ncbatch.states.rules",
     "plan": "ncbatch.measurement.run",
     "save_results": "ncbatch.results.files",
 }
@@ -44,6 +47,7 @@ __all__ = [
     "Decisions",
     "FeatureStore",
     "Moments",
+    "MomentsAccumulator",
     "NcbatchError",
     "PairStats",
     "dump",
@@ -52,6 +56,7 @@ __all__ = [
     "load_results",
     "measure",
     "metrics",
+    "nearest_mean_rule",
     "plan",
     "save_results",
 ]

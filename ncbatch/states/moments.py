@@ -16,7 +16,7 @@ from ncbatch.arrays.namespace import Array, as_float64, namespace, to_numpy
 from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.errors import DataError
 from ncbatch.states.fold import check_block, detached
-from ncbatch.states.moments_fold import Folding, Scratch, merge_rows
+from ncbatch.states.moments_fold import Folding, Running, Scratch, merge_rows
 
 # Names of arrays of states in a store; docs/store.md has their shapes.
 _MOMENTS = {
@@ -47,9 +47,10 @@ _COMPILED_VALUES = 2**22
 # What the compiler holds when it has just compiled the kernels.
 _COMPILER_BYTES = 192 * 2**20
 # Blocks of NumPy arrays are folded in pieces of at most so many rows and bytes of float64.
-_PIECE_ROWS, _PIECE_BYTES = 8192, 64 * 2**20
-# What is saved of a running state for each class with samples, beside its count.
-_RUNNING = ("pilots", "sums", "traces")
+_PIECE_ROWS = 8192
+_PIECE_BYTES = 64 * 2**20
+# What the arrays of `Running` are called where a running state is saved.
+_SAVED = ("count", "pilots", "sums", "traces")
 # Dtypes that are exact in float64.
 _FLOATS = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 
@@ -378,8 +379,8 @@ class MomentsAccumulator:
     The pilot's own samples belong to the class, so the correction is at most n times the class's
     scatter: float64 keeps at least 16 - log10(n) digits, however far out the pilot lies.
 
-    NumPy arrays beyond `_COMPILED_VALUES` numbers are folded by compiled code, `CompiledFolding`, with the
-    same arithmetic; which code folds a block depends on the data before it only. There a class's
+    NumPy arrays beyond `_COMPILED_VALUES` numbers are folded by compiled code, `CompiledFolding`,
+    with the same arithmetic; which code folds a block depends on the data before it only. There a class's
     first sample, alone in its block, is left out of the product: it is its own pilot.
     """
 
@@ -400,22 +401,20 @@ class MomentsAccumulator:
         # Any number near the mean serves as pilot; float32 halves the memory where it fits.
         kind = like.dtype.newbyteorder("=") if is_numpy_array(like) else like.dtype
         pilot = xp.float64 if kind == xp.float64 else xp.float32
-        self._shapes = {
-            "counts": ((n_classes,), xp.int64),
-            "pilots": ((n_classes, n_features), pilot),
-            "sums": ((n_classes, n_features), xp.float64),
-            "traces": ((n_classes,), xp.float64),
-        }
-        if scatter:
-            self._shapes["scatter"] = ((n_features, n_features), xp.float64)
-        self._n_seen, self._compilable = 0, is_numpy_array(like) and kind in _FLOATS
-        self._compiled_folding: Any = None
-        self._take(
-            {
-                name: xp.zeros(shape, dtype=dtype, **self._place)
-                for name, (shape, dtype) in self._shapes.items()
-            }
+        wide = (n_classes, n_features)
+        self._running = Running(
+            counts=xp.zeros((n_classes,), dtype=xp.int64, **self._place),
+            pilots=xp.zeros(wide, dtype=pilot, **self._place),
+            sums=xp.zeros(wide, dtype=xp.float64, **self._place),
+            traces=xp.zeros((n_classes,), dtype=xp.float64, **self._place),
         )
+        self._scatter: Array | None = None
+        if scatter:
+            square = (n_features, n_features)
+            self._scatter = xp.zeros(square, dtype=xp.float64, **self._place)
+        self._n_samples = 0
+        self._compilable = is_numpy_array(like) and kind in _FLOATS
+        self._compiled_folding: Any = None
 
     @staticmethod
     def state_bytes(
@@ -457,7 +456,8 @@ class MomentsAccumulator:
             n_classes, n_features, scatter=scatter, itemsize=itemsize
         )
         products = n_features**2 * 8 * 2 if scatter else 0
-        rows, piece = block_rows, _piece_rows(n_features)
+        rows = block_rows
+        piece = _piece_rows(n_features)
         compiled = 0
         if n_rows is None or n_rows * n_features >= _COMPILED_VALUES:
             rows = min(block_rows, piece, -(-_COMPILED_VALUES // n_features))
@@ -477,12 +477,12 @@ class MomentsAccumulator:
     @property
     def running_bytes(self) -> int:
         """Bytes of what `arrays` returns."""
-        n_seen = int(self._xp.count_nonzero(self._counts))
+        n_seen = int(self._xp.count_nonzero(self._running.counts))
         return self.state_bytes(
             n_seen,
-            self._sums.shape[1],
+            self._running.sums.shape[1],
             scatter=self._scatter is not None,
-            itemsize=int(self._pilots.dtype.itemsize),
+            itemsize=int(self._running.pilots.dtype.itemsize),
         )
 
     def arrays(self) -> Arrays:
@@ -494,17 +494,15 @@ class MomentsAccumulator:
             Not copied where they are of NumPy and all classes have samples: the next `add` changes
             them.
         """
-        counts = to_numpy(self._counts)
+        xp = self._xp
+        counts = to_numpy(self._running.counts)
         classes = np.flatnonzero(counts)
-        arrays = {"class": classes, "count": counts[classes]}
-        for name in _RUNNING:
-            rows = getattr(self, f"_{name}")
+        arrays = {"class": classes}
+        for name, rows in zip(_SAVED, self._running, strict=True):
             if len(classes) < len(counts):
-                rows = self._xp.take(rows, self._xp.asarray(classes, **self._place), axis=0)
+                rows = xp.take(rows, xp.asarray(classes, **self._place), axis=0)
             arrays[name] = to_numpy(rows)
-        if self._scatter is not None:
-            arrays["scatter"] = to_numpy(self._scatter)
-        return arrays
+        return arrays if self._scatter is None else arrays | {"scatter": to_numpy(self._scatter)}
 
     def restore(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what `arrays` returned, to the same bits as without a break.
@@ -521,41 +519,54 @@ class MomentsAccumulator:
             When they are not those of such an accumulator; nothing has changed then.
         """
         shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-        n_seen = shapes["class"][0]
-        expected: dict[str, tuple[int, ...]] = {"class": (n_seen,), "count": (n_seen,)}
-        expected |= {name: (n_seen, *self._shapes[name][0][1:]) for name in _RUNNING}
-        if "scatter" in self._shapes:
-            expected["scatter"] = self._shapes["scatter"][0]
-        if shapes != expected or (n_seen and arrays["class"][-1] >= self._counts.shape[0]):
+        classes = arrays["class"]
+        expected = {"class": classes.shape}
+        for name, rows in zip(_SAVED, self._running, strict=True):
+            expected[name] = (len(classes), *rows.shape[1:])
+        if self._scatter is not None:
+            expected["scatter"] = tuple(self._scatter.shape)
+        n_classes = self._running.counts.shape[0]
+        if shapes != expected or (len(classes) and classes[-1] >= n_classes):
             raise DataError(
-                f"a running state of {shapes}",
-                f"{expected}, of classes below {self._counts.shape[0]}",
+                f"a running state of {shapes}", f"{expected}, of classes below {n_classes}"
             )
-        restored = {}
-        for name, (shape, dtype) in self._shapes.items():
-            value = arrays["count" if name == "counts" else name]
-            if name != "scatter" and n_seen < shape[0]:
-                # Memory of the classes that have no samples is not touched.
-                value = np.zeros((shape[0], *value.shape[1:]), value.dtype)
-                value[arrays["class"]] = arrays["count" if name == "counts" else name]
-            value = self._xp.asarray(value, dtype=dtype, **self._place)
-            if is_numpy_array(value):
-                value = np.require(value, requirements=["C", "W"])
-            restored[name] = value
-        self._take(restored)
+        self._running = Running(
+            *(
+                self._restored(arrays[name], rows, classes)
+                for name, rows in zip(_SAVED, self._running, strict=True)
+            )
+        )
+        if self._scatter is not None:
+            self._scatter = self._restored(arrays["scatter"], self._scatter)
+        self._n_samples = int(self._xp.sum(self._running.counts))
+        self._compiled_folding = None
+
+    def _restored(
+        self, saved: npt.NDArray[Any], old: Array, classes: npt.NDArray[np.int64] | None = None
+    ) -> Array:
+        """Bring a saved array to the shape, dtype and place of an old one."""
+        if classes is not None and len(classes) < old.shape[0]:
+            # Memory of the classes that have no samples is not touched.
+            rows = np.zeros(old.shape, saved.dtype)
+            rows[classes] = saved
+            saved = rows
+        value = self._xp.asarray(saved, dtype=old.dtype, **self._place)
+        if is_numpy_array(value):
+            value = np.require(value, requirements=["C", "W"])
+        return value
 
     def add(self, features: Array, labels: Array) -> None:
         """Fold a block: `features` (B, D) floats and `labels` (B,) ids in 0..K-1."""
-        features, n_rows = detached(features), features.shape[0]
+        features = detached(features)
+        n_rows = features.shape[0]
         step = _piece_rows(features.shape[1]) if self._compilable else max(n_rows, 1)
         for part in row_blocks(n_rows, step):
-            self._n_seen += part.stop - part.start
-            self._folds().add(features[part, :], labels[part])
+            self._n_samples += part.stop - part.start
+            self._folding().add(features[part, :], labels[part])
 
     def finish(self) -> Moments:
-        """Correct for the pilots and give the state; the accumulator is spent."""
-        self._folds().finish()
-        return Moments(self._counts, self._sums, self._traces, self._scatter)
+        """Correct for the pilots and return the state of all K classes; the accumulator is spent."""
+        return self.seal().expand(self._running.counts.shape[0])
 
     def seal(self) -> Moments:
         """Correct for the pilots and return the state of the classes with samples only.
@@ -564,32 +575,22 @@ class MomentsAccumulator:
         classes without samples are not touched.
         """
         xp = self._xp
-        classes = xp.astype(xp.nonzero(self._counts > 0)[0], xp.int64, copy=False)
-        counts = xp.take(self._counts, classes, axis=0)
-        means, traces = self._folds().finish_seen(classes)
+        classes = xp.astype(xp.nonzero(self._running.counts > 0)[0], xp.int64, copy=False)
+        counts = xp.take(self._running.counts, classes, axis=0)
+        means, traces = self._folding().finish(classes)
         return Moments(counts, means, traces, self._scatter, classes)
 
-    @property
-    def _compiled(self) -> bool:
-        return self._compilable and self._n_seen * self._sums.shape[1] >= _COMPILED_VALUES
-
-    def _take(self, arrays: dict[str, Array]) -> None:
-        self._counts, self._pilots = arrays["counts"], arrays["pilots"]
-        self._sums, self._traces = arrays["sums"], arrays["traces"]
-        self._scatter = arrays.get("scatter")
-        self._n_seen = int(self._xp.sum(self._counts))
-        self._compiled_folding = None
-
-    def _folds(self) -> Any:
-        """Give what folds the next block into the state."""
-        state = (self._counts, self._pilots, self._sums, self._traces, self._scatter)
-        if not self._compiled:
-            return Folding(*state, self._work)
+    def _folding(self) -> Any:
+        """Return what folds the next block into the state."""
+        n_features = self._running.sums.shape[1]
+        if not self._compilable or self._n_samples * n_features < _COMPILED_VALUES:
+            return Folding(self._running, self._scatter, self._work)
         if self._compiled_folding is None:
             from ncbatch.states.moments_kernel import CompiledFolding
 
-            rows = _piece_rows(self._sums.shape[1])
-            self._compiled_folding = CompiledFolding(*state, self._work, rows, self._scratch)
+            self._compiled_folding = CompiledFolding(
+                self._running, self._scatter, self._work, _piece_rows(n_features), self._scratch
+            )
         return self._compiled_folding
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,9 @@ from ncbatch.arrays.namespace import Array, as_float64, namespace
 from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
 
-# Scratch: memory that folds use one after another, so that each need not have its own.
-
 
 class Scratch:
-    """Arrays by name, made when they are first wanted and again where more is wanted.
+    """Memory that folds use one after another, so that each need not have its own: arrays by name.
 
     What is written to one lasts until the next fold takes it: folds that share a scratch must not
     run at once.
@@ -28,7 +26,7 @@ class Scratch:
     def take(
         self, name: str, shape: tuple[int, ...], dtype: Any, *, fill: int | None = None
     ) -> npt.NDArray[Any]:
-        """Give an array in memory that an earlier taker of the name may have written to.
+        """Return an array in memory that an earlier taker of the name may have written to.
 
         Parameters
         ----------
@@ -42,13 +40,22 @@ class Scratch:
             What new memory is filled with; by default it is not.
         """
         size = int(np.prod(shape, dtype=np.int64))
-        found = self._buffers.get(name)
-        if found is None or found.dtype != dtype or found.size < size:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or buffer.size < size:
             self._buffers.pop(name, None)
-            del found  # before the larger one is made
-            found = np.empty(size, dtype) if fill is None else np.full(size, fill, dtype)
-            self._buffers[name] = found
-        return found[:size].reshape(shape)
+            del buffer  # before the larger one is made
+            buffer = np.empty(size, dtype) if fill is None else np.full(size, fill, dtype)
+            self._buffers[name] = buffer
+        return buffer[:size].reshape(shape)
+
+
+class Running(NamedTuple):
+    """Counts (K,), pilots and sums about them (K, D), and traces (K,), changed in place."""
+
+    counts: Array
+    pilots: Array
+    sums: Array
+    traces: Array
 
 
 class Folding:
@@ -56,7 +63,7 @@ class Folding:
 
     Parameters
     ----------
-    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+    running : Running
         The state.
     scatter : array (D, D) or None
         The pooled scatter about the pilots.
@@ -64,86 +71,84 @@ class Folding:
         Of residuals and their products.
     """
 
-    def __init__(
-        self,
-        counts: Array,
-        pilots: Array,
-        sums: Array,
-        traces: Array,
-        scatter: Array | None,
-        work: Any,
-    ) -> None:
-        self._xp, self._work = namespace(sums), work
-        self._counts, self._pilots, self._sums, self._traces = counts, pilots, sums, traces
+    def __init__(self, running: Running, scatter: Array | None, work: Any) -> None:
+        self._xp = namespace(running.sums)
+        self._running = running
         self._scatter = scatter
+        self._work = work
 
     def add(self, features: Array, labels: Array) -> None:
         """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1."""
         xp = self._xp
+        counts, _, sums, traces = self._running
         segments = Segments.of(labels)
-        present = segments.mask(self._counts.shape[0])
+        present = segments.mask(counts.shape[0])
         self._set_pilots(features, segments, present)
         residuals = self._residuals(features, labels)
-        add_at(self._sums, present, as_float64(segment_sum(residuals, segments)))
+        add_at(sums, present, as_float64(segment_sum(residuals, segments)))
         squares = as_float64(xp.sum(residuals * residuals, axis=1))
-        add_at(self._traces, present, segment_sum(squares, segments))
-        add_at(self._counts, present, segments.counts)
+        add_at(traces, present, segment_sum(squares, segments))
+        add_at(counts, present, segments.counts)
         if self._scatter is not None:
             self._scatter += as_float64(symmetric_product(residuals))
 
-    def finish(self) -> None:
-        """Turn sums into means, and take what the pilots missed off traces and scatter."""
-        for part in row_blocks(self._sums.shape[0]):
-            rows = (self._pilots[part, :], self._sums[part, :], self._traces[part])
-            self._sums[part, :], self._traces[part] = self._settle(self._counts[part], *rows)
+    def finish(self, classes: Array) -> tuple[Array, Array]:
+        """Turn sums into means, and take what the pilots missed off traces and scatter.
 
-    def finish_seen(self, classes: Array) -> tuple[Array, Array]:
-        """Finish, and give means (P, D) and traces (P,) of `classes`, all that have samples."""
-        xp, n_seen, n_classes = self._xp, classes.shape[0], self._sums.shape[0]
-        if n_seen == n_classes:
-            self.finish()
-            return self._sums, self._traces
-        means, traces = self._sums[:n_seen, :], self._traces[:n_seen]
+        Returns
+        -------
+        means, traces : array (P, D), (P,)
+            Of `classes` (P,), all that have samples.
+        """
+        xp = self._xp
+        n_classes = self._running.sums.shape[0]
+        n_seen = classes.shape[0]
+        means = self._running.sums[:n_seen, :]
+        traces = self._running.traces[:n_seen]
         if is_numpy_array(means) and 2 * n_seen <= n_classes:
             means = xp.empty_like(means)  # or a view would keep the memory of all classes
         # Elsewhere rows move up in place, whatever is read standing behind what is written: a
         # device has given memory to every row, and there is none beside them.
         for part in row_blocks(n_seen):
-            state = (self._counts, self._pilots, self._sums, self._traces)
-            rows = (xp.take(values, classes[part], axis=0) for values in state)
-            means[part, :], traces[part] = self._settle(*rows)
+            ids = part if n_seen == n_classes else classes[part]
+            rows = Running(*(_take(values, ids) for values in self._running))
+            means[part, :], traces[part] = self._settle(rows)
         return means, traces
 
-    def _settle(
-        self, counts: Array, pilots: Array, sums: Array, traces: Array
-    ) -> tuple[Array, Array]:
-        """Give means and traces of some classes, and correct the scatter for them."""
+    def _settle(self, rows: Running) -> tuple[Array, Array]:
+        """Compute means and traces of some classes, and correct the scatter for them."""
         xp = self._xp
-        n = as_float64(xp.clip(counts, 1, None))
-        missed = sums / n[:, None]
+        n = as_float64(xp.clip(rows.counts, 1, None))
+        missed = rows.sums / n[:, None]
         weighted = missed * xp.sqrt(n)[:, None]
-        traces = xp.clip(traces - xp.sum(weighted * weighted, axis=1), 0.0, None)
+        traces = xp.clip(rows.traces - xp.sum(weighted * weighted, axis=1), 0.0, None)
         if self._scatter is not None:
-            self._scatter -= symmetric_product(weighted[counts > 1])
-        return as_float64(pilots) + missed, traces
+            self._scatter -= symmetric_product(weighted[rows.counts > 1])
+        return as_float64(rows.pilots) + missed, traces
 
     def _set_pilots(self, features: Array, segments: Segments, present: Array) -> None:
         xp = self._xp
-        known = xp.take(self._counts, segments.present, axis=0) > 0
+        known = xp.take(self._running.counts, segments.present, axis=0) > 0
         if bool(xp.all(known)):
             return
         rows = ~xp.take(known, segments.index, axis=0)
         firsts = Segments.of(segments.index[rows])
         sums = segment_sum(as_float64(features[rows]), firsts)
         pilots = sums / as_float64(firsts.counts)[:, None]
-        self._pilots[present & (self._counts == 0)] = xp.astype(pilots, self._pilots.dtype)
+        self._running.pilots[present & (self._running.counts == 0)] = xp.astype(
+            pilots, self._running.pilots.dtype
+        )
 
     def _residuals(self, features: Array, labels: Array) -> Array:
         xp = self._xp
-        wide = xp.float64 if self._pilots.dtype == xp.float64 else self._work
-        pilots = xp.take(self._pilots, labels, axis=0)
+        wide = xp.float64 if self._running.pilots.dtype == xp.float64 else self._work
+        pilots = xp.take(self._running.pilots, labels, axis=0)
         residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
         return xp.astype(residuals, self._work, copy=False)
+
+
+def _take(values: Array, ids: slice | Array) -> Array:
+    return values[ids] if isinstance(ids, slice) else namespace(values).take(values, ids, axis=0)
 
 
 def merge_rows(
@@ -160,8 +165,10 @@ def merge_rows(
         n_a n_b / (n_a + n_b): its symmetric product is what the pooled scatter gains.
     """
     xp = namespace(mine[1])
-    (n_a, mean_a, trace_a), (n_b, mean_b, trace_b) = mine, theirs
-    n_a, n_b = as_float64(n_a), as_float64(n_b)
+    n_a, mean_a, trace_a = mine
+    n_b, mean_b, trace_b = theirs
+    n_a = as_float64(n_a)
+    n_b = as_float64(n_b)
     n = xp.clip(n_a + n_b, 1.0, None)
     apart = mean_b - mean_a
     # A class that only one side holds takes that side's mean, to the bit.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,14 +21,14 @@ from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.arrays.threads import cpu_count, map_threads
 from ncbatch.errors import DataError
 from ncbatch.states.moments import Moments
-from ncbatch.states.moments_fold import Scratch
+from ncbatch.states.moments_fold import Running, Scratch
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _half_to_float(typing_context: Any, bits: Any) -> Any:
+def _half_to_float(typing_context, bits):
     """Read 16 bits as a float16; LLVM converts vectors of them at once."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         half = builder.bitcast(arguments[0], ir.HalfType())
         return builder.fpext(half, ir.FloatType())
 
@@ -45,33 +45,41 @@ def _converts_halves() -> bool:
 _HALVES = _converts_halves()
 
 
-def _wide(value: Any) -> Any:
-    """Give a feature in float64; a uint16 holds the bits of a float16."""
+def _wide(value):
+    """Convert a feature to float64; a uint16 holds the bits of a float16."""
 
 
 @overload(_wide, inline="always")
-def _wide_compiled(value: Any) -> Any:
-    def of_bits(value: Any) -> Any:
+def _wide_compiled(value):
+    def of_bits(value):
         return np.float64(_half_to_float(value))
 
-    def of_number(value: Any) -> Any:
+    def of_number(value):
         return np.float64(value)
 
     return of_bits if value is types.uint16 else of_number
 
 
+class Groups(NamedTuple):
+    """The rows of a block by class: numbers of rows, where each class's begin, and the classes.
+
+    Arrays (B,), (B + 1,) and (B,) of int64, of which `group_rows` writes as much as there is.
+    """
+
+    order: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    present: npt.NDArray[np.int64]
+
+
 # Only this sum may be reordered, so that it can be vectorised: reordered, a residual x - p that is
 # added to a sum could become (sum - p) + x, which loses what residuals are taken for.
 @njit(cache=True, fastmath={"reassoc", "contract"})
-def add_square(total: float, value: float) -> float:
-    """Give ``total + value**2``."""
+def _add_square(total, value):
     return total + value * value
 
 
 @njit(cache=True, nogil=True)
-def group_rows(
-    labels: Any, counts: Any, slots: Any, present: Any, starts: Any, order: Any
-) -> tuple[int, int]:
+def group_rows(labels, counts, slots, groups):
     """Group the rows of a block by class, in the order in which classes first occur.
 
     Parameters
@@ -82,8 +90,8 @@ def group_rows(
         Samples per class so far.
     slots : array (K,) of int32
         Scratch, full of -1, and left so.
-    present, starts, order : array (B,), (B + 1,), (B,) of int64
-        Written: the classes; where each one's rows begin in `order`; row numbers by class.
+    groups : Groups
+        Written.
 
     Returns
     -------
@@ -91,22 +99,25 @@ def group_rows(
         Classes in the block, and how many of them come before those whose first and only sample
         so far this is: they stand last.
     """
+    order, starts, present = groups
     n = 0
     sizes = np.zeros(labels.shape[0], np.int64)
-    found = np.empty(labels.shape[0], np.int64)
+    classes = np.empty(labels.shape[0], np.int64)
     for i in range(labels.shape[0]):
         c = labels[i]
         if slots[c] < 0:
             slots[c] = n
-            found[n] = c
+            classes[n] = c
             n += 1
         sizes[slots[c]] += 1
     place = row = several = 0
     for alone in (False, True):
         for p in range(n):
-            c = found[p]
+            c = classes[p]
             if (counts[c] == 0 and sizes[p] == 1) == alone:
-                present[place], starts[place], slots[c] = c, row, place
+                present[place] = c
+                starts[place] = row
+                slots[c] = place
                 row += sizes[p]
                 place += 1
         if not alone:
@@ -123,34 +134,23 @@ def group_rows(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def fold_classes(
-    rows: Any,
-    order: Any,
-    starts: Any,
-    present: Any,
-    first: int,
-    stop: int,
-    counts: Any,
-    pilots: Any,
-    sums: Any,
-    traces: Any,
-    residuals: Any,
-) -> None:
+def fold_classes(rows, groups, first, stop, running, residuals):
     """Fold the rows of classes ``present[first:stop]`` of a block.
 
     Parameters
     ----------
     rows : array (B, D)
         Features: float32, float64, or the bits of float16 as uint16.
-    order, starts, present : array
-        From `group_rows`.
+    groups : Groups
     first, stop : int
         Which of the present classes.
-    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
-        The state, changed in place.
+    running : Running
+        Changed in place.
     residuals : array (B, D) or (0, D)
         Written where it has rows: each sample minus its class's pilot, in the order of `order`.
     """
+    order, starts, present = groups
+    counts, pilots, sums, traces = running
     n_features = rows.shape[1]
     keep = residuals.shape[0] > 0
     mean = np.empty(n_features)
@@ -173,23 +173,21 @@ def fold_classes(
                 for j in range(n_features):
                     r = _wide(x[j]) - np.float64(pilot[j])
                     total[j] += r
-                    square = add_square(square, r)
+                    square = _add_square(square, r)
                     row[j] = r
             else:
                 for j in range(n_features):
                     r = _wide(x[j]) - np.float64(pilot[j])
                     total[j] += r
-                    square = add_square(square, r)
+                    square = _add_square(square, r)
         traces[c] += square
         counts[c] += end - begin
 
 
 @njit(cache=True, nogil=True)
-def begin_classes(
-    rows: Any, order: Any, starts: Any, present: Any, first: int, stop: int, counts: Any,
-    pilots: Any,
-) -> None:  # fmt: skip
+def begin_classes(rows, groups, first, stop, counts, pilots):
     """Make the only sample of each of some classes its pilot: its residual is zero, to the bit."""
+    order, starts, present = groups
     for p in range(first, stop):
         x, pilot = rows[order[starts[p]]], pilots[present[p]]
         for j in range(x.shape[0]):
@@ -198,19 +196,17 @@ def begin_classes(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def settle_classes(
-    classes: Any, places: Any, counts: Any, pilots: Any, sums: Any, traces: Any, means: Any,
-    missed: Any,
-) -> None:  # fmt: skip
+def settle_classes(classes, places, running, means, missed):
     """Turn sums of residuals into means, and correct the traces, of `classes` (P,) with samples.
 
-    Means are written to the rows `places` (P,) of `means`, which may be `sums`. What the pilot
+    Means are written to the rows `places` (P,) of `means`, which may be the sums. What the pilot
     missed of the mean, times the root of the count, is written to the rows of `missed`, if it has
     any, for each class with at least two samples; a single one is its pilot.
     """
+    counts, pilots, sums, traces = running
     n_features = sums.shape[1]
     shift = np.empty(n_features)
-    at = 0
+    next_row = 0
     for p in range(classes.shape[0]):
         c = classes[p]
         n, total, pilot, mean = counts[c], sums[c], pilots[c], means[places[p]]
@@ -222,12 +218,13 @@ def settle_classes(
             shift[j] = total[j] / n
         square = 0.0
         for j in range(n_features):
-            square = add_square(square, shift[j])
+            square = _add_square(square, shift[j])
             mean[j] = np.float64(pilot[j]) + shift[j]
         traces[c] = max(traces[c] - n * square, 0.0)
         if missed.shape[0] > 0:
-            row, root = missed[at], np.sqrt(np.float64(n))
-            at += 1
+            row = missed[next_row]
+            root = np.sqrt(np.float64(n))
+            next_row += 1
             for j in range(n_features):
                 row[j] = shift[j] * root
 
@@ -237,7 +234,7 @@ class CompiledFolding:
 
     Parameters
     ----------
-    counts, pilots, sums, traces : array (K,), (K, D), (K, D), (K,)
+    running : Running
         The state.
     scatter : array (D, D) or None
         The pooled scatter about the pilots.
@@ -251,23 +248,22 @@ class CompiledFolding:
 
     def __init__(
         self,
-        counts: npt.NDArray[np.int64],
-        pilots: npt.NDArray[Any],
-        sums: npt.NDArray[np.float64],
-        traces: npt.NDArray[np.float64],
+        running: Running,
         scatter: npt.NDArray[np.float64] | None,
         work: Any,
         block_rows: int,
         scratch: Scratch,
     ) -> None:
-        self._counts, self._pilots, self._sums, self._traces = counts, pilots, sums, traces
-        self._scatter, self._work = scatter, work
-        self._block_rows, self._scratch = block_rows, scratch
+        self._running = running
+        self._scatter = scatter
+        self._work = work
+        self._block_rows = block_rows
+        self._scratch = scratch
 
     @property
     def _residuals(self) -> npt.NDArray[Any]:
         kept = 0 if self._scatter is None else self._block_rows
-        return self._scratch.take("residuals", (kept, self._sums.shape[1]), self._work)
+        return self._scratch.take("residuals", (kept, self._running.sums.shape[1]), self._work)
 
     def add(self, features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
         """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1, B at most `block_rows`.
@@ -277,46 +273,48 @@ class CompiledFolding:
         DataError
             For other shapes or a label out of range, before anything changed.
         """
-        rows, labels = as_rows(features), np.ascontiguousarray(labels, np.int64)
+        rows = as_rows(features)
+        labels = np.ascontiguousarray(labels, np.int64)
         self._check(rows, labels)
-        take, rows_at_most = self._scratch.take, self._block_rows
-        order = take("order", (rows_at_most,), np.int64)
-        starts = take("starts", (rows_at_most + 1,), np.int64)
-        present = take("present", (rows_at_most,), np.int64)
-        slots = take("slots", (self._counts.shape[0],), np.int32, fill=-1)
-        places = (order, starts, present)
-        n, several = group_rows(labels, self._counts, slots, present, starts, order)
-        state = (self._counts, self._pilots, self._sums, self._traces, self._residuals)
+        counts, pilots = self._running.counts, self._running.pilots
+        size = self._block_rows
+        take = self._scratch.take
+        groups = Groups(
+            take("order", (size,), np.int64),
+            take("starts", (size + 1,), np.int64),
+            take("present", (size,), np.int64),
+        )
+        slots = take("slots", counts.shape, np.int32, fill=-1)
+        n, several = group_rows(labels, counts, slots, groups)
+        residuals = self._residuals
 
         def fold(part: slice) -> None:
             end = min(part.stop, several)
             if part.start < end:
-                fold_classes(rows, *places, part.start, end, *state)
+                fold_classes(rows, groups, part.start, end, self._running, residuals)
             if several < part.stop:
-                begin_classes(rows, *places, max(part.start, several), part.stop, *state[:2])
+                first = max(part.start, several)
+                begin_classes(rows, groups, first, part.stop, counts, pilots)
 
-        in_threads(fold, shares(starts[: n + 1]))
-        self._add_product(int(starts[several]), 1)
+        in_threads(fold, shares(groups.starts[: n + 1]))
+        self._add_product(int(groups.starts[several]), 1)
 
-    def finish(self) -> None:
-        """Turn sums into means, and take what the pilots missed off traces and scatter."""
-        classes = np.flatnonzero(self._counts)
-        self._settle(classes, classes, self._sums)
-
-    def finish_seen(
+    def finish(
         self, classes: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Finish, and give means (P, D) and traces (P,) of `classes`, all that have samples.
+        """Do what `Folding.finish` does.
 
         Rows of other classes are not touched: they may never have been given memory.
         """
-        n_classes, n_seen = self._counts.shape[0], classes.shape[0]
+        sums = self._running.sums
+        n_classes = sums.shape[0]
+        n_seen = classes.shape[0]
         # In memory of their own, or moved up where that saves little and has no room.
         fresh = 2 * n_seen <= n_classes
-        means = np.empty((n_seen, self._sums.shape[1])) if fresh else self._sums[:n_seen]
+        means = np.empty((n_seen, sums.shape[1])) if fresh else sums[:n_seen]
         # Rows that are moved up must be read before others take their place.
         self._settle(classes, np.arange(n_seen), means, ordered=not fresh and n_seen < n_classes)
-        return means, self._traces[classes]
+        return means, self._running.traces[classes]
 
     def _settle(
         self,
@@ -325,23 +323,25 @@ class CompiledFolding:
         means: npt.NDArray[np.float64],
         ordered: bool = False,
     ) -> None:
-        state = (self._counts, self._pilots, self._sums, self._traces, means)
         residuals = self._residuals
         for block in row_blocks(classes.shape[0], self._block_rows):
-            ids, rows = classes[block], places[block]
-            ends = np.concatenate([[0], np.cumsum(self._counts[ids] > 1)])
+            ids = classes[block]
+            rows = places[block]
+            ends = np.concatenate([[0], np.cumsum(self._running.counts[ids] > 1)])
 
             def settle(part: slice, ids: Any = ids, rows: Any = rows, ends: Any = ends) -> None:
                 missed = residuals[ends[part.start] : ends[part.stop]]
-                settle_classes(ids[part], rows[part], *state, missed)
+                settle_classes(ids[part], rows[part], self._running, means, missed)
 
-            whole = [slice(0, ids.shape[0])]
-            in_threads(settle, whole if ordered else shares(np.arange(ids.shape[0] + 1)))
+            if ordered:
+                settle(slice(0, ids.shape[0]))
+            else:
+                in_threads(settle, shares(np.arange(ids.shape[0] + 1)))
             self._add_product(int(ends[-1]), -1)
 
     def _check(self, rows: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> None:
         """Compiled code would write out of bounds where NumPy raises."""
-        n_classes, n_features = self._sums.shape
+        n_classes, n_features = self._running.sums.shape
         if rows.shape != (labels.shape[0], n_features):
             raise DataError(
                 f"features {rows.shape} with labels {labels.shape}",
@@ -364,7 +364,7 @@ class CompiledFolding:
 
 
 def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Give features as the kernels take them: rows contiguous, float16 as bits, in native order."""
+    """Lay features out for the kernels: rows contiguous, float16 as bits, in native order."""
     if features.dtype == np.float16 and _HALVES:
         return np.ascontiguousarray(features, np.float16).view(np.uint16)
     if features.dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
@@ -391,40 +391,38 @@ def in_threads(work: Any, parts: list[slice]) -> None:
         pass
 
 
-# Merging of `Moments` of some classes in memory on the CPU: one compiled pass over the union of classes.
+# Merging of `Moments` of some classes in memory on the CPU: one compiled pass over their union.
 #
-# Every class is one thread's work, and products take the same rows whatever the threads, so that the
-# result does not depend on how many there are.
-
+# Every class is one thread's work, and products take the same rows whatever the threads, so that
+# the result does not depend on how many there are.
 
 # Differences of means are multiplied so many rows, or bytes of them, at a time.
-_PRODUCT_ROWS, _PRODUCT_BYTES = 2048, 32 * 2**20
+_PRODUCT_ROWS = 2048
+_PRODUCT_BYTES = 32 * 2**20
+
+
+class Sides(NamedTuple):
+    """Two states over a union of U classes.
+
+    `rows` (2, U) tell where each class stands in the means of either side, any number where it does
+    not; `counts` (2, U) are its samples on both sides.
+    """
+
+    rows: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    means_a: npt.NDArray[np.float64]
+    means_b: npt.NDArray[np.float64]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def merge_classes(
-    first: int,
-    stop: int,
-    rows: Any,
-    counts: Any,
-    means_a: Any,
-    means_b: Any,
-    traces: Any,
-    means: Any,
-    apart: Any,
-) -> None:
+def merge_classes(first, stop, sides, traces, means, apart):
     """Merge classes ``first..stop-1`` of a union of U classes.
 
     Parameters
     ----------
     first, stop : int
         Which of the union.
-    rows : array (2, U) of int64
-        Where each class stands in `means_a` and in `means_b`; any number where it does not.
-    counts : array (2, U) of int64
-        Its samples on both sides.
-    means_a, means_b : array (P_a, D), (P_b, D)
-        Class means of both sides.
+    sides : Sides
     traces : array (U,)
         The sum of both sides' traces; what lies between their means is added.
     means : array (U, D)
@@ -433,9 +431,10 @@ def merge_classes(
         Written where it has rows, one for each of the classes that both sides hold: the
         difference of its means times the root of n_a n_b / (n_a + n_b).
     """
+    rows, counts, means_a, means_b = sides
     n_features = means.shape[1]
     difference = np.empty(n_features)
-    at = 0
+    next_row = 0
     for p in range(first, stop):
         n_a, n_b, mean = np.float64(counts[0, p]), np.float64(counts[1, p]), means[p]
         if n_a == 0.0 or n_b == 0.0:  # one side's mean, to the bit
@@ -448,13 +447,14 @@ def merge_classes(
         square = 0.0
         for j in range(n_features):
             difference[j] = mean_b[j] - mean_a[j]
-            square = add_square(square, difference[j])
+            square = _add_square(square, difference[j])
         for j in range(n_features):
             mean[j] = difference[j] * share + mean_a[j]
         traces[p] += n_a * share * square
         if apart.shape[0] > 0:
-            row, root = apart[at], np.sqrt(n_a * share)
-            at += 1
+            row = apart[next_row]
+            root = np.sqrt(n_a * share)
+            next_row += 1
             for j in range(n_features):
                 row[j] = difference[j] * root
 
@@ -464,7 +464,8 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
 
     Beside the operands and the result, `_PRODUCT_BYTES` and two arrays (D, D) are held.
     """
-    n, n_features = classes.shape[0], a.means.shape[1]
+    n = classes.shape[0]
+    n_features = a.means.shape[1]
     rows, counts = np.zeros((2, 2, n), np.int64)
     traces = np.zeros(n)
     for side, moments in enumerate((a, b)):
@@ -476,22 +477,24 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
     means = np.empty((n, n_features))
     scatter = None
     ends = np.concatenate([[0], np.cumsum((counts[0] > 0) & (counts[1] > 0))])
-    apart, product = np.empty((0, n_features)), None
+    apart = np.empty((0, n_features))
+    product = None
     if a.scatter is not None and b.scatter is not None:
         scatter = a.scatter + b.scatter
         apart = np.empty((min(int(ends[-1]), _piece_rows(n_features)), n_features))
         product = np.empty_like(scatter)
-    operands = (rows, counts, _frozen(a.means), _frozen(b.means), traces, means)
+    sides = Sides(rows, counts, _frozen(a.means), _frozen(b.means))
     for piece in _pieces(ends, apart.shape[0]):
 
         def merge(part: slice, first: int = piece.start) -> None:
             p, q = first + part.start, first + part.stop
-            merge_classes(p, q, *operands, apart[ends[p] - ends[first] : ends[q] - ends[first]])
+            both = apart[ends[p] - ends[first] : ends[q] - ends[first]]
+            merge_classes(p, q, sides, traces, means, both)
 
         in_threads(merge, shares(np.arange(piece.stop - piece.start + 1)))
         if scatter is not None:
-            both = ends[piece.stop] - ends[piece.start]
-            scatter += symmetric_product(apart[:both], out=product)
+            n_both = ends[piece.stop] - ends[piece.start]
+            scatter += symmetric_product(apart[:n_both], out=product)
     return Moments(counts[0] + counts[1], means, traces, scatter, classes, a.skipped + b.skipped)
 
 
@@ -507,7 +510,7 @@ def _pieces(ends: npt.NDArray[np.int64], size: int) -> list[slice]:
 
 
 def _frozen(means: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Give a view that cannot be written, as what was sent may be: one type to compile for."""
+    """Make a view that cannot be written, as what was sent may be: one type to compile for."""
     view = np.ascontiguousarray(means).view()
     view.flags.writeable = False
     return view

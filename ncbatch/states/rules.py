@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import array_api_compat.numpy
 import numpy as np
@@ -32,10 +33,10 @@ from ncbatch.states.fold import detached
 
 # Leading scores: the greatest scores of each row over tiles of classes, never rows x classes.
 
-
 # Rows and classes of a tile of scores: products of this size run at nearly full speed.
-TILE_ROWS, TILE_CLASSES = 2048, 2048
-_COMPILED_ROWS, _COMPILED_TILE = 1024, 2048
+TILE_ROWS = 2048
+TILE_CLASSES = 2048
+_COMPILED_ROWS = 1024
 # Leading scores that the compiled scan keeps: near-ties have seldom more.
 KEPT_SCORES = 8
 # Rows that one compiled sweep over classes in memory takes at a time.
@@ -49,33 +50,48 @@ COMPILER_BYTES = 160 * 2**20
 
 
 class Tiling(NamedTuple):
-    """How a sweep cuts rows and classes: rows of a sweep, and a tile's rows and classes."""
+    """How a sweep over classes works.
+
+    Attributes
+    ----------
+    sweep_rows : int
+        Rows that share one sweep.
+    rows, classes : int
+        Rows and classes of a tile of scores.
+    compiled : bool
+        Whether tiles of NumPy arrays are scanned by compiled code.
+    """
 
     sweep_rows: int
     rows: int
     classes: int
+    compiled: bool
 
     @classmethod
     def of(
-        cls, n_rows: int, n_features: int, itemsize: int, *, compiled: bool, converted: bool
+        cls, n_rows: int, shape: tuple[int, int], itemsize: int, *, compiled: bool, converted: bool
     ) -> Tiling:
-        """Choose tiles for `n_rows` rows.
+        """Choose tiles for `n_rows` rows and classes (C, D).
 
         Parameters
         ----------
-        n_rows, n_features, itemsize : int
-            Rows to decide, D, and bytes of a number in the products.
+        n_rows : int
+            Rows to decide.
+        shape : (int, int)
+            C and D.
+        itemsize : int
+            Bytes of a number in the products.
         compiled : bool
-            Whether the compiled scan works on the tiles.
+            Whether compiled code can work on the tiles; it does where there are enough classes.
         converted : bool
             Whether classes are read or converted tile by tile; then all rows share one sweep.
         """
-        classes = _COMPILED_TILE if compiled else TILE_CLASSES
+        classes = TILE_CLASSES
         if converted:
-            classes = min(classes, max(64, _CONVERTED_BYTES // (n_features * itemsize)))
-        if not compiled:
-            return cls(TILE_ROWS, TILE_ROWS, classes)
-        return cls(n_rows if converted else _SWEEP_ROWS, _COMPILED_ROWS, classes)
+            classes = min(classes, max(64, _CONVERTED_BYTES // (shape[1] * itemsize)))
+        if not compiled or shape[0] <= COMPILED_CLASSES:
+            return cls(TILE_ROWS, TILE_ROWS, classes, False)
+        return cls(n_rows if converted else _SWEEP_ROWS, _COMPILED_ROWS, classes, True)
 
     def bytes_of(self, n_rows: int, n_features: int, itemsize: int, *, read: bool) -> int:
         """Price a compiled sweep: its tiles of scores and of classes, and the leading scores."""
@@ -95,7 +111,7 @@ class Leaders:
     Attributes
     ----------
     values : array (B, T)
-        Scores, descending, in the dtype of the products; -inf where there are fewer classes.
+        Scores, descending; -inf where there are fewer classes.
     at : array (B, L) of int64
         Positions of their classes: of all T, or of the first alone.
     """
@@ -112,7 +128,7 @@ class Leaders:
 def class_tiles(
     weight: Array, bias: Array, like: Array, tile_classes: int
 ) -> Iterator[tuple[int, Array, Array]]:
-    """Give the classes tile by tile: the first's position, weights and biases.
+    """Read the classes tile by tile: the first's position, weights and biases.
 
     Parameters
     ----------
@@ -137,9 +153,9 @@ def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> 
     Nothing is brought to the host, so that a GPU never waits between tiles.
     """
     xp = namespace(rows)
-    place = {"device": device(rows)}
-    best = xp.full((rows.shape[0],), -xp.inf, dtype=rows.dtype, **place)
-    second, at = best, xp.zeros((rows.shape[0],), dtype=xp.int64, **place)
+    best = xp.full((rows.shape[0],), -xp.inf, dtype=rows.dtype, device=device(rows))
+    second = best
+    at = xp.zeros((rows.shape[0],), dtype=xp.int64, device=device(rows))
     for first, block, offsets in class_tiles(weight, bias, rows, tile_classes):
         scores = xp.matmul(rows, xp.matrix_transpose(block)) + offsets[None, :]
         top, runner_up, top_at = _top_two(scores)
@@ -151,12 +167,12 @@ def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> 
 
 
 def _top_two(scores: Array) -> tuple[Array, Array, Array]:
-    """Give the greatest score of each row, the next one, and where the first is."""
+    """Find the greatest score of each row, the next one, and where the first is."""
     xp = namespace(scores)
     n_rows, n_columns = scores.shape
-    place = {"device": device(scores)}
     if missing := -n_columns % _RUN:
-        filler = xp.full((n_rows, missing), -xp.inf, dtype=scores.dtype, **place)
+        shape = (n_rows, missing)
+        filler = xp.full(shape, -xp.inf, dtype=scores.dtype, device=device(scores))
         scores = xp.concat([scores, filler], axis=1)
     runs = xp.reshape(scores, (n_rows, -1, _RUN))
     tops = xp.max(runs, axis=2)
@@ -171,7 +187,7 @@ def _top_two(scores: Array) -> tuple[Array, Array, Array]:
 
 
 def _others(values: Array, left_out: Array) -> Array:
-    """Give the maximum of each row without one of its columns."""
+    """Find the maximum of each row without one of its columns."""
     xp = namespace(values)
     columns = xp.arange(values.shape[1], dtype=left_out.dtype, device=device(values))
     rest = xp.where(columns[None, :] == left_out[:, None], -xp.inf, values)
@@ -191,8 +207,6 @@ def sweep_compiled(
     others are worked on. What is found does not depend on threads: tiles do not, and neither do
     the leading scores on the order in which tiles are folded in.
     """
-    # Compiled code is loaded only where a sweep runs.
-
     kept = min(KEPT_SCORES, weight.shape[0])
     values = np.full((len(rows), kept), -np.inf, rows.dtype)
     at = np.zeros((len(rows), kept), np.int64)
@@ -211,19 +225,14 @@ def sweep_compiled(
 
 # Near-ties: the classes that rounding leaves in doubt, decided from float64 scores.
 
-
 # Bytes of the rows, and of the score vectors, of pairs that are scored at a time.
 _PAIR_BYTES = 4 * 2**20
 # Scores of a tile that is searched for candidates.
 LISTED_SCORES = 2**19
 
 
-class ExactScores(Protocol):
-    """Scores pairs of rows and classes in float64, on the host."""
-
-    def __call__(self, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Score row r of (R, D) for the class at position k[r]; gives (R,) of float64."""
-        ...
+# ``exact(rows, k)`` scores row r of (R, D) for the class at position k[r] in float64, on the host.
+ExactScores = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 def pair_rows(n_features: int) -> int:
@@ -243,22 +252,24 @@ class Contest:
     """
 
     def __init__(self, features: Array, exact: ExactScores) -> None:
-        self._rows, self._exact = to_numpy(features), exact
+        self._rows = to_numpy(features)
+        self._exact = exact
         self._best = np.full(len(self._rows), -np.inf)
         self.at = np.zeros(len(self._rows), np.int64)
 
     def offer(self, row: npt.NDArray[Any], k: npt.NDArray[Any]) -> None:
         """Let classes compete: the class at position k[i] for row[i]; equal scores go to the first."""
-        for some in row_blocks(len(row), pair_rows(self._rows.shape[1])):
-            i, c = row[some], k[some]
+        for part in row_blocks(len(row), pair_rows(self._rows.shape[1])):
+            i = row[part]
+            c = k[part]
             scores = self._exact(self._rows[i].astype(np.float64), c)
             # The first of each row: greatest score, then lowest position.
             order = np.lexsort((c, -scores, i))
+            order = order[np.r_[True, np.diff(i[order]) != 0]]
             i, c, scores = i[order], c[order], scores[order]
-            first = np.r_[True, i[1:] != i[:-1]]
-            i, c, scores = i[first], c[first], scores[first]
             better = (scores > self._best[i]) | ((scores == self._best[i]) & (c < self.at[i]))
-            self._best[i[better]], self.at[i[better]] = scores[better], c[better]
+            self._best[i[better]] = scores[better]
+            self.at[i[better]] = c[better]
 
 
 def candidates(
@@ -301,8 +312,8 @@ def distinct_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray
 
     Rows of many candidates are often the same row: one of zeros ties with every class.
     """
-    whole = np.ascontiguousarray(rows)
-    keys = whole.view(np.dtype((np.void, whole.dtype.itemsize * whole.shape[1])))[:, 0]
+    rows = np.ascontiguousarray(rows)
+    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
     _, first, back = np.unique(keys, return_index=True, return_inverse=True)
     return first, back
 
@@ -310,12 +321,11 @@ def distinct_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray
 def score_vectors(rows: Array, k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Read rows (C, D) at positions k (P,), in any order, as float64 on the host."""
     numbers, back = np.unique(k, return_inverse=True)
-    found = take_rows(rows, namespace(rows).asarray(numbers, device=device(rows)))
-    return np.asarray(to_numpy(found), dtype=np.float64)[back]
+    vectors = take_rows(rows, namespace(rows).asarray(numbers, device=device(rows)))
+    return np.asarray(to_numpy(vectors), dtype=np.float64)[back]
 
 
 # The scan of a tile of scores on the CPU: the leading scores of every row, in one pass.
-
 
 # Scores are finite or -inf, never NaN; the maximum of a run may be taken in any order.
 _FAST = {"nnan", "nsz", "reassoc"}
@@ -338,18 +348,18 @@ def scan_tile(scores: Any, bias: Any, first: int, values: Any, at: Any) -> None:
         by ascending position. So they do not depend on the order of the tiles.
     """
     n_columns = scores.shape[1]
-    whole = n_columns - n_columns % _RUN
+    in_runs = n_columns - n_columns % _RUN
     for r in range(scores.shape[0]):
         last = values.shape[1] - 1
         least = values[r, last]
-        for start in range(0, whole, _RUN):
+        for start in range(0, in_runs, _RUN):
             top = scores[r, start] + bias[start]
             for c in range(start, start + _RUN):
                 top = max(top, scores[r, c] + bias[c])
             if top >= least:
                 _offer(scores[r], bias, start, start + _RUN, first, values[r], at[r])
                 least = values[r, last]
-        _offer(scores[r], bias, whole, n_columns, first, values[r], at[r])
+        _offer(scores[r], bias, in_runs, n_columns, first, values[r], at[r])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -392,14 +402,8 @@ class Rule:
         What products run in: float32 or float64.
     bias_error : float
         Rounding error that computing `bias` left in it, beyond its own relative one.
-    compiled : bool, optional
-        Whether tiles of NumPy arrays are scanned by compiled code; by default where there are
-        enough classes for it to pay.
-    tile_rows, tile_classes : int, optional
-        Rows and classes of a tile of scores; by default what suits the processors.
-    sweep_rows : int, optional
-        Rows that share one sweep over the classes when it is compiled: 8192 by default, and all
-        the rows at hand where `weight` is read or converted tile by tile.
+    tiling : Tiling, optional
+        How to go over the classes; by default what suits the processors.
     operand_roundoff : float
         Unit of rounding of the products' operands where it is coarser than that of `dtype`:
         2**-11 for TF32.
@@ -412,23 +416,12 @@ class Rule:
     exact: ExactScores
     dtype: Any
     bias_error: float = 0.0
-    compiled: bool | None = None
-    tile_rows: int | None = None
-    tile_classes: int | None = None
-    sweep_rows: int | None = None
+    tiling: Tiling | None = None
     operand_roundoff: float = 0.0
 
     @staticmethod
     def peak_bytes(
-        n_classes: int,
-        n_features: int,
-        block_rows: int,
-        itemsize: int = 4,
-        *,
-        stored: bool = False,
-        tile_rows: int | None = None,
-        tile_classes: int | None = None,
-        sweep_rows: int | None = None,
+        n_classes: int, n_features: int, block_rows: int, itemsize: int = 4, *, stored: bool = False
     ) -> int:
         """Price the rule and its decisions of a block: bytes at their peak, on the CPU.
 
@@ -442,19 +435,16 @@ class Rule:
             Bytes of a number in the products.
         stored : bool, optional
             Whether score vectors are read, or converted, tile by tile and never held.
-        tile_rows, tile_classes, sweep_rows : int, optional
-            As for the rule.
         """
-        compiled = n_classes > COMPILED_CLASSES
-        tiles = Tiling.of(block_rows, n_features, itemsize, compiled=compiled, converted=stored)
-        tiles = _override(tiles, sweep_rows if compiled else tile_rows, tile_rows, tile_classes)
+        shape = (n_classes, n_features)
+        tiles = Tiling.of(block_rows, shape, itemsize, compiled=True, converted=stored)
         rows = min(block_rows, tiles.sweep_rows)
         held = n_classes * (24 + (0 if stored else n_features * itemsize))
         block = rows * (n_features * itemsize + 64) + block_rows * 32
         centred = 3 * 8 * min(max(rows, n_classes), _rows_at_a_time(n_features)) * n_features
         # Candidates are listed once the sweep's tiles are gone, but their memory may stay.
         listed = LISTED_SCORES * (itemsize + 33) + 4 * 8 * pair_rows(n_features) * n_features
-        if compiled:
+        if tiles.compiled:
             sweep = tiles.bytes_of(rows, n_features, itemsize, read=stored) + COMPILER_BYTES
         else:
             classes = min(n_classes, tiles.classes)
@@ -463,7 +453,7 @@ class Rule:
         return held + block + centred + listed + sweep
 
     def decide(self, features: Array) -> Array:
-        """Choose a class for each row of `features` (B, D); returns ids (B,) of int64.
+        """Choose a class for each row of `features` (B, D): ids (B,) of int64.
 
         Notes
         -----
@@ -509,24 +499,28 @@ class Rule:
             chosen[doubt] = self._decide_unlisted(features[doubt], rows[doubt], floor[doubt])
         return chosen
 
-    def _decide_listed(self, features: Array, leaders: Leaders, some: Array, floor: Array) -> Array:
+    def _decide_listed(
+        self, features: Array, leaders: Leaders, short: Array, floor: Array
+    ) -> Array:
         """Decide rows whose candidates are all among their leading scores."""
-        values, at = to_numpy(leaders.values[some]), to_numpy(leaders.at[some])
-        row, column = np.nonzero(values >= to_numpy(floor[some])[:, None])
+        values = to_numpy(leaders.values[short])
+        at = to_numpy(leaders.at[short])
+        row, column = np.nonzero(values >= to_numpy(floor[short])[:, None])
         contest = Contest(features, self.exact)
         contest.offer(row, at[row, column])
         return self._ids_at(contest.at, features)
 
     def _decide_unlisted(self, features: Array, rows: Array, floor: Array) -> Array:
         """Decide rows from every class whose score reaches `floor`, which a sweep finds."""
-        xp, host = namespace(features), to_numpy(features)
+        xp = namespace(features)
+        host = to_numpy(features)
         first, back = distinct_rows(host)
-        some = xp.asarray(first, device=device(features))
-        rows, floor = xp.take(rows, some, axis=0), xp.take(floor, some, axis=0)
+        numbers = xp.asarray(first, device=device(features))
+        rows = xp.take(rows, numbers, axis=0)
+        floor = xp.take(floor, numbers, axis=0)
         contest = Contest(host[first], self.exact)
         most = self._tiles(rows).classes if self._converted else self.weight.shape[0]
-        found = candidates(rows, self.weight, self.bias, floor, most)
-        for row, k in found:
+        for row, k in candidates(rows, self.weight, self.bias, floor, most):
             contest.offer(row, k)
         return self._ids_at(contest.at[back], features)
 
@@ -536,36 +530,35 @@ class Rule:
 
     def _leaders(self, rows: Array) -> Leaders:
         tiles = self._tiles(rows)
-        if self._runs_compiled(rows):
+        if tiles.compiled:
             return sweep_compiled(rows, self.weight, self.bias, tiles.rows, tiles.classes)
         return sweep_arrays(rows, self.weight, self.bias, tiles.classes)
-
-    def _runs_compiled(self, rows: Array) -> bool:
-        enough = self.weight.shape[0] > COMPILED_CLASSES
-        return is_numpy_array(rows) and (enough if self.compiled is None else self.compiled)
 
     @property
     def _converted(self) -> bool:
         return bool(self.weight.dtype != self.dtype) or not in_memory(self.weight)
 
     def _tiles(self, rows: Array) -> Tiling:
-        compiled = self._runs_compiled(rows)
+        if self.tiling is not None:
+            return self.tiling
         itemsize = namespace(rows).finfo(self.dtype).bits // 8
-        tiles = Tiling.of(
-            rows.shape[0], rows.shape[1], itemsize, compiled=compiled, converted=self._converted
+        return Tiling.of(
+            rows.shape[0],
+            self.weight.shape,
+            itemsize,
+            compiled=is_numpy_array(rows),
+            converted=self._converted,
         )
-        sweep = self.sweep_rows if compiled else self.tile_rows
-        return _override(tiles, sweep, self.tile_rows, self.tile_classes)
 
     def _centred(self, features: Array) -> tuple[Array, Array, Array]:
-        """Give the rows for the products, their lengths, and which are too long for `dtype`.
+        """Compute the rows for the products, their lengths, and which are too long for `dtype`.
 
         Those are zeros; the float64 scores of every class decide them.
         """
         xp = namespace(features)
-        shape, place = tuple(features.shape), {"device": device(features)}
-        rows = xp.empty(shape, dtype=self.dtype, **place)
-        norms = xp.empty(shape[:1], dtype=xp.float64, **place)
+        shape = tuple(features.shape)
+        rows = xp.empty(shape, dtype=self.dtype, device=device(features))
+        norms = xp.empty(shape[:1], dtype=xp.float64, device=device(features))
         limit = float(xp.finfo(self.dtype).max) / 16.0
         # On a GPU few large steps are better, and a sweep has few rows.
         at_a_time = _rows_at_a_time(shape[1]) if is_numpy_array(features) else max(shape[0], 1)
@@ -580,7 +573,9 @@ class Rule:
     def _error(self, norms: Array) -> Array:
         """Bound how far scores of rows of lengths `norms` are from those of exact arithmetic."""
         info = namespace(self.bias).finfo(self.dtype)
-        n, u, r = self.weight.shape[1] + 8, float(info.eps) / 2, self.operand_roundoff
+        n = self.weight.shape[1] + 8
+        u = float(info.eps) / 2
+        r = self.operand_roundoff
         # Tensor cores cut sums off instead of rounding them.
         n_units = (2 * n if r else n) * u
         relative = n_units / (1.0 - n_units) + 2.0 * r + r * r
@@ -602,14 +597,6 @@ class Rule:
         return scalar(xp.max(xp.abs(finite)))
 
 
-def _override(
-    tiles: Tiling, sweep_rows: int | None, tile_rows: int | None, tile_classes: int | None
-) -> Tiling:
-    return Tiling(
-        sweep_rows or tiles.sweep_rows, tile_rows or tiles.rows, tile_classes or tiles.classes
-    )
-
-
 def _rows_at_a_time(n_features: int) -> int:
     return max(block_rows(n_features), 16)
 
@@ -620,7 +607,7 @@ def in_memory(rows: Array) -> bool:
 
 
 def longest_row(rows: Array) -> float:
-    """Give the length of the longest row."""
+    """Find the length of the longest row."""
     xp = namespace(rows)
     longest = xp.zeros((), dtype=xp.float64, device=device(rows))
     for _, block in float64_blocks(rows):
@@ -631,29 +618,19 @@ def longest_row(rows: Array) -> float:
 # Rules: the nearest class mean and the linear classifier.
 
 
-@dataclass(frozen=True)
-class _NearnessScores:
-    """Minus the squared distance to class means."""
-
-    means: Array
-
-    def __call__(self, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        apart = rows - score_vectors(self.means, k)
-        scores: npt.NDArray[Any] = -np.sum(apart * apart, axis=1)
-        return scores
+def _nearness(means: Array, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Compute minus the squared distance to class means."""
+    apart = rows - score_vectors(means, k)
+    scores: npt.NDArray[np.float64] = -np.sum(apart * apart, axis=1)
+    return scores
 
 
-@dataclass(frozen=True)
-class _LinearScores:
-    """Outputs of a linear classifier."""
-
-    weight: Array
-    bias: npt.NDArray[np.float64]
-
-    def __call__(self, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        products = rows * score_vectors(self.weight, k)
-        scores: npt.NDArray[Any] = np.sum(products, axis=1) + self.bias[k]
-        return scores
+def _logits(
+    weight: Array, bias: npt.NDArray[np.float64], rows: npt.NDArray[Any], k: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """Compute outputs of a linear classifier."""
+    scores: npt.NDArray[np.float64] = np.sum(rows * score_vectors(weight, k), axis=1) + bias[k]
+    return scores
 
 
 def nearest_mean_rule(
@@ -671,8 +648,7 @@ def nearest_mean_rule(
     dtype : optional
         Dtype of the products; float32 by default, which near-ties do not depend on.
     **how
-        ``compiled``, ``tile_rows``, ``tile_classes``, ``sweep_rows``, ``operand_roundoff``: as
-        for `Rule`.
+        ``tiling``, ``operand_roundoff``: as for `Rule`.
     """
     means = detached(means)
     xp = namespace(means)
@@ -693,7 +669,7 @@ def nearest_mean_rule(
         bias=bias,
         origin=origin,
         classes=_ids(means, classes),
-        exact=_NearnessScores(means),
+        exact=partial(_nearness, means),
         dtype=dtype,
         **how,
     )
@@ -723,10 +699,12 @@ def linear_rule(
     **how
         As for `nearest_mean_rule`.
     """
-    weight, bias = detached(weight), detached(bias)
+    weight = detached(weight)
+    bias = detached(bias)
     xp = namespace(weight)
     n_classes, n_features = weight.shape
-    dtype, place = dtype or xp.float32, {"device": device(weight)}
+    dtype = dtype or xp.float32
+    place = {"device": device(weight)}
     if origin is None:
         origin = xp.zeros((n_features,), dtype=xp.float64, **place)
     origin = xp.asarray(origin, dtype=xp.float64, **place)
@@ -744,7 +722,7 @@ def linear_rule(
         bias=offsets,
         origin=origin,
         classes=_ids(weight, None),
-        exact=_LinearScores(weight, host_bias),
+        exact=partial(_logits, weight, host_bias),
         dtype=dtype,
         bias_error=(n_features + 8) * FLOAT64_ROUNDOFF * longest_row(weight) * length,
         **how,
@@ -766,7 +744,6 @@ def _ids(rows: Array, classes: Array | None) -> Array:
 
 # The nearest class mean by FAISS: its exact search, with the decisions of the built-in rule.
 
-
 # Neighbours asked for: as many are decided by float64 distances where they lie close.
 _NEIGHBOURS = 4
 
@@ -783,61 +760,39 @@ class FaissRule(Rule):
     Notes
     -----
     FAISS expands squared distances of float32 rows, ``|x|^2 + |w|^2 - 2 w . x``, so they err by at
-    most ``gamma_{D+8} (|x| + |w|)^2``, rounding of x and w included (see `Rule.decide`). Means
-    within twice that of the nearest are decided from float64 distances; a row whose last
-    neighbour still lies within it is decided by the built-in rule.
+    most ``gamma_{D+8} (|x| + |w|)^2``, rounding of x and w included (see `Rule.decide`); that is
+    more than the products of the built-in rule do, whose candidates are decided where more than
+    `_NEIGHBOURS` classes lie within it.
     """
 
     place: str = "cpu"
 
-    @cached_property
-    def _built_in(self) -> Rule:
-        return Rule(**_fields_of(self))
-
-    @cached_property
-    def _faiss(self) -> Any:
-        return _import_faiss(self.place)
-
     def _leaders(self, rows: Array) -> Leaders:
+        faiss = import_faiss(self.place)
         kept = min(_NEIGHBOURS, self.weight.shape[0])
-        if self.place == "cuda":
-            squares, at = self._search_gpu(rows, kept)
-        else:
-            squares, at = self._faiss.knn(rows, self.weight, kept)
-        return Leaders(-0.5 * squares, at)
-
-    def _search_gpu(self, rows: Array, kept: int) -> tuple[Array, Array]:
-        if is_numpy_array(rows):
-            found: tuple[Array, Array] = self._faiss.knn_gpu(
-                self._resources, rows, self.weight, kept
-            )
-            return found
-        # FAISS takes tensors of torch, which share the memory of CuPy's arrays.
-        torch = import_module("torch")
-        import_module("faiss.contrib.torch_utils")
-        tensors = (torch.from_dlpack(rows), torch.from_dlpack(self.weight))
-        squares, at = self._faiss.knn_gpu(self._resources, *tensors, kept)
-        torch.cuda.current_stream().synchronize()
-        xp = namespace(rows)
-        return xp.from_dlpack(squares), xp.from_dlpack(at)
-
-    @cached_property
-    def _resources(self) -> Any:
-        return self._faiss.StandardGpuResources()
+        if self.place == "cpu":
+            squares, at = faiss.knn(rows, self.weight, kept)
+        elif is_numpy_array(rows):
+            squares, at = faiss.knn_gpu(_gpu_resources(), rows, self.weight, kept)
+        else:  # tensors of torch are what FAISS takes; they share the memory of CuPy's arrays
+            torch = import_module("torch")
+            import_module("faiss.contrib.torch_utils")
+            tensors = (torch.from_dlpack(rows), torch.from_dlpack(self.weight))
+            found = faiss.knn_gpu(_gpu_resources(), *tensors, kept)
+            torch.cuda.current_stream().synchronize()
+            squares, at = map(namespace(rows).from_dlpack, found)
+        wide = as_float64(rows)
+        # In the units of the built-in scores: w . x - |w|^2 / 2.
+        own = namespace(rows).sum(wide * wide, axis=1)[:, None]
+        return Leaders(0.5 * (own - as_float64(squares)), at)
 
     def _error(self, norms: Array) -> Array:
         info = np.finfo(np.float32)
-        n_units = (self.weight.shape[1] + 8) * float(info.eps) / 2
+        n = self.weight.shape[1] + 8
+        n_units = n * float(info.eps) / 2
         length = norms + self._reach
-        underflow = (self.weight.shape[1] + 8) * float(info.smallest_normal)
+        underflow = n * float(info.smallest_normal)
         return 0.5 * (n_units / (1.0 - n_units)) * length * length + underflow * (1.0 + length)
-
-    def _decide_unlisted(self, features: Array, rows: Array, floor: Array) -> Array:
-        return self._built_in.decide(features)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what FAISS holds, which stays in its process."""
-        return {k: v for k, v in vars(self).items() if k not in ("_faiss", "_resources")}
 
 
 def faiss_nearest_rule(
@@ -858,36 +813,38 @@ def faiss_nearest_rule(
         Where FAISS searches. On the GPU, features and means are NumPy arrays, or CuPy arrays or
         torch tensors of its memory, which need torch.
     **how
-        ``sweep_rows``, the rows searched for at a time, and what `nearest_mean_rule` takes.
+        What `nearest_mean_rule` takes.
 
     Raises
     ------
     UsageError
         When FAISS is not installed, or not for the GPU.
     """
-    _import_faiss(device)
+    import_faiss(device)
     if device == "cpu" and namespace(means) is not array_api_compat.numpy:
         raise UsageError("class means that FAISS on the CPU cannot read", "NumPy arrays")
-    if is_cupy_array(means) or is_torch_array(means):
-        _import_torch()
+    if (is_cupy_array(means) or is_torch_array(means)) and find_spec("torch") is None:
+        raise UsageError(
+            "torch is not installed",
+            "torch, through which FAISS takes arrays on the GPU",
+            "install it with: pip install 'ncbatch[torch]'",
+        )
     rule = nearest_mean_rule(means, classes, dtype=namespace(means).float32, **how)
-    if isinstance(rule.weight, CentredRows):
-        rule = replace(rule, weight=_held(rule.weight))
-    return FaissRule(**_fields_of(rule), place=device)
+    if not in_memory(rule.weight):
+        held = np.empty(rule.weight.shape, np.float32)
+        for part in row_blocks(len(held), block_rows(held.shape[1])):
+            held[part] = rule.weight[part]
+        rule = replace(rule, weight=held)
+    return FaissRule(**vars(rule), place=device)
 
 
-def _fields_of(rule: Rule) -> dict[str, Any]:
-    return {field.name: getattr(rule, field.name) for field in fields(Rule)}
+@cache
+def _gpu_resources() -> Any:
+    return import_module("faiss").StandardGpuResources()
 
 
-def _held(rows: CentredRows) -> Array:
-    held = np.empty(rows.shape, np.float32)
-    for part in row_blocks(rows.shape[0], block_rows(rows.shape[1])):
-        held[part] = rows[part]
-    return held
-
-
-def _import_faiss(device: str) -> Any:
+def import_faiss(device: str) -> Any:
+    """Import FAISS, for the CPU or for CUDA."""
     if device not in ("cpu", "cuda"):
         raise UsageError(f"FAISS on '{device}'", "cpu or cuda")
     never_both = "never both in one environment"
@@ -907,14 +864,3 @@ def _import_faiss(device: str) -> Any:
             "install it with: pip uninstall faiss-cpu; pip install faiss-gpu-cu12; " + never_both,
         )
     return faiss
-
-
-def _import_torch() -> None:
-    try:
-        import_module("torch")
-    except ImportError as error:
-        raise UsageError(
-            "torch is not installed",
-            "torch, through which FAISS takes arrays on the GPU",
-            "install it with: pip install 'ncbatch[torch]'",
-        ) from error

@@ -13,7 +13,7 @@ from ncbatch.arrays.threads import thread_limit
 from ncbatch.errors import DataError
 from ncbatch.states import moments
 from ncbatch.states.moments import MomentsAccumulator
-from ncbatch.states.moments_kernel import group_rows
+from ncbatch.states.moments_kernel import Groups, group_rows
 from tests.states.test_moments import assert_equal_to_oracle, assert_same, streamed
 from tests.strategies import DTYPES, REGIMES, Features, feature_sets, partitions
 
@@ -168,7 +168,7 @@ def test_finishing_leaves_rows_of_other_classes_untouched(scatter: bool):
     classes = np.arange(0, 1000, 3)
     accumulator = accumulated(classes, scatter=scatter)
     others = np.setdiff1d(np.arange(1000), classes)
-    sums = accumulator._sums
+    sums = accumulator._running.sums
     sums[others] = np.nan
     state = accumulator.seal()
     assert np.all(np.isnan(sums[others]))
@@ -181,7 +181,7 @@ def test_finishing_nearly_all_classes_takes_no_more_memory(share: float):
     classes = np.flatnonzero(np.random.default_rng(0).random(1000) < share)
     accumulator = accumulated(classes)
     state = accumulator.seal()
-    assert np.shares_memory(state.means, accumulator._sums)
+    assert np.shares_memory(state.means, accumulator._running.sums)
 
 
 def test_layouts_and_labels_of_any_integer_give_the_same_bits():
@@ -214,9 +214,9 @@ def test_what_does_not_fit_is_refused_before_anything_changed(D: int, labels, sa
 def test_groups_are_the_classes_with_first_and_only_samples_last():
     labels, counts = np.array([5, 3, 5, 1, 0]), np.array([0, 4, 0, 0, 9, 0])
     slots = np.full(6, -1, np.int32)
-    present, order = np.empty((2, 5), np.int64)
-    starts = np.empty(6, np.int64)
-    n, several = group_rows(labels, counts, slots, present, starts, order)
+    groups = Groups(*(np.empty(size, np.int64) for size in (5, 6, 5)))
+    n, several = group_rows(labels, counts, slots, groups)
+    order, starts, present = groups
     assert (n, several) == (4, 2)
     assert present[:n].tolist() == [5, 1, 3, 0]
     assert starts[: n + 1].tolist() == [0, 2, 3, 4, 5]

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from ncbatch.arrays.rows import ChosenRows, StoredRows
 from ncbatch.arrays.threads import thread_limit
-from ncbatch.states import rules as leading_scores
-from ncbatch.states import rules as near_ties
+from ncbatch.states import rules
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.rules import (
     COMPILED_CLASSES,
     COMPILER_BYTES,
     Rule,
+    Tiling,
     linear_rule,
     nearest_mean_rule,
 )
@@ -27,8 +27,16 @@ from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
 from tests.strategies import REGIMES
 
-# Tiles that neither the rows nor the classes are multiples of.
-SMALL = {"tile_rows": 16, "tile_classes": 70, "sweep_rows": 40}
+
+def tiles(compiled: bool, rows: int = 16, classes: int = 70, sweep_rows: int = 40) -> dict:
+    """Tiles that neither the rows nor the classes are multiples of."""
+    return {"tiling": Tiling(sweep_rows if compiled else rows, rows, classes, compiled)}
+
+
+def large_tiles(compiled: bool) -> dict:
+    return tiles(compiled, 1024 if compiled else 2048, 2048, 8192)
+
+
 both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["arrays", "compiled"])
 
 
@@ -46,14 +54,14 @@ def gaussian(n: int = 90, k: int = 333, d: int = 9, seed: int = 0):
 def decided_in_doubt(rule: Rule, X: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> int:
     """Count the rows that float64 scores decided."""
     seen: list[int] = []
-    init = near_ties.Contest.__init__
+    init = rules.Contest.__init__
 
     def counted(self, features, exact):
         seen.append(len(features))
         init(self, features, exact)
 
     with monkeypatch.context() as patch:
-        patch.setattr(near_ties.Contest, "__init__", counted)
+        patch.setattr(rules.Contest, "__init__", counted)
         rule.decide(X)
     return sum(seen)
 
@@ -68,9 +76,9 @@ def test_decisions_are_the_oracles(regime: str, offset: float, compiled: bool):
     means = np.stack([X[data.y == c].mean(axis=0) for c in ids])
     rng = np.random.default_rng(1)
     W, b = rng.normal(size=(data.n_classes, X.shape[1])), rng.normal(size=data.n_classes)
-    tiles = {"tile_rows": 16, "tile_classes": 5, "compiled": compiled}
-    near = nearest_mean_rule(means, ids, **tiles).decide(X)
-    chosen = linear_rule(W, b, means.mean(axis=0), **tiles).decide(X)
+    how = tiles(compiled, 16, 5, 8192)
+    near = nearest_mean_rule(means, ids, **how).decide(X)
+    chosen = linear_rule(W, b, means.mean(axis=0), **how).decide(X)
     np.testing.assert_array_equal(near, nearest_means(X, means, ids))
     np.testing.assert_array_equal(chosen, classifier_decisions(X, W, b))
 
@@ -81,7 +89,7 @@ def test_decisions_are_the_oracles(regime: str, offset: float, compiled: bool):
 def test_many_classes_and_every_dtype(kind, dtype, compiled: bool):
     X, means, b = gaussian()
     X, W = X.astype(kind), means.astype(kind)
-    how = {**SMALL, "compiled": compiled, "dtype": dtype}
+    how = {**tiles(compiled), "dtype": dtype}
     near = nearest_mean_rule(means, **how).decide(X)
     chosen = linear_rule(W, b, **how).decide(X)
     np.testing.assert_array_equal(near, nearest_means(X, means, np.arange(333)))
@@ -96,11 +104,8 @@ def test_equal_scores_go_to_the_lowest_class(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     X, W = (rng.integers(-1, 2, size=(m, d)).astype(float) for m in (n, k))
     b = rng.integers(-1, 2, size=k).astype(float)
-    how = {
-        "compiled": data.draw(st.booleans()),
-        "tile_rows": data.draw(st.integers(1, 12)),
-        "tile_classes": data.draw(st.integers(1, 160)),
-    }
+    sizes = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 160))
+    how = tiles(data.draw(st.booleans()), *sizes, 8192)
     near = nearest_mean_rule(W, **how).decide(X)
     np.testing.assert_array_equal(near, nearest_means(X, W, np.arange(k)))
     np.testing.assert_array_equal(linear_rule(W, b, **how).decide(X), classifier_decisions(X, W, b))
@@ -112,7 +117,7 @@ def test_ties_across_tiles_and_more_ties_than_leading_scores(compiled: bool):
     means[[69, 70, 139, 140, 299]] = means[69]  # at the borders of tiles of 70
     means[100:120] = means[100]  # more than the scan keeps
     X[:5], X[5:10] = means[69], means[100]
-    near = nearest_mean_rule(means, compiled=compiled, **SMALL).decide(X)
+    near = nearest_mean_rule(means, **tiles(compiled)).decide(X)
     assert near[:5].tolist() == [69] * 5
     assert near[5:10].tolist() == [100] * 5
     np.testing.assert_array_equal(near, nearest_means(X, means, np.arange(300)))
@@ -122,7 +127,7 @@ def test_ties_across_tiles_and_more_ties_than_leading_scores(compiled: bool):
 def test_rows_that_tie_with_every_class_are_scored_once(library: Library, monkeypatch):
     X, means, _b = gaussian()
     X[3:30] = 0.0
-    rule = linear_rule(library.put(means), tile_rows=32, tile_classes=70)
+    rule = linear_rule(library.put(means), **tiles(False, 32, 70))
     assert decided_in_doubt(rule, library.put(X), monkeypatch) <= 4
     chosen = library.host(rule.decide(library.put(X)))
     np.testing.assert_array_equal(chosen, classifier_decisions(X, means))
@@ -134,7 +139,7 @@ def test_differences_below_float32_among_many(compiled: bool):
     X, means, _b = gaussian()
     means[200] = means[100] + 1e-10
     X[:50] = means[100] + np.linspace(0, 1e-10, 50)[:, None]
-    near = nearest_mean_rule(means, compiled=compiled, **SMALL).decide(X)
+    near = nearest_mean_rule(means, **tiles(compiled)).decide(X)
     np.testing.assert_array_equal(near, nearest_means(X, means, np.arange(333)))
     assert {100, 200} <= set(near[:50].tolist())
 
@@ -144,7 +149,7 @@ def test_what_float32_cannot_hold_is_decided_in_float64(compiled: bool):
     X, means, b = gaussian(n=20, k=80)
     X[3] *= 1e26
     W, b = means * 1e12, b * 1e36  # beside such scores these biases are little, but not nothing
-    how = {"compiled": compiled, **SMALL}
+    how = tiles(compiled)
     np.testing.assert_array_equal(linear_rule(W, b, **how).decide(X), classifier_decisions(X, W, b))
     tiny = linear_rule(means * 1e-25, **how).decide(X * 1e-25)
     np.testing.assert_array_equal(tiny, classifier_decisions(X, means))
@@ -154,7 +159,7 @@ def test_what_float32_cannot_hold_is_decided_in_float64(compiled: bool):
 def test_a_class_of_bias_minus_infinity_is_never_chosen(compiled: bool, monkeypatch):
     X, W, b = gaussian()
     b[::2] = -np.inf
-    rule = linear_rule(W, b, compiled=compiled, **SMALL)
+    rule = linear_rule(W, b, **tiles(compiled))
     np.testing.assert_array_equal(rule.decide(X), classifier_decisions(X, W, b))
     assert decided_in_doubt(rule, X, monkeypatch) < len(X) // 10
 
@@ -162,7 +167,7 @@ def test_a_class_of_bias_minus_infinity_is_never_chosen(compiled: bool, monkeypa
 def test_few_rows_are_in_doubt(monkeypatch):
     X, means, _ = gaussian(n=500, k=3000, d=64)
     for compiled in (False, True):
-        rule = nearest_mean_rule(means, compiled=compiled)
+        rule = nearest_mean_rule(means, **large_tiles(compiled))
         assert decided_in_doubt(rule, X, monkeypatch) <= 10
 
 
@@ -172,7 +177,7 @@ def test_the_bound_covers_the_errors_of_products(compiled: bool):
     X, means, _ = gaussian(n=40, k=200, d=300)
     X, means = 1e3 + np.abs(X), 1e3 + np.abs(means)  # all products positive: the worst case
     b = np.linspace(-1e5, 1e5, 200)
-    rule = linear_rule(means, b, compiled=compiled)
+    rule = linear_rule(means, b, **large_tiles(compiled))
     rows, norms, wide = rule._centred(X)
     values = rule._leaders(rows).values[:, 0].astype(np.float64)
     want = (X.astype(np.longdouble) @ means.T.astype(np.longdouble) + b).max(axis=1)
@@ -188,18 +193,18 @@ def test_leading_scores_are_the_greatest_in_order():
     scores = rows @ W.T + bias
     order = np.lexsort((np.broadcast_to(np.arange(200), scores.shape), -scores))[:, :8]
     for tile in (1, 7, 64, 65, 200):
-        found = leading_scores.sweep_compiled(rows, W, bias, 16, tile)
+        found = rules.sweep_compiled(rows, W, bias, 16, tile)
         np.testing.assert_array_equal(found.at, order)
         np.testing.assert_array_equal(found.values, np.take_along_axis(scores, order, axis=1))
 
 
 @each_library
 def test_every_library_over_tiles(library: Library, monkeypatch):
-    monkeypatch.setattr(near_ties, "LISTED_SCORES", 500)
+    monkeypatch.setattr(rules, "LISTED_SCORES", 500)
     X, means, b = gaussian()
     means[200] = means[100]
     X[:7] = means[100]
-    how = {"tile_rows": 32, "tile_classes": 100}
+    how = tiles(False, 32, 100)
     near = nearest_mean_rule(library.put(means), **how).decide(library.put(X))
     half = library.put(means.astype(np.float32))
     chosen = linear_rule(half, library.put(b), **how).decide(library.put(X))
@@ -215,7 +220,7 @@ def test_rows_in_a_file_decide_like_rows_in_memory(compiled: bool, tmp_path: Pat
     X[:7] = means[100]
     file = stored(means, tmp_path)
     # All rows share a sweep, whatever memory holds is cut into.
-    how = {"compiled": compiled, "tile_rows": 16, "tile_classes": 70}
+    how = tiles(compiled, 16, 70, len(X))
     for mine, other in (
         (nearest_mean_rule(file, **how), nearest_mean_rule(means, **how)),
         (linear_rule(file, b, **how), linear_rule(means, b, **how)),
@@ -236,7 +241,7 @@ def test_half_precision_weights_are_not_copied():
 
 def test_threads_do_not_matter():
     X, means, b = gaussian(n=200)
-    rule = linear_rule(means, b, compiled=True, tile_rows=16, tile_classes=70)
+    rule = linear_rule(means, b, **tiles(True, 16, 70, 8192))
     rows, _, _ = rule._centred(X)
     found = []
     for threads in (1, 3):
@@ -263,7 +268,7 @@ def test_no_rows_and_one_class():
     rule = nearest_mean_rule(means, np.array([5]))
     assert rule.decide(X[:0]).shape == (0,)
     assert rule.decide(X).tolist() == [5] * len(X)
-    compiled = nearest_mean_rule(means, np.array([5]), compiled=True)
+    compiled = nearest_mean_rule(means, np.array([5]), **large_tiles(True))
     assert compiled.decide(X).tolist() == [5] * len(X)
 
 
