@@ -28,7 +28,8 @@ HostArray = npt.NDArray[Any]
 _ALIGNMENT = 256
 
 # One thread copies within the host at a fraction of what the bus takes; beyond this size, several.
-_FILL_BYTES, _FILL_THREADS = 8 * 2**20, 4
+_FILL_BYTES = 8 * 2**20
+_FILL_THREADS = 4
 
 
 class Lane(Protocol):
@@ -204,7 +205,8 @@ Precision = Literal["exact", "fp32", "tf32"]
 PRECISIONS = ("exact", "fp32", "tf32")
 
 # cublasMath_t of NVIDIA's cublas_api.h; CuPy names the first only.
-_DEFAULT_MATH, _TF32_MATH = 0, 3
+_DEFAULT_MATH = 0
+_TF32_MATH = 3
 
 # TF32 came with this compute capability.
 _TF32_CAPABILITY = 80
@@ -489,11 +491,13 @@ def _cuda_device() -> CudaDevice:
 
 @contextmanager
 def _float32_math(tf32: bool) -> Iterator[None]:
-    cupy, float32 = _cupy(), np.dtype(np.float32)
+    cupy = _cupy()
+    float32 = np.dtype(np.float32)
     linalg = import_module("cupy._core._routines_linalg")
     cublas = import_module("cupy_backends.cuda.libs.cublas")
     handle = cupy.cuda.device.get_cublas_handle()
-    compute_type, mode = linalg.get_compute_type(float32), cublas.getMathMode(handle)
+    compute_type = linalg.get_compute_type(float32)
+    mode = cublas.getMathMode(handle)
     chosen = linalg.COMPUTE_TYPE_TF32 if tf32 else linalg.COMPUTE_TYPE_DEFAULT
     linalg.set_compute_type(float32, chosen)
     cublas.setMathMode(handle, _TF32_MATH if tf32 else _DEFAULT_MATH)
@@ -514,7 +518,8 @@ def _pool_free_bytes(cupy: Any) -> int:
     allocator = getattr(cupy.cuda.get_allocator(), "__module__", None) or ""
     if rmm is None or not allocator.startswith("rmm"):
         return int(cupy.get_default_memory_pool().free_bytes())
-    size, given_out = 0, None
+    size = 0
+    given_out = None
     resource = rmm.mr.get_current_device_resource()
     while resource is not None:
         if hasattr(resource, "get_allocated_bytes"):

@@ -204,7 +204,8 @@ class NamedArrays:
         DataError
             When the file holds no such state.
         """
-        where, marker = os.fspath(path), cls._marker()
+        where = os.fspath(path)
+        marker = cls._marker()
         refused = DataError(
             f"'{where}' holds no {cls.called}", f"a file written by {cls.__name__}.save"
         )

@@ -113,7 +113,8 @@ def first_nonfinite_row(rows: Array) -> int | None:
 
 def _first_nonfinite_half(rows: npt.NDArray[Any]) -> int | None:
     """Look at the bits, piece by piece in the cache: at memory's speed, unlike ``isfinite``."""
-    bits, infinity = rows.view(np.uint16).reshape(-1), _INFINITY[rows.dtype.name]
+    bits = rows.view(np.uint16).reshape(-1)
+    infinity = _INFINITY[rows.dtype.name]
     piece = np.empty(min(bits.size, _PIECE_VALUES), np.uint16)
     for start in range(0, bits.size, _PIECE_VALUES):
         part = bits[start : start + _PIECE_VALUES]

@@ -79,7 +79,8 @@ def _r_of_qr(block: Array) -> Array:
 # What stands for a block of rows: a slice or an array of row numbers, columns taken whole.
 Rows = slice | npt.NDArray[np.int64] | tuple[Any, ...]
 # A block of float64 rows stays in a processor's cache; more rows than this gain nothing.
-_BLOCK_BYTES, _MOST_ROWS = 2 * 2**20, 4096
+_BLOCK_BYTES = 2 * 2**20
+_MOST_ROWS = 4096
 # Rows beyond those asked for are read too where that saves reading one by one.
 _SPARSEST = 2
 
@@ -102,7 +103,8 @@ class StoredRows:
     device = "cpu"
 
     def __init__(self, path: str | os.PathLike[str], shape: tuple[int, int]) -> None:
-        self.path, self.shape = Path(path), shape
+        self.path = Path(path)
+        self.shape = shape
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], shape: tuple[int, int]) -> StoredRows:
@@ -131,7 +133,8 @@ class StoredRows:
         DataError
             When the file is shorter than K rows.
         """
-        rows, width = _without_columns(rows), self.shape[1]
+        rows = _without_columns(rows)
+        width = self.shape[1]
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.shape[0])
             found = np.empty((max(stop - start, 0), width))
@@ -194,7 +197,8 @@ class StackedRows(StoredRows):
             start, stop, _ = rows.indices(self.shape[0])
             found = np.empty((max(stop - start, 0), self.shape[1]))
             for part, first in zip(self.parts, self._starts.tolist(), strict=False):
-                low, high = max(start, first), min(stop, first + len(part))
+                low = max(start, first)
+                high = min(stop, first + len(part))
                 if low < high:
                     found[low - start : high - start] = part[low - first : high - first]
             return found
@@ -252,7 +256,8 @@ class CentredRows(_View):
     """
 
     def __init__(self, rows: Array, center: Array | float = 0.0, dtype: Any = None) -> None:
-        self.rows, self.center = rows, center
+        self.rows = rows
+        self.center = center
         self.dtype = dtype or namespace(rows).float64
 
     def __getitem__(self, rows: Rows) -> Array:
@@ -274,7 +279,8 @@ class ChosenRows(_View):
 
     def __init__(self, rows: Array, numbers: Array) -> None:
         xp = namespace(rows)
-        self.rows, self.dtype = rows, rows.dtype
+        self.rows = rows
+        self.dtype = rows.dtype
         self.numbers = xp.asarray(numbers, device=device(rows))
 
     @property
@@ -309,7 +315,8 @@ def take_rows(rows: Array, part: slice | Array) -> Array:
         return rows[part, :]
     in_memory = hasattr(rows, "__dlpack__")
     if is_numpy_array(part) and part.size and not isinstance(rows, ChosenRows):
-        first, last = int(part.min()), int(part.max())
+        first = int(part.min())
+        last = int(part.max())
         if last - first + 1 == len(part) and bool(np.all(part[1:] > part[:-1])):
             return rows[first : last + 1, :]
         if not in_memory and last - first < _SPARSEST * len(part):

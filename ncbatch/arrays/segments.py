@@ -89,7 +89,8 @@ def cuda_segment_sum(values: Array, index: Array, counts: Array) -> Array:
     ``(P + B / PIECE_ROWS) * D * 8`` bytes for the pieces.
     """
     cupy = import_module("cupy")
-    n_rows, n_segments = values.shape[0], counts.shape[0]
+    n_rows = values.shape[0]
+    n_segments = counts.shape[0]
     n_features = prod(values.shape[1:])
     rows = cupy.ascontiguousarray(values.reshape(n_rows, n_features))
     sums = cupy.empty((n_segments, n_features), values.dtype)
@@ -99,7 +100,8 @@ def cuda_segment_sum(values: Array, index: Array, counts: Array) -> Array:
         # No fewer than there are; the number itself would have to be fetched from the device.
         n_pieces = n_segments + n_rows // PIECE_ROWS
         pieces = cupy.empty((n_pieces, n_features), cupy.float64)
-        strips, real = -(-n_features // _THREADS), _REALS[str(values.dtype)]
+        strips = -(-n_features // _THREADS)
+        real = _REALS[str(values.dtype)]
         _kernel("sum_pieces", real)(
             (n_pieces, strips), (_THREADS,),
             (rows, order, starts, firsts, cupy.int64(n_segments), cupy.int64(n_features), pieces),
@@ -225,14 +227,16 @@ def segment_sum(values: Array, segments: Segments) -> Array:
 def _pairwise_segment_sum(values: Array, index: Array, n_segments: int) -> Array:
     xp = namespace(values, index)
     order = xp.argsort(index, stable=True)
-    rows, index = xp.take(values, order, axis=0), xp.take(index, order, axis=0)
+    rows = xp.take(values, order, axis=0)
+    index = xp.take(index, order, axis=0)
     while rows.shape[0] > n_segments:
         positions = xp.arange(rows.shape[0], dtype=index.dtype, device=device(index))
         first = xp.searchsorted(index, index)
         odd = (positions - xp.astype(first, index.dtype)) % 2 == 1
         before_odd = xp.concat([odd[1:], xp.zeros_like(odd[:1])])
         rows[before_odd] = rows[before_odd] + rows[odd]
-        rows, index = rows[~odd], index[~odd]
+        rows = rows[~odd]
+        index = index[~odd]
     return rows
 
 

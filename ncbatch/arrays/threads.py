@@ -125,7 +125,8 @@ class _Limit:
             self._holders -= 1
             if self._holders == 0:
                 self._blas.restore_original_limits()
-                self.threads, self._blas = 0, None
+                self.threads = 0
+                self._blas = None
 
 
 _limit = _Limit()

@@ -129,10 +129,12 @@ class Decisions(NamedArrays):
         """
         if kind not in ("agreements", "ncc_hits", "clf_hits"):
             raise UsageError(f"no decisions '{kind}'", "agreements, ncc_hits or clf_hits")
-        samples, hits = to_numpy(self.samples), to_numpy(getattr(self, kind))
+        samples = to_numpy(self.samples)
+        hits = to_numpy(getattr(self, kind))
         if indices is not None:
             chosen = to_numpy(indices) if hasattr(indices, "shape") else np.asarray(indices)
-            samples, hits = samples[chosen], hits[chosen]
+            samples = samples[chosen]
+            hits = hits[chosen]
         if samples.sum() == 0:
             return float("nan")
         if weighted:

@@ -81,7 +81,8 @@ class DirectionalVariance(NamedArrays):
     @staticmethod
     def peak_bytes(n_classes: int, n_features: int, block_rows: int) -> int:
         """Price a block: bytes at its peak, beside the means."""
-        tile, present = min(n_classes, _TILE_CLASSES), min(n_classes, block_rows)
+        tile = min(n_classes, _TILE_CLASSES)
+        present = min(n_classes, block_rows)
         # Present means, themselves and centred, and a tile of others; then residuals and gathers.
         means = (present + 2 * tile) * n_features * 8 * 2
         return n_classes * 32 + means + block_rows * (n_features * 32 + tile * 48)

@@ -155,8 +155,11 @@ def fold_classes(rows, groups, first, stop, running, residuals):
     keep = residuals.shape[0] > 0
     mean = np.empty(n_features)
     for p in range(first, stop):
-        c, begin, end = present[p], starts[p], starts[p + 1]
-        pilot, total = pilots[c], sums[c]
+        c = present[p]
+        begin = starts[p]
+        end = starts[p + 1]
+        pilot = pilots[c]
+        total = sums[c]
         if counts[c] == 0:
             mean[:] = 0.0
             for t in range(begin, end):
@@ -189,7 +192,8 @@ def begin_classes(rows, groups, first, stop, counts, pilots):
     """Make the only sample of each of some classes its pilot: its residual is zero, to the bit."""
     order, starts, present = groups
     for p in range(first, stop):
-        x, pilot = rows[order[starts[p]]], pilots[present[p]]
+        x = rows[order[starts[p]]]
+        pilot = pilots[present[p]]
         for j in range(x.shape[0]):
             pilot[j] = _wide(x[j])
         counts[present[p]] = 1
@@ -209,7 +213,10 @@ def settle_classes(classes, places, running, means, missed):
     next_row = 0
     for p in range(classes.shape[0]):
         c = classes[p]
-        n, total, pilot, mean = counts[c], sums[c], pilots[c], means[places[p]]
+        n = counts[c]
+        total = sums[c]
+        pilot = pilots[c]
+        mean = means[places[p]]
         if n == 1:
             for j in range(n_features):
                 mean[j] = pilot[j]
@@ -276,7 +283,8 @@ class CompiledFolding:
         rows = as_rows(features)
         labels = np.ascontiguousarray(labels, np.int64)
         self._check(rows, labels)
-        counts, pilots = self._running.counts, self._running.pilots
+        counts = self._running.counts
+        pilots = self._running.pilots
         size = self._block_rows
         take = self._scratch.take
         groups = Groups(
@@ -377,7 +385,8 @@ def shares(starts: npt.NDArray[np.int64]) -> list[slice]:
     n_threads = cpu_count()
     targets = starts[-1] * np.arange(n_threads + 1) // n_threads
     cuts = np.searchsorted(starts, targets)
-    cuts[0], cuts[-1] = 0, len(starts) - 1
+    cuts[0] = 0
+    cuts[-1] = len(starts) - 1
     pairs = zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
     return [slice(a, b) for a, b in pairs if a < b]
 
@@ -436,13 +445,16 @@ def merge_classes(first, stop, sides, traces, means, apart):
     difference = np.empty(n_features)
     next_row = 0
     for p in range(first, stop):
-        n_a, n_b, mean = np.float64(counts[0, p]), np.float64(counts[1, p]), means[p]
+        n_a = np.float64(counts[0, p])
+        n_b = np.float64(counts[1, p])
+        mean = means[p]
         if n_a == 0.0 or n_b == 0.0:  # one side's mean, to the bit
             known = means_b[rows[1, p]] if n_a == 0.0 else means_a[rows[0, p]]
             for j in range(n_features):
                 mean[j] = known[j]
             continue
-        mean_a, mean_b = means_a[rows[0, p]], means_b[rows[1, p]]
+        mean_a = means_a[rows[0, p]]
+        mean_b = means_b[rows[1, p]]
         share = n_b / (n_a + n_b)
         square = 0.0
         for j in range(n_features):
@@ -487,7 +499,8 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
     for piece in _pieces(ends, apart.shape[0]):
 
         def merge(part: slice, first: int = piece.start) -> None:
-            p, q = first + part.start, first + part.stop
+            p = first + part.start
+            q = first + part.stop
             both = apart[ends[p] - ends[first] : ends[q] - ends[first]]
             merge_classes(p, q, sides, traces, means, both)
 

@@ -266,7 +266,9 @@ class Contest:
             # The first of each row: greatest score, then lowest position.
             order = np.lexsort((c, -scores, i))
             order = order[np.r_[True, np.diff(i[order]) != 0]]
-            i, c, scores = i[order], c[order], scores[order]
+            i = i[order]
+            c = c[order]
+            scores = scores[order]
             better = (scores > self._best[i]) | ((scores == self._best[i]) & (c < self.at[i]))
             self._best[i[better]] = scores[better]
             self.at[i[better]] = c[better]
@@ -367,14 +369,17 @@ def _offer(scores: Any, bias: Any, start: int, stop: int, first: int, values: An
     """Insert the scores of a run that belong among the leading ones of a row."""
     last = values.shape[0] - 1
     for c in range(start, stop):
-        score, k = scores[c] + bias[c], first + c
+        score = scores[c] + bias[c]
+        k = first + c
         if score < values[last] or (score == values[last] and k > at[last]):
             continue
         t = last
         while t > 0 and (values[t - 1] < score or (values[t - 1] == score and at[t - 1] > k)):
-            values[t], at[t] = values[t - 1], at[t - 1]
+            values[t] = values[t - 1]
+            at[t] = at[t - 1]
             t -= 1
-        values[t], at[t] = score, k
+        values[t] = score
+        at[t] = k
 
 
 # With fewer classes the scan takes less time than loading compiled code.

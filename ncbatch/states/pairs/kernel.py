@@ -164,7 +164,8 @@ def logarithms(x, bits, out):
         out[t] = float((bits[t] >> 52) - 1023)
         bits[t] = (bits[t] & _MANTISSA) | _ONE
     for t in range(x.shape[0]):
-        m, k = x[t], out[t]
+        m = x[t]
+        k = out[t]
         high = m > _SQRT2
         m = 0.5 * m if high else m
         k = k + 1.0 if high else k
@@ -199,6 +200,13 @@ def exponentials(x, whole, whole_bits, scale, scale_bits):
         x[t] *= scale[t]
 
 
+@njit(cache=True)
+def _write(columns, first, a, b):
+    """Write two numbers side by side: a sum and that of squares, or a minimum and a maximum."""
+    columns[first] = a
+    columns[first + 1] = b
+
+
 # The loops: one quantity over one row of a tile at a time, the class `me` with each of `others`.
 
 # Below this share of its terms a corrected squared distance is rounding error.
@@ -208,13 +216,11 @@ NO_DIGITS = 1e-9
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def square_distances(g, me, others, lost, d2, r2):
     """Write |m_i - m_j|^2 and |u_i - u_j|^2 from products; return whether any lost its digits."""
-    square, inverse = others.square, others.inverse
-    si, ui = me.square, me.inverse
     least = np.inf
     for t in range(g.shape[0]):
-        both = si + square[t]
+        both = me.square + others.square[t]
         d = both - 2.0 * g[t]
-        r = 2.0 - 2.0 * (g[t] * ui * inverse[t])
+        r = 2.0 - 2.0 * (g[t] * me.inverse * others.inverse[t])
         d2[t] = d
         r2[t] = r
         least = min(least, min(d - lost * both, r - 2.0 * lost))
@@ -246,38 +252,37 @@ def repair(x, means, center, me, others, lost, d2, r2):
 def sum_inner(g, reference, row):
     """Tally inner products."""
     t1 = t2 = 0.0
-    lo, hi = np.inf, -np.inf
+    lo = np.inf
+    hi = -np.inf
     for t in range(g.shape[0]):
         v = g[t] - reference
         t1 += v
         t2 += v * v
         lo = min(lo, g[t])
         hi = max(hi, g[t])
-    row.sums[INNER], row.sums[INNER2] = t1, t2
-    row.extremes[INNER_RANGE], row.extremes[INNER_RANGE + 1] = lo, hi
+    _write(row.sums, INNER, t1, t2)
+    _write(row.extremes, INNER_RANGE, lo, hi)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def count_coincident(d2, me, others, row):
     """Count pairs whose means are one."""
-    size, zi = others.size, me.size
     n = 0.0
     for t in range(d2.shape[0]):
-        n += 0.0 if d2[t] > (zi + size[t]) else 1.0
+        n += 0.0 if d2[t] > (me.size + others.size[t]) else 1.0
     row.counts[COINCIDENT] = n
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def sum_cdnv(d2, me, others, p, reference, value, row):
     """Tally CDNVs; leaves them in `value`, -1 where there is none."""
-    size, variance = others.size, others.variance
-    zi, vi = me.size, me.variance
     t1 = t2 = n = 0.0
-    lo, hi = np.inf, -np.inf
-    if vi < 0.0:
+    lo = np.inf
+    hi = -np.inf
+    if me.variance < 0.0:
         return
     for t in range(d2.shape[0]):
-        varied = (d2[t] > (zi + size[t])) and (variance[t] >= 0.0)
+        varied = (d2[t] > (me.size + others.size[t])) and (others.variance[t] >= 0.0)
         q = 1.0 / d2[t] if varied else 0.0
         value[t] = q * q if p == 2.0 else q
     if p != 1.0 and p != 2.0:
@@ -285,7 +290,7 @@ def sum_cdnv(d2, me, others, p, reference, value, row):
             value[t] = value[t] ** p
     for t in range(d2.shape[0]):
         varied = value[t] > 0.0
-        e = 0.5 * (vi + variance[t]) * value[t]
+        e = 0.5 * (me.variance + others.variance[t]) * value[t]
         v = e - reference if varied else 0.0
         value[t] = e if varied else -1.0
         t1 += v
@@ -293,56 +298,55 @@ def sum_cdnv(d2, me, others, p, reference, value, row):
         n += 1.0 if varied else 0.0
         lo = min(lo, e if varied else np.inf)
         hi = max(hi, value[t])
-    row.sums[CDNV], row.sums[CDNV2], row.counts[VARIED] = t1, t2, n
+    _write(row.sums, CDNV, t1, t2)
+    row.counts[VARIED] = n
     if n > 0.0:
-        row.extremes[CDNV_RANGE], row.extremes[CDNV_RANGE + 1] = lo, hi
+        _write(row.extremes, CDNV_RANGE, lo, hi)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def sum_corrected(d2, me, others, p, reference, row):
     """Tally CDNVs without the bias of finite samples."""
-    size, corrected, error = others.size, others.corrected, others.error
-    zi, ci, ei = me.size, me.corrected, me.error
     t1 = t2 = n = 0.0
-    if ci < 0.0:
+    if me.corrected < 0.0:
         return
     for t in range(d2.shape[0]):
-        d = d2[t] - ei - error[t]
-        kept = max(zi + size[t], NO_DIGITS * (d2[t] + ei + error[t]))
-        good = (corrected[t] >= 0.0) and (d > kept)
+        d = d2[t] - me.error - others.error[t]
+        kept = max(me.size + others.size[t], NO_DIGITS * (d2[t] + me.error + others.error[t]))
+        good = (others.corrected[t] >= 0.0) and (d > kept)
         q = 1.0 / d if good else 0.0
         if p != 1.0:
             q = q**p
-        v = 0.5 * (ci + corrected[t]) * q - reference if good else 0.0
+        v = 0.5 * (me.corrected + others.corrected[t]) * q - reference if good else 0.0
         t1 += v
         t2 += v * v
         n += 1.0 if good else 0.0
-    row.sums[CORRECTED], row.sums[CORRECTED2], row.counts[CORRECTABLE] = t1, t2, n
+    _write(row.sums, CORRECTED, t1, t2)
+    row.counts[CORRECTABLE] = n
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def sum_directed(g, x, within, center, me, others, lost, d2, reference, along, row):
     """Tally the variance along the line between two means over its squared length."""
-    size, square_w = others.size, others.square_within
-    zi, wi = me.size, me.square_within
     least = np.inf
     for t in range(d2.shape[0]):
-        both = wi + square_w[t]
+        both = me.square_within + others.square_within[t]
         along[t] = both - 2.0 * g[t]
         least = min(least, along[t] - lost * both)
     if least < 0.0:
         for t in range(d2.shape[0]):
-            if along[t] < lost * (wi + square_w[t]):
+            if along[t] < lost * (me.square_within + others.square_within[t]):
                 along[t] = _direct(x, within[t], 1.0, 1.0, center, 0.0)
     t1 = t2 = n = 0.0
     for t in range(d2.shape[0]):
-        apart = d2[t] > (zi + size[t])
+        apart = d2[t] > (me.size + others.size[t])
         q = 1.0 / d2[t] if apart else 0.0
         v = along[t] * q * q - reference if apart else 0.0
         t1 += v
         t2 += v * v
         n += 1.0 if apart else 0.0
-    row.sums[DIRECTED], row.sums[DIRECTED2], row.counts[ALONG] = t1, t2, n
+    _write(row.sums, DIRECTED, t1, t2)
+    row.counts[ALONG] = n
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -366,7 +370,8 @@ def nearest_of(d2, i, j, column, column_at, row):
 def sum_distance(r2, inverse, reference, column, row):
     """Tally distances between directions; marks pairs without one by a square of -1."""
     t1 = t2 = n = 0.0
-    lo, hi = np.inf, -np.inf
+    lo = np.inf
+    hi = -np.inf
     for t in range(r2.shape[0]):
         yes = inverse[t] > 0.0
         r = max(r2[t], 0.0)
@@ -379,8 +384,9 @@ def sum_distance(r2, inverse, reference, column, row):
         hi = max(hi, r if yes else -np.inf)
         column[t] = min(column[t], least)
         r2[t] = r if yes else -1.0
-    row.sums[DIST], row.sums[DIST2], row.counts[DIRECTIONS] = t1, t2, n
-    row.extremes[SQUARE_RANGE], row.extremes[SQUARE_RANGE + 1] = lo, hi
+    _write(row.sums, DIST, t1, t2)
+    row.counts[DIRECTIONS] = n
+    _write(row.extremes, SQUARE_RANGE, lo, hi)
     row.near[1] = lo
 
 
@@ -391,7 +397,8 @@ def sum_log(r2, zero, s, reference, x, x_bits, y, row):
         x[t] = r2[t] if r2[t] > 2.0 * zero else 1.0
     logarithms(x, x_bits, y)
     t1 = t2 = n = 0.0
-    lo, hi = np.inf, -np.inf
+    lo = np.inf
+    hi = -np.inf
     for t in range(r2.shape[0]):
         yes = r2[t] > 2.0 * zero
         v = -0.5 * y[t]
@@ -402,10 +409,11 @@ def sum_log(r2, zero, s, reference, x, x_bits, y, row):
         t1 += v
         t2 += v * v
         n += 1.0 if yes else 0.0
-    row.sums[LOG], row.sums[LOG2], row.counts[DIRECTIONS_APART] = t1, t2, n
+    _write(row.sums, LOG, t1, t2)
+    row.counts[DIRECTIONS_APART] = n
     if n == 0.0:
         return -np.inf
-    row.extremes[LOG_RANGE], row.extremes[LOG_RANGE + 1] = lo, hi
+    _write(row.extremes, LOG_RANGE, lo, hi)
     return max(s * lo, s * hi)
 
 
@@ -413,7 +421,8 @@ def sum_log(r2, zero, s, reference, x, x_bits, y, row):
 def sum_cosine(r2, coherence, references, uniform, cosine, row):
     """Tally cosines, their distance from a simplex and uniformity; leaves cosines in `cosine`."""
     t1 = t2 = t3 = t4 = t5 = t6 = 0.0
-    lo, hi = np.inf, -np.inf
+    lo = np.inf
+    hi = -np.inf
     for t in range(r2.shape[0]):
         yes = r2[t] >= 0.0
         c = 1.0 - 0.5 * r2[t]
@@ -429,9 +438,10 @@ def sum_cosine(r2, coherence, references, uniform, cosine, row):
         lo = min(lo, c if yes else np.inf)
         hi = max(hi, c if yes else -np.inf)
         cosine[t] = c
-    row.sums[COS], row.sums[COS2], row.sums[DEV], row.sums[DEV2] = t1, t2, t3, t4
-    row.sums[UNIFORM], row.sums[UNIFORM2] = t5, t6
-    row.extremes[COSINE_RANGE], row.extremes[COSINE_RANGE + 1] = lo, hi
+    _write(row.sums, COS, t1, t2)
+    _write(row.sums, DEV, t3, t4)
+    _write(row.sums, UNIFORM, t5, t6)
+    _write(row.extremes, COSINE_RANGE, lo, hi)
 
 
 @njit(cache=True, error_model="numpy")
@@ -440,7 +450,9 @@ def keep_top(values, usable, i, j, top, top_at):
     least = top.argmin()
     for t in range(values.shape[0]):
         if values[t] > top[least] and usable[t] >= 0.0:
-            top[least], top_at[least, 0], top_at[least, 1] = values[t], i, j + t
+            top[least] = values[t]
+            top_at[least, 0] = i
+            top_at[least, 1] = j + t
             least = top.argmin()
 
 
@@ -475,11 +487,16 @@ def sweep_tile(
         if n <= 0:
             continue
         j = j0 + b
-        me, others = _vectors_of(classes, i), _vectors_of(classes, slice(j, j + n))
+        me = _vectors_of(classes, i)
+        others = _vectors_of(classes, slice(j, j + n))
         row = Row(out.sums[a], out.counts[a], out.extremes[a], out.near[a])
         row.counts[PAIRS] = n
-        g, d2, r2 = buffers[0, :n], buffers[1, :n], buffers[2, :n]
-        x, y, z = buffers[3, :n], buffers[4, :n], buffers[5, :n]
+        g = buffers[0, :n]
+        d2 = buffers[1, :n]
+        r2 = buffers[2, :n]
+        x = buffers[3, :n]
+        y = buffers[4, :n]
+        z = buffers[5, :n]
         g[:] = gram[a, b:]
         if square_distances(g, me, others, numbers.lost, d2, r2):
             repair(rows.means[a], columns.means[b:], center, me, others, numbers.lost, d2, r2)
@@ -493,11 +510,13 @@ def sweep_tile(
             sum_corrected(d2, me, others, numbers.dist_exp, references[CORRECTED], row)
         if wanted.directed:
             g[:] = gram_within[a, b:]
-            own, theirs = rows.within[a], columns.within[b:]
+            own = rows.within[a]
+            theirs = columns.within[b:]
             reference = references[DIRECTED]
             sum_directed(g, own, theirs, center, me, others, numbers.lost, d2, reference, x, row)
         if wanted.nearest:
-            column, column_at = out.column_near[0, b:], out.column_near_at[b:]
+            column = out.column_near[0, b:]
+            column_at = out.column_near_at[b:]
             out.near_at[a] = nearest_of(d2, i, j, column, column_at, row)
         if me.inverse > 0.0 and directions:
             sum_distance(r2, others.inverse, references[DIST], out.column_near[1, b:], row)
@@ -523,13 +542,14 @@ def _sum_angles(a, i, j, r2, scratch, numbers, references, wanted, row, out):
     """Tally energies and cosines of row `a` from the squares `r2` between directions."""
     x, y, z = scratch
     if wanted.sphere or wanted.riesz:
-        s, reference = numbers.riesz_exponent, references[LOG]
+        s = numbers.riesz_exponent
+        reference = references[LOG]
         hi = sum_log(r2, numbers.zero, s, reference, x, x.view(np.int64), y, row)
         if wanted.riesz and row.counts[DIRECTIONS_APART] > 0:
             out.scales[a] = hi
             x -= hi
             exponentials(x, y, y.view(np.int64), z, z.view(np.int64))
-            row.sums[RIESZ], row.sums[RIESZ2] = x.sum(), (x * x).sum()
+            _write(row.sums, RIESZ, x.sum(), (x * x).sum())
     if wanted.cosine:
         np.multiply(r2, -2.0, x)
         exponentials(np.minimum(x, 0.0, x), y, y.view(np.int64), z, z.view(np.int64))

@@ -138,7 +138,8 @@ class PairMeans:
 
         Distances that cancelled in the product are computed from differences.
         """
-        x, y = self.block(rows), self.block(columns)
+        x = self.block(rows)
+        y = self.block(columns)
         xp = self._xp
         a, b = (x.directions, y.directions) if directions else (x.centred, y.centred)
         total = x.square[:, None] + y.square[None, :]
@@ -148,7 +149,8 @@ class PairMeans:
         lost = squares < LOST_IN_FLOAT64 * total
         if bool(xp.any(lost)):
             if not directions:
-                a, b = x.means, y.means
+                a = x.means
+                b = y.means
             squares[lost] = square_differences(a, b, lost)
         return squares
 

@@ -69,8 +69,10 @@ class Tally:
         if not self.n or not other.n:
             return self if self.n else other
         scale = max(self.log_scale, other.log_scale)
-        a, b = self._rescaled(scale), other._rescaled(scale)
-        n, apart = a.n + b.n, b.mean - a.mean
+        a = self._rescaled(scale)
+        b = other._rescaled(scale)
+        n = a.n + b.n
+        apart = b.mean - a.mean
         return Tally(
             n,
             a.mean + apart * (b.n / n),
@@ -247,7 +249,8 @@ class PairStats(NamedArrays):
         """Combine with the state of other pairs; neither operand changes."""
 
         def both(name: str) -> Any:
-            mine, theirs = getattr(self, name), getattr(other, name)
+            mine = getattr(self, name)
+            theirs = getattr(other, name)
             if mine is None or theirs is None:
                 return mine if theirs is None else theirs
             return mine.merge(theirs) if hasattr(mine, "merge") else mine + theirs

@@ -356,7 +356,8 @@ class PairTiles(PairMeans):
         last: slice | None = None
         for rows, columns in tiles:
             if rows != last:
-                last, operand = rows, self._operand(rows)
+                last = rows
+                operand = self._operand(rows)
             yield rows, operand, columns
 
     def _operand(self, classes: slice) -> _Operand:
