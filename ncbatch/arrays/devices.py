@@ -1,4 +1,4 @@
-"""Where arrays are computed on: the host, or a GPU through CuPy, which is named in this room only."""
+"""Where arrays are computed: the host, or a GPU through CuPy, which this room alone names."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _fill(target: HostArray, source: HostArray, pool: Executor) -> None:
 
 
 def as_bits(values: HostArray) -> HostArray:
-    """Give bfloat16 as the uint16 of its bits, which every library can copy; others as they are."""
+    """View bfloat16 as the uint16 of its bits, which every library can copy; others stay."""
     return values.view(np.uint16) if values.dtype.name == "bfloat16" else values
 
 
@@ -273,11 +273,11 @@ class HostDevice:
     name: str = "cpu"
 
     def put(self, values: HostArray) -> Array:
-        """Give the array itself."""
+        """Return the array itself."""
         return values
 
     def stream(self, blocks: Iterable[Block]) -> Iterator[tuple[Array, ...]]:
-        """Give the blocks themselves."""
+        """Yield the blocks themselves."""
         yield from blocks
 
     def matmul_precision(self, precision: Precision) -> AbstractContextManager[None]:
@@ -371,12 +371,13 @@ class CudaDevice:
         if precision == "tf32" and capability < _TF32_CAPABILITY:
             raise UsageError(
                 f"precision 'tf32' on {self.name}, of compute capability {capability / 10}",
-                "8.0 or more", "use fp32",
-            )  # fmt: skip
+                "8.0 or more",
+                "use fp32",
+            )
         return _float32_math(tf32=precision == "tf32")
 
     def free_bytes(self) -> int | None:
-        """Count the bytes that new arrays can take: the device's free ones and those of the pool."""
+        """Count the bytes that new arrays can take: free ones of the device and of the pool."""
         cupy = _cupy()
         with cupy.cuda.Device(self.number):
             free, _ = cupy.cuda.runtime.memGetInfo()
@@ -464,7 +465,7 @@ def _cupy() -> Any:
 
 
 def _cuda_device() -> CudaDevice:
-    """Give the current device, once CuPy has computed something on it."""
+    """Return the current device, once CuPy has computed something on it."""
     try:
         cupy = _cupy()
     except ImportError as error:

@@ -18,7 +18,7 @@ _PIECE_VALUES = 2**17
 
 
 def namespace(*arrays: Array) -> Any:
-    """Give the array-API namespace that all `arrays` share.
+    """Find the array-API namespace that all `arrays` share.
 
     Parameters
     ----------

@@ -20,9 +20,6 @@ from array_api_compat import device, is_numpy_array
 from ncbatch.arrays.namespace import Array, as_float64, namespace
 from ncbatch.errors import DataError
 
-# Matrix products over tall arrays, block by block.
-
-
 # Rows of a block in passes over K x D arrays: enough for full-speed products, small in memory.
 BLOCK_ROWS = 4096
 
@@ -134,30 +131,33 @@ class StoredRows:
             When the file is shorter than K rows.
         """
         rows = _without_columns(rows)
-        width = self.shape[1]
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.shape[0])
-            found = np.empty((max(stop - start, 0), width))
-            with self.path.open("rb", buffering=0) as file:
-                self._fill(file, start, found)
-            return found
+            return self._read_slice(start, max(start, stop))
         numbers = np.asarray(rows)
-        if numbers.dtype == np.bool_:
-            numbers = np.flatnonzero(numbers)
-        found = np.empty((len(numbers), width))
+        return self._read_rows(np.flatnonzero(numbers) if numbers.dtype == np.bool_ else numbers)
+
+    def _read_slice(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        block = np.empty((stop - start, self.shape[1]))
         with self.path.open("rb", buffering=0) as file:
-            for row, number in zip(found, numbers.tolist(), strict=True):
+            self._fill(file, start, block)
+        return block
+
+    def _read_rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        block = np.empty((len(numbers), self.shape[1]))
+        with self.path.open("rb", buffering=0) as file:
+            for row, number in zip(block, numbers.tolist(), strict=True):
                 self._fill(file, number, row)
-        return found
+        return block
 
     def _fill(self, file: Any, first: int, into: npt.NDArray[np.float64]) -> None:
         file.seek(first * self.shape[1] * 8)
-        left: Any = into.reshape(-1).view(np.uint8)
-        while len(left):  # one read gives at most 2 GiB
-            n = file.readinto(left)
+        missing: Any = into.reshape(-1).view(np.uint8)
+        while len(missing):  # one read gives at most 2 GiB
+            n = file.readinto(missing)
             if not n:
                 raise DataError(f"'{self.path}' is cut short", f"{self.shape} rows of float64")
-            left = left[n:]
+            missing = missing[n:]
 
     def __setitem__(self, rows: Rows, values: npt.NDArray[np.float64]) -> None:
         """Write a slice of rows."""
@@ -190,27 +190,22 @@ class StackedRows(StoredRows):
         self.path = self.parts[0].path
         self.shape = int(self._starts[-1]), self.parts[0].shape[1]
 
-    def __getitem__(self, rows: Rows) -> npt.NDArray[np.float64]:
-        """Read rows into an array of their own."""
-        rows = _without_columns(rows)
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(self.shape[0])
-            found = np.empty((max(stop - start, 0), self.shape[1]))
-            for part, first in zip(self.parts, self._starts.tolist(), strict=False):
-                low = max(start, first)
-                high = min(stop, first + len(part))
-                if low < high:
-                    found[low - start : high - start] = part[low - first : high - first]
-            return found
-        numbers = np.asarray(rows)
-        if numbers.dtype == np.bool_:
-            numbers = np.flatnonzero(numbers)
-        found = np.empty((len(numbers), self.shape[1]))
+    def _read_slice(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        block = np.empty((stop - start, self.shape[1]))
+        for part, first in zip(self.parts, self._starts.tolist(), strict=False):
+            low = max(start, first)
+            high = min(stop, first + len(part))
+            if low < high:
+                block[low - start : high - start] = part[low - first : high - first]
+        return block
+
+    def _read_rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        block = np.empty((len(numbers), self.shape[1]))
         homes = np.searchsorted(self._starts, numbers, side="right") - 1
         for home in np.unique(homes).tolist():
             here = homes == home
-            found[here] = self.parts[home][numbers[here] - self._starts[home]]
-        return found
+            block[here] = self.parts[home][numbers[here] - self._starts[home]]
+        return block
 
     def __setitem__(self, rows: Rows, values: npt.NDArray[np.float64]) -> None:
         """Refuse: rows are written part by part."""
@@ -261,7 +256,7 @@ class CentredRows(_View):
         self.dtype = dtype or namespace(rows).float64
 
     def __getitem__(self, rows: Rows) -> Array:
-        """Give a block: a slice, or an array of row numbers, of all columns."""
+        """Read a block: a slice, or an array of row numbers, of all columns."""
         block = as_float64(take_rows(self.rows, _without_columns(rows))) - self.center
         return namespace(self.rows).astype(block, self.dtype, copy=False)
 
@@ -289,7 +284,7 @@ class ChosenRows(_View):
         return self.numbers.shape[0], self.rows.shape[1]
 
     def __getitem__(self, rows: Rows) -> Array:
-        """Give a block: a slice, or an array of row numbers, of all columns."""
+        """Read a block: a slice, or an array of row numbers, of all columns."""
         part = _without_columns(rows)
         if not isinstance(part, slice):
             part = namespace(self.rows).asarray(part, device=device(self.numbers))
@@ -322,6 +317,11 @@ def take_rows(rows: Array, part: slice | Array) -> Array:
         if not in_memory and last - first < _SPARSEST * len(part):
             return rows[first : last + 1, :][part - first]
     return namespace(rows).take(rows, part, axis=0) if in_memory else rows[part]
+
+
+def take(values: Array, part: slice | Array) -> Array:
+    """Read a slice, or the entries of some numbers, along the first axis of an array in memory."""
+    return values[part] if isinstance(part, slice) else namespace(values).take(values, part, axis=0)
 
 
 def block_rows(n_features: int, least: int = 1) -> int:

@@ -102,14 +102,11 @@ def cuda_segment_sum(values: Array, index: Array, counts: Array) -> Array:
         pieces = cupy.empty((n_pieces, n_features), cupy.float64)
         strips = -(-n_features // _THREADS)
         real = _REALS[str(values.dtype)]
-        _kernel("sum_pieces", real)(
-            (n_pieces, strips), (_THREADS,),
-            (rows, order, starts, firsts, cupy.int64(n_segments), cupy.int64(n_features), pieces),
-        )  # fmt: skip
-        _kernel("sum_segments", real)(
-            (n_segments, strips), (_THREADS,),
-            (pieces, firsts, cupy.int64(n_features), sums),
-        )  # fmt: skip
+        sizes = (cupy.int64(n_segments), cupy.int64(n_features))
+        summed = (rows, order, starts, firsts, *sizes, pieces)
+        _kernel("sum_pieces", real)((n_pieces, strips), (_THREADS,), summed)
+        joined = (pieces, firsts, sizes[1], sums)
+        _kernel("sum_segments", real)((n_segments, strips), (_THREADS,), joined)
     return sums.reshape((n_segments, *values.shape[1:]))
 
 
@@ -137,7 +134,7 @@ def piece_table(counts: Array) -> tuple[Array, Array]:
 
 
 def kernel_source(real: str) -> str:
-    """Give the kernels' text for ``float`` or ``double`` values."""
+    """Return the kernels' text for ``float`` or ``double`` values."""
     return _SOURCE.replace("REAL", real).replace("PIECE_ROWS", str(PIECE_ROWS))
 
 
@@ -199,9 +196,9 @@ def segment_sum(values: Array, segments: Segments) -> Array:
 
     Notes
     -----
-    NumPy multiplies by a sparse one-hot, CuPy has a kernel of our own. Other libraries add neighbours pairwise in log2(rows)
-    rounds over the sorted rows: O(B D) work, deterministic, and no library's scatter-add is
-    trusted (CuPy's wraps bad labels, its ``add.reduceat`` cancels).
+    NumPy multiplies by a sparse one-hot, CuPy has a kernel of our own. Other libraries add
+    neighbours pairwise in log2(rows) rounds over the sorted rows: O(B D) work, deterministic, and
+    no library's scatter-add is trusted (CuPy's wraps bad labels, its ``add.reduceat`` cancels).
 
     Examples
     --------

@@ -74,11 +74,11 @@ def read_ahead(blocks: Iterable[Block]) -> Iterator[Block]:
     """
     ready: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     room = threading.Semaphore(1)
-    left = threading.Event()
+    abandoned = threading.Event()
 
     def read() -> None:
         source = iter(blocks)
-        while room.acquire() and not left.is_set():
+        while room.acquire() and not abandoned.is_set():
             try:
                 ready.put(("block", next(source)))
             except StopIteration:
@@ -99,7 +99,7 @@ def read_ahead(blocks: Iterable[Block]) -> Iterator[Block]:
             room.release()
             yield value
     finally:
-        left.set()
+        abandoned.set()
         room.release()
         reader.join()
 

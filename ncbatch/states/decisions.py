@@ -77,16 +77,16 @@ class Decisions(NamedArrays):
         DataError
             When shapes, libraries or devices do not fit, or a label is not below `n_classes`.
         """
-        given = labels
+        all_labels = labels
         features, labels = check_block(features, labels, n_classes)
         xp = namespace(features)
         if not isinstance(classifier, Rule):
-            if classifier.shape != given.shape:
+            if classifier.shape != all_labels.shape:
                 raise DataError(
-                    f"predictions {tuple(classifier.shape)} for labels {tuple(given.shape)}",
+                    f"predictions {tuple(classifier.shape)} for labels {tuple(all_labels.shape)}",
                     "one per label",
                 )
-            classifier = xp.astype(classifier, xp.int64)[given >= 0]
+            classifier = xp.astype(classifier, xp.int64)[all_labels >= 0]
         if features.shape[0] == 0:
             return cls.zero(n_classes, xp=xp, device=device(features))
         near = nearest_mean.decide(features)
@@ -111,7 +111,7 @@ class Decisions(NamedArrays):
         return Decisions(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def rate(self, kind: str, indices: Array | None = None, weighted: bool = True) -> float:
-        """Give the share of samples with one kind of decision.
+        """Compute the share of samples with one kind of decision.
 
         Parameters
         ----------
@@ -158,10 +158,7 @@ def _count_by_class(labels: Array, marks: tuple[Array, ...], n_classes: int) -> 
     segments = Segments.of(labels)
     ones = xp.ones(labels.shape, dtype=xp.float64, device=device(labels))
     columns = xp.stack([ones, *(xp.astype(mark, xp.float64) for mark in marks)], axis=1)
-    sums = xp.astype(segment_sum(columns, segments), xp.int64)
-    ids = xp.arange(n_classes, dtype=segments.present.dtype, device=device(labels))
-    place = xp.clip(xp.searchsorted(segments.present, ids), 0, segments.present.shape[0] - 1)
-    present = xp.take(segments.present, place, axis=0) == ids
-    for column in range(sums.shape[1]):
-        counts = xp.take(sums[:, column], place, axis=0)
-        yield xp.where(present, counts, xp.zeros_like(counts))
+    counts = xp.zeros((n_classes, columns.shape[1]), dtype=xp.int64, device=device(labels))
+    counts[segments.mask(n_classes)] = xp.astype(segment_sum(columns, segments), xp.int64)
+    for column in range(columns.shape[1]):
+        yield counts[:, column]

@@ -20,7 +20,7 @@ _TILE_CLASSES = 1024
 
 @dataclass(frozen=True)
 class DirectionalVariance(NamedArrays):
-    """Per class i: the sum over its samples x and over other classes j of ((x - m_i) . u)^2 / d_ij^2.
+    """Sums over the samples x of each class i, and other classes j, of ((x - m_i) . u)^2 / d_ij^2.
 
     Attributes
     ----------
@@ -55,17 +55,17 @@ class DirectionalVariance(NamedArrays):
             return state
         segments = Segments.of(labels)
         present = pairs.block(segments.present)
-        own_means = xp.take(present.means, segments.index, axis=0)
-        residuals = as_float64(features) - own_means
-        own = xp.sum(residuals * (own_means - pairs.center), axis=1)
-        del own_means
+        class_means = xp.take(present.means, segments.index, axis=0)
+        residuals = as_float64(features) - class_means
+        offsets = xp.sum(residuals * (class_means - pairs.center), axis=1)
+        del class_means
         total = xp.zeros_like(as_float64(segments.present))
         for part in row_blocks(pairs.n_classes, _TILE_CLASSES):
             others = pairs.block(part)
             squares = pairs.square_distances(present, others)
             apart = pairs.apart(present, others, squares)
             weight = xp.where(apart, squares, xp.full_like(squares, xp.inf)) ** -2.0
-            along = xp.matmul(residuals, xp.matrix_transpose(others.centred)) - own[:, None]
+            along = xp.matmul(residuals, xp.matrix_transpose(others.centred)) - offsets[:, None]
             total = total + xp.sum(segment_sum(along * along, segments) * weight, axis=1)
         add_at(state.sums, segments.mask(pairs.n_classes), total)
         return state

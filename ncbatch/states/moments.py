@@ -565,7 +565,7 @@ class MomentsAccumulator:
             self._folding().add(features[part, :], labels[part])
 
     def finish(self) -> Moments:
-        """Correct for the pilots and return the state of all K classes; the accumulator is spent."""
+        """Correct for the pilots and return the state of all K classes; this object is spent."""
         return self.seal().expand(self._running.counts.shape[0])
 
     def seal(self) -> Moments:

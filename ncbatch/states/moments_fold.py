@@ -9,7 +9,7 @@ import numpy.typing as npt
 from array_api_compat import is_numpy_array
 
 from ncbatch.arrays.namespace import Array, as_float64, namespace
-from ncbatch.arrays.rows import row_blocks, symmetric_product
+from ncbatch.arrays.rows import row_blocks, symmetric_product, take
 from ncbatch.arrays.segments import Segments, add_at, segment_sum
 
 
@@ -111,7 +111,7 @@ class Folding:
         # device has given memory to every row, and there is none beside them.
         for part in row_blocks(n_seen):
             ids = part if n_seen == n_classes else classes[part]
-            rows = Running(*(_take(values, ids) for values in self._running))
+            rows = Running(*(take(values, ids) for values in self._running))
             means[part, :], traces[part] = self._settle(rows)
         return means, traces
 
@@ -145,10 +145,6 @@ class Folding:
         pilots = xp.take(self._running.pilots, labels, axis=0)
         residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
         return xp.astype(residuals, self._work, copy=False)
-
-
-def _take(values: Array, ids: slice | Array) -> Array:
-    return values[ids] if isinstance(ids, slice) else namespace(values).take(values, ids, axis=0)
 
 
 def merge_rows(

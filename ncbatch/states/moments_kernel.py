@@ -381,7 +381,7 @@ def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def shares(starts: npt.NDArray[np.int64]) -> list[slice]:
-    """Cut segments, with rows from `starts`, into runs of about equally many rows, one per thread."""
+    """Cut segments, with rows from `starts`, into runs of about equal size, one per thread."""
     n_threads = cpu_count()
     targets = starts[-1] * np.arange(n_threads + 1) // n_threads
     cuts = np.searchsorted(starts, targets)

@@ -48,7 +48,7 @@ def null_labels(
 
 
 def null_scatter(moments: Moments, null: Moments) -> Moments:
-    """Give null moments their scatter, without a second sum of outer products.
+    """Add to null moments their scatter, without a second sum of outer products.
 
     Parameters
     ----------

@@ -258,7 +258,7 @@ class Contest:
         self.at = np.zeros(len(self._rows), np.int64)
 
     def offer(self, row: npt.NDArray[Any], k: npt.NDArray[Any]) -> None:
-        """Let classes compete: the class at position k[i] for row[i]; equal scores go to the first."""
+        """Let the class at position k[i] compete for row[i]; equal scores go to the first."""
         for part in row_blocks(len(row), pair_rows(self._rows.shape[1])):
             i = row[part]
             c = k[part]
@@ -783,13 +783,13 @@ class FaissRule(Rule):
             torch = import_module("torch")
             import_module("faiss.contrib.torch_utils")
             tensors = (torch.from_dlpack(rows), torch.from_dlpack(self.weight))
-            found = faiss.knn_gpu(_gpu_resources(), *tensors, kept)
+            tensors = faiss.knn_gpu(_gpu_resources(), *tensors, kept)
             torch.cuda.current_stream().synchronize()
-            squares, at = map(namespace(rows).from_dlpack, found)
+            squares, at = map(namespace(rows).from_dlpack, tensors)
         wide = as_float64(rows)
         # In the units of the built-in scores: w . x - |w|^2 / 2.
-        own = namespace(rows).sum(wide * wide, axis=1)[:, None]
-        return Leaders(0.5 * (own - as_float64(squares)), at)
+        norms = namespace(rows).sum(wide * wide, axis=1)[:, None]
+        return Leaders(0.5 * (norms - as_float64(squares)), at)
 
     def _error(self, norms: Array) -> Array:
         info = np.finfo(np.float32)

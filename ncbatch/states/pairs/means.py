@@ -1,4 +1,4 @@
-"""Class means that are compared in pairs: norms, directions and distances in full float64 accuracy."""
+"""Class means compared in pairs: norms, directions, distances, in full float64 accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from typing import Any
 from array_api_compat import device
 
 from ncbatch.arrays.namespace import Array, as_float64, namespace
-from ncbatch.arrays.rows import StoredRows, float64_blocks, product_rows, row_blocks, take_rows
+from ncbatch.arrays.rows import (
+    StoredRows,
+    float64_blocks,
+    product_rows,
+    row_blocks,
+    take,
+    take_rows,
+)
 
 # A squared distance at or below this share of |a|^2 + |b|^2 counts as zero: the means coincide.
 COINCIDENT = 1e-24
@@ -105,9 +112,9 @@ class PairMeans:
     def _scratch_rows(self, folder: str | Path | None) -> StoredRows:
         folder = self.means.path.parent if folder is None else folder
         # Another process may sweep the same means.
-        own = tempfile.TemporaryDirectory(prefix="within-", dir=folder)
-        weakref.finalize(self, own.cleanup)
-        return StoredRows.create(Path(own.name) / "within.rows", self.means.shape)
+        scratch = tempfile.TemporaryDirectory(prefix="within-", dir=folder)
+        weakref.finalize(self, scratch.cleanup)
+        return StoredRows.create(Path(scratch.name) / "within.rows", self.means.shape)
 
     def _measure(self, root: Array | None) -> None:
         """Set norms, and rows along S_W, in one pass over the means."""
@@ -127,14 +134,17 @@ class PairMeans:
         if isinstance(classes, MeansBlock):
             return classes
         return MeansBlock(
-            as_float64(take_rows(self.means, classes)), self.center,
-            *(_at(values, classes) for values in (self._size, self._square, self._inverse)),
-        )  # fmt: skip
+            as_float64(take_rows(self.means, classes)),
+            self.center,
+            take(self._size, classes),
+            take(self._square, classes),
+            take(self._inverse, classes),
+        )
 
     def square_distances(
         self, rows: Classes, columns: Classes, *, directions: bool = False
     ) -> Array:
-        """Give |m_i - m_j|^2, or |u_i - u_j|^2, of a tile to full float64 accuracy.
+        """Compute |m_i - m_j|^2, or |u_i - u_j|^2, of a tile to full float64 accuracy.
 
         Distances that cancelled in the product are computed from differences.
         """
@@ -157,7 +167,7 @@ class PairMeans:
     def apart(self, rows: Classes, columns: Classes, squares: Array) -> Array:
         """Mark the pairs of a tile whose means do not coincide."""
         sizes = [
-            c.size if isinstance(c, MeansBlock) else _at(self._size, c) for c in (rows, columns)
+            c.size if isinstance(c, MeansBlock) else take(self._size, c) for c in (rows, columns)
         ]
         return squares > COINCIDENT * (sizes[0][:, None] + sizes[1][None, :])
 
@@ -166,7 +176,7 @@ class PairMeans:
         return (self._inverse[rows] > 0.0)[:, None] & (self._inverse[columns] > 0.0)[None, :]
 
     def interference(self, rows: Classes, columns: Classes) -> Array:
-        """Give the products of centred means of a tile."""
+        """Compute the products of centred means of a tile."""
         xp = self._xp
         return xp.matmul(self.block(rows).centred, xp.matrix_transpose(self.block(columns).centred))
 
@@ -183,13 +193,7 @@ def square_differences(a: Array, b: Array, where: Array) -> Array:
 
 
 def _root(within: Array) -> Any:
-    """Give R (D, D) with R R^T = S_W."""
+    """Compute R (D, D) with R R^T = S_W."""
     xp = namespace(within)
     values, vectors = xp.linalg.eigh(as_float64(within))
     return vectors * xp.sqrt(xp.clip(values, 0.0, None))[None, :]
-
-
-def _at(values: Array, classes: slice | Array) -> Array:
-    if isinstance(classes, slice):
-        return values[classes]
-    return namespace(values).take(values, classes, axis=0)

@@ -19,8 +19,8 @@ from ncbatch.arrays.namespace import Array, namespace, scalar
 class Tally:
     """Count, mean, sum of squared deviations and extremes of numbers.
 
-    All numbers are scaled by ``exp(-log_scale)``, so that quantities beyond the range of float64 can
-    be tallied; the scale is 0 for all others.
+    All numbers are scaled by ``exp(-log_scale)``, so that quantities beyond the range of float64
+    can be tallied; the scale is 0 for all others.
     """
 
     n: int = 0
@@ -140,7 +140,7 @@ class Nearest:
 
     @classmethod
     def none(cls, n_classes: int) -> Nearest:
-        """Give the state before any pair was compared."""
+        """Make the state before any pair was compared."""
         return cls(
             np.full(n_classes, -1, np.int64),
             np.full(n_classes, np.inf),
@@ -176,7 +176,7 @@ class TopPairs:
 
     @classmethod
     def none(cls) -> TopPairs:
-        """Give no pairs."""
+        """Make the state of no pairs."""
         return cls(np.empty(0), np.empty((0, 2), np.int64))
 
     def merge(self, other: TopPairs) -> TopPairs:
