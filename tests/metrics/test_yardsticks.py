@@ -213,19 +213,6 @@ def test_floor_of_coherence_is_attained_by_a_tight_frame():
     assert CATALOGUE["nc2_coherence"].compute(s) == pytest.approx(1 / math.sqrt(5))
 
 
-def test_null_labels_follow_the_distribution_and_the_row_only():
-    counts = np.array([700, 0, 200, 100])
-    rows = np.arange(50_000)
-    labels = null_labels(rows, counts, seed=3)
-    shares = np.bincount(labels, minlength=4) / len(rows)
-    np.testing.assert_allclose(shares, counts / 1000, atol=0.01)
-    assert shares[1] == 0
-    order = np.random.default_rng(0).permutation(len(rows))
-    np.testing.assert_array_equal(null_labels(rows[order], counts, 3), labels[order])
-    other = null_labels(rows, counts, seed=4)
-    assert np.mean(other == labels) == pytest.approx(np.sum((counts / 1000) ** 2), abs=0.01)
-
-
 def collapsed(K=300, D=20, n=15, seed=0, shuffled=True) -> Features:
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(K), n)

@@ -156,35 +156,6 @@ def test_select_refuses_the_scatter_of_a_subset():
     np.testing.assert_array_equal(plain.select(kept[1:]).means, plain.means[1:])
 
 
-def accumulated(X, y, n_classes: int, scatter: bool = True) -> MomentsAccumulator:
-    accumulator = MomentsAccumulator(n_classes, X.shape[1], like=X, scatter=scatter)
-    half = y.shape[0] // 2
-    for part in (slice(half), slice(half, None)):
-        accumulator.add(X[part, :], y[part])
-    return accumulator
-
-
-@each_library
-@pytest.mark.parametrize("scatter", [True, False])
-@pytest.mark.parametrize("classes", [[], [3], [0, 2, 7, 8], [1, 2, 4, 5, 6, 9], range(10)])
-def test_finishing_the_classes_seen_leaves_out_the_others(library: Library, scatter, classes):
-    rng = np.random.default_rng(0)
-    y = rng.choice(np.array(classes, np.int64), 100 if classes else 0)
-    X = 50.0 + y[:, None] + rng.normal(size=(len(y), 3))
-    with pytest.MonkeyPatch.context() as patch:  # row by row, as if there were many classes
-        patch.setattr(
-            "ncbatch.states.moments_fold.row_blocks", lambda n: (slice(i, i + 1) for i in range(n))
-        )
-        state = accumulated(library.put(X), library.put(y), 10, scatter).seal()
-    assert library.host(state.classes).tolist() == list(classes)
-    assert (state.scatter is None) is not scatter
-    want = accumulated(X, y, 10, scatter).finish().seen()
-    for name in ("counts", "means", "traces", "scatter")[: 4 if scatter else 3]:
-        np.testing.assert_allclose(
-            library.host(getattr(state, name)), getattr(want, name), rtol=1e-12, atol=1e-9
-        )
-
-
 def test_save_and_load_round_trip(tmp_path):
     data = REGIMES["zipf"](0)
     for scatter in (True, False):

@@ -1,14 +1,11 @@
 """PairStats: equal to K x K grids of the oracle, without holding one."""
 
 import dataclasses
-import functools
 import math
 import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ncbatch.arrays.rows import StoredRows
 from ncbatch.errors import DataError, UsageError
@@ -127,27 +124,6 @@ def test_riesz_energies_beyond_float64_are_tallied_in_logarithms(how: dict):
         assert tally.log_variance == pytest.approx(
             2 * top + np.log(np.var(np.exp(logs - top))), rel=1e-7
         )
-
-
-@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=6), min_size=1, max_size=6), st.randoms())
-def test_tallies_merge_in_any_order(parts, random):
-    values = np.array([v for part in parts for v in part])
-    tallies = [Tally.of(np.array(part)) for part in parts]
-    random.shuffle(tallies)
-    total = functools.reduce(Tally.merge, tallies, Tally())
-    assert total.n == len(values)
-    if len(values):
-        scale = max(np.abs(values).max(), 1e-300)
-        assert total.mean == pytest.approx(values.mean(), abs=1e-12 * scale)
-        assert total.variance == pytest.approx(values.var(), abs=1e-10 * scale**2)
-
-
-def test_tallies_of_different_scales_merge():
-    a, b = Tally.of(np.array([1.0, 2.0]), 0.0), Tally.of(np.array([3.0, 5.0]), math.log(10.0))
-    values = np.array([1.0, 2.0, 30.0, 50.0])
-    for total in (a.merge(b), b.merge(a)):
-        assert math.exp(total.log_abs_mean) == pytest.approx(values.mean())
-        assert math.exp(total.log_variance) == pytest.approx(values.var())
 
 
 def test_only_what_is_asked_for_is_computed():
@@ -355,21 +331,6 @@ def test_means_in_a_file_give_what_means_in_memory_give(tmp_path, how, K: int, D
     for f in dataclasses.fields(PairStats):
         assert_same(getattr(got, f.name), getattr(expected, f.name), 1e-12)
     assert [path.name for path in tmp_path.iterdir()] == ["means"]  # nothing is left beside it
-
-
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_tile_gives_its_distances_whatever_asks_for_it(tmp_path, stored: bool):
-    means = awkward_means(30, 4)
-    rows = in_file(tmp_path / "means", means) if stored else means
-    pairs = PairTiles(rows, means.mean(axis=0), quantities=[])
-    d2 = np.sum((means[:, None] - means).astype(np.longdouble) ** 2, axis=-1).astype(float)
-    some = np.array([3, 29, 7])
-    for columns in (slice(0, 10), slice(5, 30)):
-        for x in (some, pairs.block(some)):
-            for y in (columns, pairs.block(columns)):
-                squares = pairs.square_distances(x, y)
-                np.testing.assert_allclose(squares, d2[some, columns], rtol=1e-6, atol=1e-20)
-                np.testing.assert_array_equal(pairs.apart(x, y, squares), d2[some, columns] > 1e-20)
 
 
 def test_tiles_are_those_of_the_list():

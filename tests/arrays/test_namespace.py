@@ -1,10 +1,11 @@
-"""The first row that is not finite, in every dtype that stores have."""
+"""Conversions between libraries; the first row that is not finite, in every dtype of stores."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from ncbatch.arrays.namespace import first_nonfinite_row
+from tests.libraries import Library, each_library
 from tests.strategies import DTYPES
 
 
@@ -34,3 +35,12 @@ def test_byte_order_and_no_rows():
     assert first_nonfinite_row(np.array([[1.0], [np.nan]], ">f2")) == 1
     assert first_nonfinite_row(np.empty((0, 3), np.float16)) is None
     assert first_nonfinite_row(np.empty((3, 0), np.float16)) is None
+
+
+@each_library
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_first_nonfinite_row(library: Library, bad: float):
+    rows = np.zeros((5, 3))
+    assert first_nonfinite_row(library.put(rows)) is None
+    rows[3, 1] = rows[4, 0] = bad
+    assert first_nonfinite_row(library.put(rows)) == 3
