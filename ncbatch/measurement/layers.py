@@ -110,6 +110,7 @@ class Layer:
         if self.selection is not None:
             return len(self.selection.classes)
         n_used = min(self.store.n_classes, max(self.train.most_classes, 1))
+        # A filter by counts may use all classes, as far as a plan can know.
         listed = self.options.classes
         return n_used if listed is None else min(n_used, len(set(listed)))
 
@@ -248,6 +249,7 @@ class Layer:
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of all that the values depend on, by what they are recorded under."""
+        # What was not read is not recorded: it may change, and the values hold.
         needed = {
             "fingerprint": True,
             "test_fingerprint": self.reads & {"decisions", "test"},
@@ -273,6 +275,7 @@ class Layer:
             "state": state,
             "place": f"{self.store.path}/{source.name}/{self.layer}",
             "fingerprint": self.fingerprint_of(source),
+            # Sums in another order or of other products must not be mixed with these.
             "precision": self.options.precision,
             "skip_nonfinite": self.options.skip_nonfinite,
             "device": self.options.device,
@@ -298,6 +301,7 @@ class Layer:
 
     def check_chunks(self) -> None:
         """Refuse missing chunks in every split that will be read."""
+        # Train may be test as well; it is looked through once.
         for source in {source.name: source for source in self.used.values()}.values():
             source.check_chunks()
 
@@ -350,6 +354,7 @@ def store_names(paths: Sequence[str]) -> list[str]:
     """
     places = [absolute(path) for path in paths]
     parts = [[part for part in path.split(os.sep) if part] for path in places]
+    # Suffixes, not paths: names stay when the folder of all stores moves.
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
@@ -402,6 +407,7 @@ def find_layers(
         for name, store in opened.items()
         for layer in _layers_of_store(name, store, names, options, scanned)
     ]
+    # A split that was named and gives nothing is a mistake; one taken by default is not.
     for split, has in (
         (options.test, [layer.test is not None for layer in every]),
         (options.ood, [layer.ood is not None for layer in every]),
@@ -467,6 +473,7 @@ class _Part:
         DataError
             When there are no samples, or fewer than two classes.
         """
+        # Labels are read once for all layers, states are each of their own samples.
         counts = source.counts() if source.no_samples else self._label_counts
         selection = select_classes(
             counts,
@@ -509,6 +516,7 @@ def _layers_of_store(
     assert train is not None
     test = _Part.find(store, options.test or "test", required=options.test is not None)
     ood = _Part.find(store, options.ood or "ood", required=options.ood is not None)
+    # Layers that were named need not be in every split, only in train.
     names = train.layers if layers is None else layers
     for part in (train, test, ood):
         if part is not None:
@@ -522,6 +530,7 @@ def _layers_of_store(
             where = f"split '{train.name}' of {store.path}"
             raise unknown_name("layer", layer, train.layers, where)
         means.check_width()
+        # Decisions may stand alone in test; the other splits are of use by their moments only.
         outside = None if ood is None else ood.source(layer, MOMENTS)
         if outside is not None and outside.is_empty(scanned=scanned):
             outside = None

@@ -76,6 +76,7 @@ class _RowsPass(_FoldPass):
         return accumulator
 
     def _staged(self, accumulator: Any, item: Item) -> Iterator[tuple[Any, ...]]:
+        # Blocks are staged on the host, ahead of the device, which streams them.
         beside = self._beside(item)
         for block in self.source.blocks(item):
             accumulator.skip(block.n_skipped)
@@ -106,6 +107,7 @@ class MomentsFold:
 
     def add(self, features: Array, *drawn: Array) -> None:
         """Fold a block: features (B, D), and labels (B,) for each accumulator."""
+        # One read, one upload of the features, for as many labellings as there are.
         for accumulator, labels in zip(self._accumulators.values(), drawn, strict=True):
             if self._block is None:
                 accumulator.add(features, labels)
@@ -138,6 +140,7 @@ class MomentsFold:
         for accumulator in self._accumulators.values():
             state = Moments.from_arrays(accumulator.seal().to_arrays())
             assert state.classes is not None
+            # A block counts its classes from 0; states are over the places of all that are used.
             states.append(replace(state, classes=state.classes + first))
         return MomentsRead(replace(states[0], skipped=self._skipped), *states[1:])
 
@@ -251,6 +254,7 @@ class DecisionsPass(_RowsPass):
     def _beside(self, item: Item) -> Any:
         if self.classifier is not None:
             return lambda block: ()
+        # Predictions are small beside features: those of an item are read at once.
         predictions = self.source.split.predictions(item.start, item.stop).astype(np.int64)
         return lambda block: (predictions[block.numbers - item.start],)
 

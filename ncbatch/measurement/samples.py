@@ -100,6 +100,7 @@ def count_labels(split: Split) -> Index:
                 f"of {split.where}",
                 f"labels below {split.n_classes}, the classes of the store",
             )
+        # Rows below 0 are holes or no samples.
         counts += np.bincount(labels[labels >= 0], minlength=split.n_classes)
     return counts
 
@@ -127,6 +128,7 @@ def select_classes(
     DataError
         When a class id is not below K.
     """
+    # A class without samples has no mean, so that it is never used.
     used = counts >= max(min_count, 1)
     if max_count is not None:
         used &= counts <= max_count
@@ -170,6 +172,7 @@ class MomentsRead:
 
     def merge(self, other: MomentsRead) -> MomentsRead:
         """Combine with what other rows gave."""
+        # Both have it or neither: whether there is a null is an option of the whole read.
         null = None
         if self.null is not None and other.null is not None:
             null = self.null.merge(other.null)
@@ -427,6 +430,7 @@ class Samples:
     def items(self) -> list[Item]:
         """Ranges of whole chunks: about a sixteenth of the rows each, and at most 64 chunks."""
         width = self.split.spec(self.layer).row_bytes
+        # Of the data alone, not of memory or workers: a run that goes on must find the same items.
         ranges = cut(0, self.split.n_rows, self.chunk_rows, ITEM_CHUNKS, ITEMS)
         return [Item(start, stop, (stop - start) * width) for start, stop in ranges]
 
@@ -469,6 +473,7 @@ class Samples:
             for start in range(0, len(rows), self.block_rows):
                 part = slice(start, start + self.block_rows)
                 kept = np.flatnonzero(y[part] >= 0)
+                # Choosing rows copies them; most chunks have none to leave out.
                 all_kept = kept.size == y[part].size
                 block = rows[part] if all_kept else rows[part][kept]
                 yield self._finite(block, y[part][kept], kept + (first + start))
@@ -495,6 +500,7 @@ class Samples:
         return y
 
     def _finite(self, block: npt.NDArray[Any], labels: Index, numbers: Index) -> Block:
+        # One pass over the block, where `isfinite` of all would write a mask as large.
         row = first_nonfinite_row(block) if len(block) else None
         if row is None:
             return Block(block, labels, numbers)
@@ -662,6 +668,7 @@ class Finished:
             raise self._bad(
                 MOMENTS, f"{samples.shape} counts of {classes.shape} classes", "one per class"
             )
+        # `index` and binary searches rely on ascending ids, each once.
         within = not len(classes) or (classes[0] >= 0 and classes[-1] < k)
         if not within or np.any(np.diff(classes) <= 0) or np.any(samples < 1):
             raise self._bad(
@@ -698,6 +705,7 @@ class Finished:
                 return "no classifier and no predictions"
             return f"no samples and no decisions of split '{self.name}'"
         about = self._attributes(DECISIONS)
+        # Means of features have no fingerprint of this kind: nobody can say that they decided.
         means = train.moments_fingerprint if about.get("means_split") == train.name else None
         if means is None or about.get("means_fingerprint") != means:
             return f"decisions of split '{self.name}' are by other class means"
@@ -716,6 +724,7 @@ class Finished:
         d = self.n_features
         square = d**2 * 8 * reading.scatter
         means = min(reading.n_classes, self.most_classes) * d * 8
+        # On a cluster the state is held once more as it is sent.
         held = 0 if mode.stored else means * (2 if mode.merged else 1)
         price = Price(
             reading.planned,
@@ -761,10 +770,12 @@ class Finished:
                 raise self._bad(
                     MOMENTS, f"array '{name}' of shape {arrays[name].shape}", str(shape)
                 )
+        # Shapes are refused before anything large is read.
         counts = self.counts()
         ids = np.flatnonzero(counts)
         places = np.arange(len(ids)) if index is None else index[ids]
         used = places >= 0
+        # Outer products of single classes are not in the pooled sum.
         if scatter and not used.all():
             raise self._bad(MOMENTS, "the scatter of some classes", "that of all classes seen")
         return MomentsRead(

@@ -1,4 +1,4 @@
-"""The steps of measuring a layer: every statistic is one function, which makes its steps and prices.
+"""The steps of measuring a layer: each statistic is one function of its steps with their prices.
 
 `STATISTICS` is the one list of them. A plan makes the same steps as a run, but of metadata alone:
 it knows neither the classes used nor what the data hash to.
@@ -94,6 +94,7 @@ class Work:
         k = layer.n_used
         d = self.n_features
         states = 2 if layer.null else 1
+        # The null has a scatter too: it is made of that of the samples.
         scatter = d * d * 8 if "scatter" in layer.reads else 0
         held = states * (k * _CLASS_BYTES + scatter) + layer.store.n_classes * 32
         held += layer.train.bytes_left
@@ -109,7 +110,7 @@ class Work:
 
     @cached_property
     def held_outside(self) -> int:
-        """Bytes of the class means of outside data, which may linger when only their mean is left."""
+        """Bytes of class means of outside data, which may linger when only their mean is left."""
         ood = self.layer.ood
         if ood is None or "ood" not in self.layer.reads or self.mode.stored:
             return 0
@@ -206,6 +207,7 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
         selection.counts[selection.classes] if reading.null and selection is not None else None,
         options.null_seed,
     )
+    # All blocks together have one price, which the first of them carries.
     price: Price | None = _moments_price(work, samples, reading)
     n = work.mode.class_blocks
     blocks = list(cut(0, k, 1, most=-(-k // n), parts=n)) if work.mode.stored else [None]
@@ -214,6 +216,7 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
         name, label, about = reading.name, reading.label, reading.about
         if block is not None:
             about = {**about, "class_block": list(block)}
+        # A single block has the name of the whole, which is what it is.
         if block is not None and len(blocks) > 1:
             name += f"-{i}"
             label += f", classes {block[0]}..{block[1] - 1}"
@@ -236,6 +239,7 @@ def _moments_price(work: Work, samples: Samples, reading: Reading) -> Price:
     block_rows = samples.block_rows
     d = samples.n_features
     b = mode.class_blocks
+    # Classes of the largest block.
     k = -(-reading.n_classes // b)
     states = 2 if reading.null else 1
 
@@ -245,6 +249,7 @@ def _moments_price(work: Work, samples: Samples, reading: Reading) -> Price:
             d,
             block_rows,
             scatter=scatter,
+            # Nothing is compiled for arrays of a device.
             n_rows=0 if on_device else n_rows,
             itemsize=8 if samples.wide else 4,
         )
@@ -278,23 +283,15 @@ def _moments_price(work: Work, samples: Samples, reading: Reading) -> Price:
 # Pairs of class means, under the labels and under labels at random.
 
 
-def sweep_pairs(work: Work) -> Iterator[Step]:
-    """Sweep all pairs of class means."""
-    return _pairs(work, "pairs", work.layer.quantities)
-
-
-def sweep_null_pairs(work: Work) -> Iterator[Step]:
-    """Sweep all pairs of class means under labels at random."""
-    return _pairs(work, "null_pairs", work.layer.null_quantities)
-
-
-def _pairs(work: Work, name: str, quantities: frozenset[str]) -> Iterator[Step]:
+def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
+    """Sweep all pairs of class means, under the labels or under labels at random."""
+    layer = work.layer
+    name = "null_pairs" if null else "pairs"
+    quantities = layer.null_quantities if null else layer.quantities
     if not quantities:
         return
-    layer = work.layer
     options = layer.options
     stored = work.mode.stored
-    null = name == "null_pairs"
     k = layer.n_used
     d = work.n_features
     label = f"{name.replace('_', ' ')} of {layer.where}"
@@ -408,11 +405,13 @@ def decide(work: Work) -> Iterator[Step]:
     d = work.n_features
     n_classes = layer.store.n_classes
     stored = work.mode.stored
+    # Rules score in the dtype of the features, and decide near-ties in float64.
     itemsize = 8 if layer.train.wide else 4
 
     def rule(n: int, stored: bool) -> int:
         return Rule.peak_bytes(n, d, samples.block_rows, itemsize, stored=stored)
 
+    # One rule over the means of the classes used, one over all rows of the classifier.
     # FAISS holds a copy of the means, stored ones too.
     arrays = rule(k, stored and layer.options.ncc != "faiss")
     scores = k
@@ -445,6 +444,7 @@ def _decided_index(layer: Layer) -> Index | None:
     selection = layer.selection
     if selection is None or not selection.filtered:
         return None
+    # Decisions are over all K ids, whatever is used: the classifier chooses among all.
     return np.where(selection.index >= 0, np.arange(layer.store.n_classes), -1)
 
 
@@ -488,6 +488,7 @@ def sweep_directions(work: Work) -> Iterator[Step]:
 
 def _directional_pass(layer: Layer, samples: Samples, measured: Measured) -> DirectionalPass:
     index = np.full(layer.store.n_classes, -1, np.int64)
+    # Not those selected: rows that are not finite may have left a class without samples.
     index[measured.classes] = np.arange(len(measured.classes))
     statistics = measured.statistics
     pairs = PairTiles(statistics.moments.means, statistics.global_mean, quantities=[])
@@ -526,7 +527,7 @@ STATISTICS = (
     Statistic("scatter", Layer.no_scatter, read_moments),
     Statistic("ood", Layer.no_ood, read_outside),
     Statistic("pairs", _always, sweep_pairs),
-    Statistic("null_pairs", _always, sweep_null_pairs),
+    Statistic("null_pairs", _always, partial(sweep_pairs, null=True)),
     Statistic("classifier", Layer.no_classifier, lambda work: ()),
     Statistic("decisions", Layer.no_decisions, decide),
     Statistic("test", Layer.no_test, read_test),
@@ -537,6 +538,7 @@ STATISTICS = (
 def job_of(layer: Layer, mode: Mode, folder_of: Callable[[About], Path] | None = None) -> Job:
     """Make the job that measures a layer; without `folder_of` only for its prices."""
     work = Work(layer, mode, folder_of)
+    # The last step of each statistic has its result; those before only lead to it.
     chains = [steps for each in STATISTICS if (steps := list(each.steps(work)))]
     names = tuple(steps[-1].name for steps in chains)
     scatter = "scatter" in layer.reads
@@ -577,6 +579,7 @@ def choose_mode(
 
     modes = [Mode(merged=merged)]
     blocks = 1
+    # Each way needs less memory than the one before it, and reads the data more often.
     while blocks <= min(MAX_CLASS_BLOCKS, max(layer.n_used, 1)):
         modes.append(Mode(blocks, stored=True, merged=merged))
         blocks *= 2
@@ -626,7 +629,8 @@ def choose_tasks(
             raise DataError(
                 f"metric '{metric.name}' cannot be measured: {why}",
                 "a store that has what it reads",
-                "see 'ncbatch metrics' for what each metric reads, 'ncbatch info' for what is there",
+                "see 'ncbatch metrics' for what each metric reads, 'ncbatch info' for what is "
+                "there",
             )
     return tasks
 
@@ -637,6 +641,7 @@ def _with_metrics(layer: Layer, wanted: list[Metric]) -> Layer:
     applied: list[str] = []
     missing: dict[str, tuple[str, ...]] = {}
     for metric in wanted:
+        # One reason is enough, and always the same one.
         reasons = [why for name in sorted(metric.reads) if (why := absent.get(name))]
         if reasons:
             missing[reasons[0]] = (*missing.get(reasons[0], ()), metric.name)

@@ -59,6 +59,7 @@ def measured_of(layer: Layer, read: MomentsRead) -> Measured:
     put = device_put(layer.options.device, moments.means)
     statistics = _statistics(layer, _moved(moments, put))
     null = None
+    # Drawn labels may fall into one class only, of few samples; then there is no null to tell.
     if layer.null and read.null is not None and len(read.null.means) > 1:
         drawn = _moved(read.null, put)
         if "scatter" in layer.reads:
@@ -77,6 +78,7 @@ def _moved(moments: Moments, put: Callable[[Any], Any]) -> Moments:
     means = moments.means
     return Moments(
         put(moments.counts),
+        # Means in a file are read block by block, wherever the products are.
         means if isinstance(means, StoredRows) else put(means),
         put(moments.traces),
         None if moments.scatter is None else put(moments.scatter),
@@ -127,9 +129,9 @@ def _complete(layer: Layer, measured: Measured, results: dict[str, Any]) -> Stat
     test: MomentsRead | None = states.pop("test", None)
     if test is not None:
         statistics = replace(statistics, test=_aligned(layer, test.moments, measured))
-    own = {each.name for each in fields(Statistics)} & set(states)
-    others = {name: state for name, state in states.items() if name not in own}
-    return replace(statistics, others=others, **{name: states[name] for name in own})
+    known = {each.name for each in fields(Statistics)} & set(states)
+    others = {name: state for name, state in states.items() if name not in known}
+    return replace(statistics, others=others, **{name: states[name] for name in known})
 
 
 def _aligned(layer: Layer, test: Moments, measured: Measured) -> Moments:
@@ -138,6 +140,7 @@ def _aligned(layer: Layer, test: Moments, measured: Measured) -> Moments:
     put = device_put(layer.options.device, measured.statistics.moments.means)
     held = test.classes
     assert held is not None
+    # Views choose among rows: of no class at all there must be one, which counts call empty.
     if not len(held):
         means = np.zeros((1, means.shape[1]))
     classes = layer.selected.index[measured.classes]
@@ -188,6 +191,7 @@ def _values(layer: Layer, statistics: Statistics) -> Cell:
     for metric in layer.metrics:
         try:
             cell.values[metric.name] = metric.compute(statistics)
+        # A metric without a value is NaN with its reason, and never the end of a run.
         except Undefined as reason:
             cell.reasons[metric.name] = str(reason)
             continue
@@ -200,6 +204,7 @@ def _values(layer: Layer, statistics: Statistics) -> Cell:
     cell.counts |= _counts(layer, statistics)
     rounding = _ROUNDING.get(layer.options.precision)
     if "rank" in cell.counts and rounding is not None:
+        # The pseudo-inverse divides by the smallest eigenvalue that counts.
         error = rounding / max(cell.counts["smallest_ratio"], rounding)
         if error > _PROMISED_ERROR:
             cell.notes.append(
@@ -213,6 +218,7 @@ def _counts(layer: Layer, statistics: Statistics) -> dict[str, float]:
     k = statistics.n_classes
     samples = layer.selected.counts
     counts: dict[str, float] = {
+        # What was used, and all that was left out: no row and no class goes silently.
         "n_samples": statistics.moments.n_samples,
         "n_classes": k,
         "n_classes_unseen": int(np.count_nonzero(samples == 0)),
