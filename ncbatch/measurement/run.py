@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
+import psutil
 import xarray as xr
 
 from ncbatch.arrays.devices import find_device
@@ -96,28 +97,28 @@ class Workers:
         UsageError
             When the memory is no size, or the device is not there.
         """
+        at_once = sharers = 1
         if client is None:
-            found = [_own(device)]
-            at_once, sharers = 1, 1
+            machines = [_Machine.look(device)]
         else:
-            found = list(client.run(_own, device).values())
+            machines = list(client.run(_Machine.look, device).values())
             workers = client.scheduler_info(n_workers=-1)["workers"].values()
             at_once = max(worker["nthreads"] for worker in workers)
+            # Workers of one host share its memory, each of them may take its part.
             hosts = [worker["host"] for worker in workers]
             sharers = max(hosts.count(host) for host in hosts)
-        kind = found[0][0]
-        if any(other[0] != kind for other in found):
+        first = machines[0]
+        if any(machine.device != first.device for machine in machines):
             raise UsageError(
                 "workers with and without a GPU", "one kind", "say --device cpu or --device cuda"
             )
-        free = min(available for *_, available in found)
-        base = max(resident for _, _, resident, _, _ in found)
-        budget = memory_budget(memory) if memory is not None else base + free // sharers
-        devices = [own for _, _, _, own, _ in found if own is not None]
-        return cls(
-            client, budget, base, at_once, kind, found[0][1],
-            int(min(devices) * _DEVICE_SHARE) if devices else None, shares_disk,
-        )  # fmt: skip
+        # Any worker may get any task: what the poorest has is what tasks are chosen for.
+        available = min(machine.available for machine in machines)
+        base = max(machine.resident for machine in machines)
+        budget = memory_budget(memory) if memory is not None else base + available // sharers
+        rooms = [m.device_memory for m in machines if m.device_memory is not None]
+        room = int(min(rooms) * _DEVICE_SHARE) if rooms else None
+        return cls(client, budget, base, at_once, first.device, first.name, room, shares_disk)
 
     def place(self, tasks: Sequence[Layer]) -> list[Layer]:
         """Let tasks run where these workers compute."""
@@ -127,8 +128,8 @@ class Workers:
 
     def plan(self, tasks: Sequence[Layer]) -> tuple[Plan, list[Mode]]:
         """Choose how each task is measured, and say what all of it costs."""
-        # What an interpreter holds varies by a few MiB; class blocks shall not vary with it, or a run
-        # that was killed could not go on with its kept blocks.
+        # What an interpreter holds varies by a few MiB; class blocks shall not vary with it, or a
+        # run that was killed could not go on with its kept blocks.
         base = -(-self.base_bytes // _BASE_STEP) * _BASE_STEP
         room = (self.budget - base) // self.at_once
         merged = self.client is not None
@@ -144,74 +145,75 @@ class Workers:
         ]
         return Plan(prices, self.base_bytes, self.budget, self.at_once, notes), modes
 
-    def run(
-        self,
-        tasks: Sequence[Layer],
-        modes: Sequence[Mode],
-        disk_bytes: int,
-        progress: Progress | None,
-        state: Path | None,
+    def measure(
+        self, tasks: Sequence[Layer], progress: Progress | None, state: Path | None
     ) -> list[Cell]:
-        """Measure every task; class means in files take `disk_bytes`."""
+        """Measure every task, once it is sure that all fit and that their chunks are there."""
+        plan, modes = self.plan(tasks)
+        check_budget(plan)
+        for task in tasks:
+            task.check_chunks()
         if any(mode.stored for mode in modes) and not self.shares_disk and state is None:
             raise UsageError(
-                "class means that must go to files, on a cluster that may share no disk with this machine",
+                "class means that must go to files, on a cluster that may share no disk with this "
+                "machine",
                 "a directory that every worker reaches",
                 "give it with --state DIR, or give the workers more --memory",
             )
-        with _scratch(disk_bytes, state) as scratch:
-
-            def folder_of(about: About) -> Path:
-                return scratch if state is None else Kept(state, about).folder
-
+        with _folders(plan.disk_bytes, state) as folder_of:
             jobs = [job_of(task, mode, folder_of) for task, mode in zip(tasks, modes, strict=True)]
-            if self.client is None:
+            if self.client is None or not jobs:
                 return run_jobs(jobs, progress, state)
+            # Loading Dask takes longer than measuring a small store.
             from ncbatch.engine.graph import run_graph
 
             return run_graph(self.client, jobs, progress, state)
 
 
-def _own(device: str) -> tuple[Literal["cpu", "cuda"], str, int, int | None, int]:
-    """Give this process's device and memory: kind, name, resident, GPU memory, available."""
-    import psutil
+class _Machine(NamedTuple):
+    """What a process has: its device, and bytes resident and available, of the device and of all."""
 
-    found = find_device(device)
-    return (
-        "cpu" if found.name == "cpu" else "cuda", found.name, resident_bytes(), found.free_bytes(),
-        int(psutil.virtual_memory().available),
-    )  # fmt: skip
+    device: Literal["cpu", "cuda"]
+    name: str
+    resident: int
+    device_memory: int | None
+    available: int
+
+    @classmethod
+    def look(cls, asked: str) -> _Machine:
+        """Find what this process has, on the device that was asked for."""
+        device = find_device(asked)
+        kind: Literal["cpu", "cuda"] = "cpu" if device.name == "cpu" else "cuda"
+        available = int(psutil.virtual_memory().available)
+        return cls(kind, device.name, resident_bytes(), device.free_bytes(), available)
 
 
 @contextmanager
-def _scratch(needed: int, state: Path | None) -> Iterator[Path]:
-    """Give a folder for class means that are not held in memory: of the kept state, or our own."""
-    if not needed:
-        yield Path()
-        return
-    if state is not None:
-        folder = state
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="ncbatch-"))
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise BudgetError(
-                f"{format_bytes(free)} free in '{folder}' for class means in files",
-                f"{format_bytes(needed)}",
-                "give --state a directory with more room, or more --memory",
-            )
-        yield folder
-    finally:
-        if state is None:
-            shutil.rmtree(folder, ignore_errors=True)
+def _folders(needed: int, state: Path | None) -> Iterator[Callable[[About], Path]]:
+    """Make room for `needed` bytes of class means; yields what tells the folder for a state's.
+
+    It is where the state is kept or, without kept states, a folder that is deleted in the end.
+    """
+    scratch: Any = nullcontext(state or Path())
+    if needed and state is None:
+        scratch = tempfile.TemporaryDirectory(prefix="ncbatch-", ignore_cleanup_errors=True)
+    with scratch as folder:
+        if needed:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise BudgetError(
+                    f"{format_bytes(free)} free in '{folder}' for class means in files",
+                    f"{format_bytes(needed)}",
+                    "give --state a directory with more room, or more --memory",
+                )
+        yield lambda about: Path(folder) if state is None else Kept(state, about).folder
 
 
 # Provenance: cells become a Dataset that says what was measured, how, when and where.
 
 
-def arranged(
+def arrange(
     tasks: list[Layer],
     measured: Mapping[At, Cell],
     metrics: list[Metric],
@@ -320,32 +322,27 @@ def measure(
     with _cluster(asked) as client:
         workers = Workers.find(client, asked.memory, asked.device, shares_disk=_is_local(asked))
         tasks = workers.place(tasks)
-        left = tasks if saved is None else _to_measure(tasks, saved, progress)
-        cells = _measured(left, workers, progress, _state_folder(asked.state))
+        todo = tasks if saved is None else _unserved(tasks, saved, progress)
+        cells = workers.measure(todo, progress, _state_folder(asked.state))
     return with_collapse(
-        arranged(tasks, cells, applied, workers.device_name, saved), asked.collapse_below
+        arrange(
+            tasks,
+            {(task.name, task.layer): cell for task, cell in zip(todo, cells, strict=True)},
+            applied,
+            workers.device_name,
+            saved,
+        ),
+        asked.collapse_below,
     )
 
 
-def _to_measure(tasks: list[Layer], saved: Saved, progress: Progress | None) -> list[Layer]:
-    """Give the layers that saved results do not serve."""
-    left = [task for task in tasks if not saved.serves(task)]
-    if progress and len(left) < len(tasks):
-        served = len(tasks) - len(left)
+def _unserved(tasks: list[Layer], saved: Saved, progress: Progress | None) -> list[Layer]:
+    """Find the layers that saved results do not serve."""
+    unserved = [task for task in tasks if not saved.serves(task)]
+    if progress and len(unserved) < len(tasks):
+        served = len(tasks) - len(unserved)
         progress.note(f"{served} of {len(tasks)} layers are taken from {saved.where}")
-    return left
-
-
-def _measured(
-    tasks: list[Layer], workers: Workers, progress: Progress | None, state: Path | None
-) -> dict[tuple[str, str], Cell]:
-    """Measure layers, once it is sure that they fit and that their chunks are there."""
-    plan, modes = workers.plan(tasks)
-    check_budget(plan)
-    for task in tasks:
-        task.check_chunks()
-    found = workers.run(tasks, modes, plan.disk_bytes, progress, state) if tasks else []
-    return {(task.name, task.layer): cell for task, cell in zip(tasks, found, strict=True)}
+    return unserved
 
 
 def _check_threshold(below: float | None, wanted: list[Metric]) -> None:
