@@ -14,11 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 import ncbatch as nc
-from ncbatch.errors import NcbatchError
-from ncbatch.results.tables import ProgressBar, notes, result_tables
 
 
 def parse() -> argparse.Namespace:
@@ -48,19 +44,14 @@ def main() -> None:
         precision=options.precision,
         memory=options.memory,
         state=options.state,
-        progress=ProgressBar(),
     )
     nc.save_results(results, options.out)
-    console = Console()
-    for table in result_tables(results):
-        console.print(table)
-    console.print(f"device: {results.attrs['device']}", highlight=False)
-    for line in notes(results):
-        console.print(line)
+    print(results)
+    print(f"device: {results.attrs['device']}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except NcbatchError as error:
+    except nc.NcbatchError as error:
         sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""A real scheduler with two workers, started as processes on loopback, and a way to kill a worker."""
+"""A real scheduler with two workers, as processes on loopback, and a way to kill a worker."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ ROOT = Path(__file__).parents[1]
 
 @contextmanager
 def dask_process(*arguments: object, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``dask ...``; the modules of the tests can be imported there, so that tasks may be theirs."""
+    """Run ``dask ...``; tests can be imported there, so that tasks may be theirs."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dask", *map(str, arguments)],
-            stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent,
-        )  # fmt: skip
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=log.parent,
+        )
         try:
             yield process
         finally:
@@ -52,7 +55,7 @@ def wait_for_file(file: Path, seconds: float = 60) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def scheduler_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Start a scheduler and give its file; it has two workers of one thread, whose nannies restart them."""
+    """Start a scheduler with two workers of one thread, whose nannies restart them; its file."""
     folder = tmp_path_factory.mktemp("dask")
     file = folder / "scheduler.json"
     loopback = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
@@ -71,7 +74,7 @@ def scheduler_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def scheduler_address(scheduler_file: Path) -> str:
-    """Give the address of a scheduler with two workers of one thread, whose nannies restart them."""
+    """Return the address of that scheduler."""
     return str(wait_for_file(scheduler_file)["address"])
 
 

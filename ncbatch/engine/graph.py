@@ -171,6 +171,7 @@ class _Graph:
                 self._client.cancel(list(ends.values()))
             # Dask blames all tasks that wait on a worker that dies, so each is tried alone.
             suspects = [self._leaves[key] for key in deaths if key in self._leaves]
+            others = [key for key in deaths if key not in self._leaves]
             self._leaves = {}
             for leaf in suspects:
                 if self._kills_alone(leaf):
@@ -178,7 +179,7 @@ class _Graph:
             # A merge, or an item, may have waited on a worker that died; twice is no accident.
             n_unexplained += bool(deaths)
             if n_unexplained > _UNEXPLAINED:
-                raise _deadly(suspects[0]) if suspects else _died_of(deaths[0])
+                raise _died_of(others[0]) if others else _deadly(suspects[0])
         return [results[j] for j in range(len(jobs))]
 
     def _submit_job(self, job: Job) -> Any:

@@ -1,4 +1,4 @@
-"""A pass that knows no neural collapse, for tests of the engine; in a module of its own for workers."""
+"""A pass that knows no neural collapse; in a module of its own, which workers can import."""
 
 from __future__ import annotations
 

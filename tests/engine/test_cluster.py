@@ -1,4 +1,4 @@
-"""Opening clusters: what may be named, where they listen, what they leave behind, and who may use them."""
+"""Opening clusters: what may be named, where they listen, what they leave, who may use them."""
 
 from __future__ import annotations
 

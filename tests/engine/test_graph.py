@@ -52,9 +52,13 @@ def job(work: Counting, name="job", about=None) -> Job:
     about = about or {"state": "count", "place": name, "fingerprint": name}
     sweep = Sweep("count", f"counting {name}", partial(_give, work), items, about=about)
     double = Sweep(
-        "double", f"double {name}", _doubled, [Item(0, 1, 1)], needs=("count",),
+        "double",
+        f"double {name}",
+        _doubled,
+        [Item(0, 1, 1)],
+        needs=("count",),
         about={**about, "state": "double"},
-    )  # fmt: skip
+    )
     return Job(name, (sweep, double, Call("text", _both, ("count", "double"))))
 
 
