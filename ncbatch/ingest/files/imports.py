@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,175 +17,13 @@ import numpy.typing as npt
 from ncbatch.engine.jobs import Progress
 from ncbatch.engine.options import Limits
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.ingest.files.labels import Sources, masked_labels
+from ncbatch.ingest.files.labels import Opened, Sources
 from ncbatch.ingest.files.layers import Layers, RowStream, open_rows, read_rows_of
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import DTYPES, check_name
 from ncbatch.store.place import delete_store, is_remote, is_there
 from ncbatch.store.split import Split
 from ncbatch.store.writer import LayerWriter, Writer
-
-# What is checked of labels and predictions before an import writes anything.
-
-
-def check_classes(
-    store: FeatureStore | None, y: RowStream | None, p: RowStream | None, n_classes: int | None
-) -> tuple[int, int]:
-    """Check every label and prediction against K.
-
-    Parameters
-    ----------
-    store : FeatureStore or None
-        Where rows go; None for a new one.
-    y, p : RowStream or None
-        Labels and predictions (N,).
-    n_classes : int or None
-        K as the user gives it.
-
-    Returns
-    -------
-    tuple of int
-        K, and how many labels are not negative.
-
-    Raises
-    ------
-    DataError
-        When one is K or more, named by row, or no label is a class.
-    """
-    if store is not None:
-        k: int | None = store.n_classes
-        if n_classes is not None and n_classes != k:
-            raise DataError(f"--classes {n_classes}", f"{k}, as recorded in {store.path}")
-    else:
-        k = n_classes
-    n_samples = 0
-    for stream in (y, p):
-        if stream is None:
-            continue
-        row, top, count = _largest(stream)
-        if stream is y:
-            n_samples = count
-            _check_samples(stream, count)
-        if k is None:
-            k = max(top + 1, 1)
-        if top >= k:
-            raise DataError(
-                f"{stream.what.removesuffix('s')} {top} in {stream.row_of(row)}",
-                f"{stream.what} below {k}, the number of classes",
-                "give a larger --classes" if store is None else "",
-            )
-    assert k is not None
-    return k, n_samples
-
-
-def _check_samples(labels: RowStream, n_samples: int) -> None:
-    if not n_samples:
-        raise DataError(
-            f"none of the {labels.n_rows} rows is a sample",
-            "a label from 0 on that no mask leaves out",
-            "the last token of a sequence has no next one, and negative labels mark no samples",
-        )
-
-
-def _largest(stream: RowStream) -> tuple[int, int, int]:
-    """Find the first row of the largest value, the value, and how many are not negative."""
-    at, top, start, count = 0, -1, 0, 0
-    for block in stream.batches(read_rows_of(stream.dtype.itemsize)):
-        if len(block) and int(block.max()) > top:
-            top = int(block.max())
-            at = start + int(block.argmax())
-        count += int(np.count_nonzero(block >= 0))
-        start += len(block)
-    return at, top, count
-
-
-def check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
-    """Compare rows and their labels with the split that they are added to.
-
-    Raises
-    ------
-    DataError
-        When there are more or fewer, or a label differs; named by row.
-    """
-    if rows.n_rows != target.n_rows:
-        raise DataError(
-            f"{rows.n_rows} rows of features", f"{target.n_rows}, the rows of split '{target.name}'"
-        )
-    start = 0
-    for block in y.batches(read_rows_of(8)) if y is not None else ():
-        stored = target.labels(start, start + len(block))
-        differ = np.flatnonzero(np.where(block < 0, -1, block) != stored)
-        if differ.size:
-            row = int(differ[0])
-            assert y is not None
-            raise DataError(
-                f"label {int(block[row])} in {y.row_of(start + row)}",
-                f"{int(stored[row])}, as stored in split '{target.name}'",
-                "give rows in the stored order, or import into another split",
-            )
-        start += len(block)
-
-
-# What an import leaves when it fails: the store as it was.
-
-
-@contextmanager
-def undone_on_failure(path: str, split: str | None, overwrite: bool) -> Iterator[None]:
-    """Delete what the import made when it fails: the new store with its folders, or the new split.
-
-    An interrupted split that is to be replaced is moved beside the store until the new one is in,
-    where the store is a folder; it comes back when the import fails.
-
-    Parameters
-    ----------
-    path : str
-        The store, which need not exist.
-    split : str or None
-        The split that is written anew; None where layers are added to a complete one.
-    overwrite : bool
-        Whether the split may be there.
-    """
-    if is_remote(path):
-        with _undone_remotely(path, split):
-            yield
-        return
-    store = Path(path).absolute()
-    created = [place for place in (store, *store.parents) if not place.exists()]
-    home = store / split if split is not None else None
-    aside = store.with_name(f".{store.name}.{split}.{os.getpid()}")
-    began = home is not None and home.exists()
-    if home is not None and began and overwrite:
-        home.rename(aside)
-    try:
-        yield
-    except BaseException:
-        if created:
-            shutil.rmtree(store, ignore_errors=True)
-            with suppress(OSError):  # a folder that is not there, or that another process uses
-                for folder in created[1:]:
-                    folder.rmdir()
-        elif home is not None and (overwrite or not began):
-            shutil.rmtree(home, ignore_errors=True)
-            if began:
-                aside.rename(home)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _undone_remotely(path: str, split: str | None) -> Iterator[None]:
-    """Delete the new store or the new split of an object store when the import fails."""
-    created = not is_there(path)
-    began = split is not None and not created and split in FeatureStore.open(path).splits
-    try:
-        yield
-    except BaseException:
-        if created and is_there(path):
-            FeatureStore.open(path)  # never delete what is no store
-            delete_store(path)
-        elif split is not None and not created and not began:
-            FeatureStore.open(path).delete_split(split)
-        raise
 
 
 @dataclass(frozen=True)
@@ -296,53 +135,43 @@ def import_features(
     check_name("split", split)
     for name in (layer,) if isinstance(layer, str) else layer:
         check_name("layer", name)
-    given = Sources(features, labels, predictions, tokens, documents, mask, loss_mask)
-    opened = given.open(layer, axes, layer_index)
-    rows, y, p = opened.rows, opened.labels, opened.predictions
+    sources = Sources(features, labels, predictions, tokens, documents, mask, loss_mask)
+    opened = sources.open(layer, axes, layer_index)
+    rows = opened.rows
     if not rows.n_rows:
         raise DataError(f"no rows in '{features}'", "at least one row of features")
-    exists = is_there(path)
-    store = FeatureStore.open(path) if exists else None
-    target = _existing_split(store, split, overwrite) if store is not None else None
-    if target is None and y is None and "ood" not in split:
-        raise DataError(
-            f"no labels for the new split '{split}'", "--labels", "only 'ood' splits may go without"
-        )
-    if store is None and y is None and n_classes is None:
-        raise DataError(
-            f"neither labels nor a number of classes for the new store '{path}'",
-            "--classes",
-            "or import the labelled splits first",
-        )
-    if target is not None and y is None and (mask is not None or loss_mask is not None):
-        raise UsageError(
-            f"a mask without labels for split '{split}', whose labels are stored",
-            "labels to compare with them, or neither",
-        )
-    y = masked_labels(y, rows.n_rows, opened.marks)
-    k, n_samples = check_classes(store, y, p, n_classes)
+    store = FeatureStore.open(path) if is_there(path) else None
+    target = None if store is None else _find_split(store, split, overwrite)
+    if labels is None:
+        has_mask = mask is not None or loss_mask is not None
+        _check_unlabelled(path, split, target, has_mask, store is not None or n_classes is not None)
+    k, n_samples = check_classes(store, opened.labels, opened.predictions, n_classes)
     if target is not None:
-        check_against(target, rows, y)
+        check_against(target, rows, opened.labels)
     if store is not None:
         for name, width in rows.widths.items():
             store.check_width(name, width, but=None if target is None else split)
     dtype = _stored_dtype(rows)
-    head = None if p is None else rows.names[0]
+    head = None if opened.predictions is None else rows.names[0]
+    # Only what passed all checks above creates or deletes anything.
     with undone_on_failure(path, None if target is not None else split, overwrite):
-        if store is None:
-            store = FeatureStore.create(path, k, rows.widths, dtype)
+        into = store or FeatureStore.create(path, k, rows.widths, dtype)
         if target is None:
-            writer: Writer | LayerWriter = store.writer(
-                split, layers=rows.widths, dtype=dtype, n_samples=rows.n_rows, head=head,
+            writer: Writer | LayerWriter = into.writer(
+                split,
+                layers=rows.widths,
+                dtype=dtype,
+                n_samples=rows.n_rows,
+                head=head,
                 overwrite=overwrite,
-            )  # fmt: skip
+            )
         else:
-            writer = store.add_layers(split, rows.widths, dtype, head=head, overwrite=overwrite)
+            writer = into.add_layers(split, rows.widths, dtype, head=head, overwrite=overwrite)
         with writer:
-            _copy(writer, rows, y, p, progress)
-    if y is None:
+            _copy(writer, opened, dtype, progress)
+    if opened.labels is None:
         n_samples = rows.n_rows if target is None else target.n_samples
-    return Imported(store, rows.names, rows.streams[0], rows.axes, k, n_samples, not exists)
+    return Imported(into, rows.names, rows.streams[0], rows.axes, k, n_samples, store is None)
 
 
 def import_classifier(
@@ -382,10 +211,10 @@ def import_classifier(
     store = FeatureStore.open(path)
     if layer not in store.layers():
         raise unknown_name("layer", layer, store.layers(), store.path)
-    w = _whole(open_rows(weight, "weight"))[:rows]
-    b = None if bias is None else _whole(open_rows(bias, "bias"))[:rows]
-    store.set_classifier(layer, w, b)
-    return w.shape[0], w.shape[1]
+    weights = _whole(open_rows(weight, "weight"))[:rows]
+    biases = None if bias is None else _whole(open_rows(bias, "bias"))[:rows]
+    store.set_classifier(layer, weights, biases)
+    return weights.shape[0], weights.shape[1]
 
 
 def read_classes(path: str) -> list[int]:
@@ -418,35 +247,10 @@ def _whole(stream: RowStream) -> npt.NDArray[Any]:
     return blocks[0] if blocks else np.empty((0, *stream.row_shape), stream.dtype)
 
 
-def _copy(
-    writer: Writer | LayerWriter,
-    rows: Layers,
-    y: RowStream | None,
-    p: RowStream | None,
-    progress: Progress | None,
-) -> None:
-    n = rows.rows_at_once
-    dtype = np.dtype(DTYPES[_stored_dtype(rows)])
-    labels = y.batches(n) if y is not None else None
-    chosen = p.batches(n) if p is not None else None
-    if progress:
-        progress.begin(f"import of {', '.join(rows.names[:3])}", rows.n_rows, "rows")
-    try:
-        for blocks in rows.batches(n):
-            size = len(blocks[rows.names[0]])
-            given = None if labels is None else next(labels)
-            if given is None and isinstance(writer, Writer):
-                given = np.zeros(size, np.int64)
-            wide = {name: block.astype(dtype, copy=False) for name, block in blocks.items()}
-            writer.append(wide, given, None if chosen is None else next(chosen))
-            if progress:
-                progress.advance(size)
-    finally:
-        if progress:
-            progress.end()
+# -------------------------------------------------------------- what is checked before any writing
 
 
-def _existing_split(store: FeatureStore, split: str, overwrite: bool) -> Split | None:
+def _find_split(store: FeatureStore, split: str, overwrite: bool) -> Split | None:
     if split not in store.splits:
         return None
     target = store.split(split)
@@ -462,11 +266,220 @@ def _existing_split(store: FeatureStore, split: str, overwrite: bool) -> Split |
     return None
 
 
+def _check_unlabelled(
+    path: str, split: str, target: Split | None, has_mask: bool, knows_classes: bool
+) -> None:
+    """Refuse an import without labels where they, or the number of classes, must be said."""
+    if target is None and "ood" not in split:
+        raise DataError(
+            f"no labels for the new split '{split}'", "--labels", "only 'ood' splits may go without"
+        )
+    if not knows_classes:
+        raise DataError(
+            f"neither labels nor a number of classes for the new store '{path}'",
+            "--classes",
+            "or import the labelled splits first",
+        )
+    if target is not None and has_mask:
+        raise UsageError(
+            f"a mask without labels for split '{split}', whose labels are stored",
+            "labels to compare with them, or neither",
+        )
+
+
+def check_classes(
+    store: FeatureStore | None, y: RowStream | None, p: RowStream | None, n_classes: int | None
+) -> tuple[int, int]:
+    """Check every label and prediction against K.
+
+    Parameters
+    ----------
+    store : FeatureStore or None
+        Where rows go; None for a new one.
+    y, p : RowStream or None
+        Labels and predictions (N,).
+    n_classes : int or None
+        K as the user gives it.
+
+    Returns
+    -------
+    tuple of int
+        K, and how many labels are not negative.
+
+    Raises
+    ------
+    DataError
+        When one is K or more, named by row, or no label is a class.
+    """
+    k = n_classes
+    if store is not None:
+        k = store.n_classes
+        if n_classes not in (None, k):
+            raise DataError(f"--classes {n_classes}", f"{k}, as recorded in {store.path}")
+    # Labels first: they may say what K is, and then predictions must be below it.
+    n_samples = 0
+    for stream in filter(None, (y, p)):
+        largest = _find_largest(stream)
+        if stream is y:
+            n_samples = largest.n_samples
+            if not n_samples:
+                raise DataError(
+                    f"none of the {stream.n_rows} rows is a sample",
+                    "a label from 0 on that no mask leaves out",
+                    "the last token of a sequence has no next one, "
+                    "and negative labels mark no samples",
+                )
+        if k is None:
+            k = max(largest.value + 1, 1)
+        if largest.value >= k:
+            raise DataError(
+                f"{stream.what.removesuffix('s')} {largest.value} in {stream.row_of(largest.row)}",
+                f"{stream.what} below {k}, the number of classes",
+                "give a larger --classes" if store is None else "",
+            )
+    assert k is not None
+    return k, n_samples
+
+
+class _Largest(NamedTuple):
+    """The first row of the largest value, the value, and how many are not negative."""
+
+    row: int
+    value: int
+    n_samples: int
+
+
+def _find_largest(stream: RowStream) -> _Largest:
+    row = 0
+    value = -1
+    start = 0
+    n_samples = 0
+    for block in stream.batches(read_rows_of(stream.dtype.itemsize)):
+        if int(block.max()) > value:
+            value = int(block.max())
+            row = start + int(block.argmax())
+        n_samples += int(np.count_nonzero(block >= 0))
+        start += len(block)
+    return _Largest(row, value, n_samples)
+
+
+def check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
+    """Compare rows and their labels with the split that they are added to.
+
+    Raises
+    ------
+    DataError
+        When there are more or fewer, or a label differs; named by row.
+    """
+    if rows.n_rows != target.n_rows:
+        raise DataError(
+            f"{rows.n_rows} rows of features", f"{target.n_rows}, the rows of split '{target.name}'"
+        )
+    start = 0
+    for block in y.batches(read_rows_of(8)) if y is not None else ():
+        stored = target.labels(start, start + len(block))
+        # All negative labels are stored as -1.
+        differ = np.flatnonzero(np.where(block < 0, -1, block) != stored)
+        if differ.size:
+            row = int(differ[0])
+            assert y is not None
+            raise DataError(
+                f"label {int(block[row])} in {y.row_of(start + row)}",
+                f"{int(stored[row])}, as stored in split '{target.name}'",
+                "give rows in the stored order, or import into another split",
+            )
+        start += len(block)
+
+
 def _stored_dtype(rows: Layers) -> str:
     """Keep float dtypes; integers go to the smallest float that holds them."""
-    name = rows.dtype.newbyteorder("=").name if rows.dtype.name != "bfloat16" else "bfloat16"
-    if name in DTYPES:
-        return name
+    if rows.dtype.name in DTYPES:
+        return rows.dtype.name
     if rows.dtype.kind in "iu":
         return "float32" if rows.dtype.itemsize <= 2 else "float64"
     raise DataError(f"features of type {rows.dtype}", "one of: " + ", ".join(DTYPES))
+
+
+# ------------------------------------------------------------- writing, and the store as it was
+
+
+def _copy(
+    writer: Writer | LayerWriter, opened: Opened, dtype: str, progress: Progress | None
+) -> None:
+    rows = opened.rows
+    n = rows.rows_at_once
+    labels = repeat(None) if opened.labels is None else opened.labels.batches(n)
+    predictions = repeat(None) if opened.predictions is None else opened.predictions.batches(n)
+    if progress:
+        progress.begin(f"import of {', '.join(rows.names[:3])}", rows.n_rows, "rows")
+    try:
+        for blocks, y, p in zip(rows.batches(n), labels, predictions, strict=False):
+            size = len(blocks[rows.names[0]])
+            # Outside data has no classes; a layer that is added has its labels in the store.
+            if y is None and isinstance(writer, Writer):
+                y = np.zeros(size, np.int64)
+            features = {
+                name: block.astype(DTYPES[dtype], copy=False) for name, block in blocks.items()
+            }
+            writer.append(features, y, p)
+            if progress:
+                progress.advance(size)
+    finally:
+        if progress:
+            progress.end()
+
+
+@contextmanager
+def undone_on_failure(path: str, split: str | None, overwrite: bool) -> Iterator[None]:
+    """Delete what the import made when it fails: the new store with its folders, or the new split.
+
+    An interrupted split that is to be replaced is moved beside the store until the new one is in,
+    where the store is a folder; it comes back when the import fails.
+
+    Parameters
+    ----------
+    path : str
+        The store, which need not exist.
+    split : str or None
+        The split that is written anew; None where layers are added to a complete one.
+    overwrite : bool
+        Whether the split may be there.
+    """
+    is_new = not is_there(path)
+    if is_remote(path):
+        folders = []
+        home = None
+        began = not is_new and split in FeatureStore.open(path).splits
+    else:
+        folders = [folder for folder in Path(path).absolute().parents if not folder.exists()]
+        home = Path(path).absolute() / (split or "")
+        began = not is_new and home.exists()
+    with _set_aside(home) if home and split and began and overwrite else nullcontext():
+        try:
+            yield
+        except BaseException:
+            if is_new and is_there(path):
+                if home is None:
+                    FeatureStore.open(path)  # never delete what is no store
+                delete_store(path)
+                with suppress(OSError):  # a folder that another process uses
+                    for folder in folders:
+                        folder.rmdir()
+            elif split is not None and not is_new and not began:
+                FeatureStore.open(path).delete_split(split)
+            raise
+
+
+@contextmanager
+def _set_aside(folder: Path) -> Iterator[None]:
+    """Rename a folder within the store until it is replaced; it comes back when that fails."""
+    store = folder.parent
+    aside = store.with_name(f".{store.name}.{folder.name}.{os.getpid()}")
+    folder.rename(aside)
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -6,7 +6,6 @@ import glob
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,10 @@ from ncbatch.ingest.files.formats.shard import Blocks, Shard, readable
 from ncbatch.ingest.files.formats.table import array_names, open_shard
 from ncbatch.store.format import natural_key
 
-# Axes: what each axis of an array in a file counts, and how its rows are read in order.
-
-
 #: Letters of axes: samples in any order, sequences, positions in order, layers, features.
 LETTERS = {"N": "samples", "B": "sequences", "T": "positions", "L": "layers", "D": "features"}
 _ROWS = ("N", "B", "T")
+# Readings of axes that nothing was said about, by how many there are; (N, D) is the only one of two.
 _BY_NDIM = {
     1: (),
     2: ("N,D",),
@@ -33,6 +30,13 @@ _BY_NDIM = {
     4: ("B,T,L,D", "B,L,T,D", "L,B,T,D"),
 }
 Axes = tuple[str, ...]
+# Stands in a name for the number of a layer.
+WILD = "{}"
+# Read at a time, over all layers: a few chunks of a store, and little beside the interpreter.
+_READ_BYTES = 32 * 2**20
+
+
+# ------------------------------------------ axes: what they count, and how their rows are in order
 
 
 def parse_axes(text: str) -> Axes:
@@ -44,14 +48,8 @@ def parse_axes(text: str) -> Axes:
         For other letters, a letter that comes twice, or axes that do not make rows of features.
     """
     axes = tuple(text.upper().replace(" ", "").split(","))
-    rows = tuple(a for a in axes if a in _ROWS)
-    good = (
-        all(a in LETTERS for a in axes)
-        and len(set(axes)) == len(axes)
-        and axes[-1] == "D"
-        and rows in (("N",), ("T",), ("B", "T"))
-    )
-    if not good:
+    is_known = set(axes) <= set(LETTERS) and len(set(axes)) == len(axes) and axes[-1] == "D"
+    if not is_known or row_axes(axes) not in (("N",), ("T",), ("B", "T")):
         known = ", ".join(f"{letter} {meaning}" for letter, meaning in LETTERS.items())
         raise UsageError(
             f"--axes '{text}'",
@@ -62,7 +60,7 @@ def parse_axes(text: str) -> Axes:
 
 
 def row_axes(axes: Axes) -> Axes:
-    """Give the axes that count rows."""
+    """Return the axes that count rows."""
     return tuple(a for a in axes if a in _ROWS)
 
 
@@ -103,6 +101,7 @@ def find_axes(
         if len(axes) != len(shape):
             raise DataError(f"features of shape {shape}", f"{len(axes)} axes, as in --axes {asked}")
         return axes
+    # Not "T,D": rows that may be shuffled must not be taken for a text.
     if len(shape) == 2:
         return ("N", "D")
     named = [parse_axes(text) for text in _BY_NDIM.get(len(shape), ())]
@@ -117,15 +116,16 @@ def find_axes(
         fitting = [axes for axes in fitting if ("L" in axes) == layers] or fitting
     if len(fitting) == 1:
         return fitting[0]
-    beside = f" beside {others[0].shape}" if others else ""
+    if others and not fitting:
+        trouble = f", which the {others[0].shape} of '{others[0].path}' do not fit"
+    else:
+        beside = f" beside {others[0].shape}" if others else ""
+        trouble = f"{beside}, which can be read in several ways"
+    options = ", ".join(f"--axes {','.join(axes)}" for axes in named)
     raise DataError(
-        f"features of shape {shape}{beside}, which can be read in several ways"
-        if fitting or not others
-        else f"features of shape {shape}, which the {others[0].shape} of '{others[0].path}' do not fit",
+        f"features of shape {shape}{trouble}",
         "their axes",
-        "say which it is: "
-        + ", ".join(f"--axes {','.join(axes)}" for axes in named)
-        + " (B sequences, T positions, L layers)",
+        f"say which it is: {options} (B sequences, T positions, L layers)",
     )
 
 
@@ -134,6 +134,7 @@ def _fits(axes: Axes, shards: Sequence[Shard], others: Sequence[Shard]) -> bool:
         return False
     if sum(n_rows(axes, s.shape) for s in shards) != sum(math.prod(o.shape) for o in others):
         return False
+    # Flat labels tell the number of rows and no more; (B, T) tell the sequences too.
     if len(others[0].shape) == 1:
         return True
     sizes = dict(zip(axes, shards[0].shape, strict=True))
@@ -171,9 +172,9 @@ def as_rows(shard: Shard, axes: Axes, layer: int | None = None) -> Shard:
         raise UsageError(
             f"--layer-index {layer}", f"0 to {sizes.get('L', 0) - 1}, as in {shard.path}"
         )
-    rows = tuple(sizes[a] for a in row_axes(axes))
-    rest = [sizes[a] for a in "LD" if a in sizes and not (a == "L" and layer is not None)]
-    if len(rows) == 1 and axes[0] in _ROWS and layer is None:
+    counted = row_axes(axes)
+    # Rows are the first axis, and no layer is left out: nothing to turn.
+    if counted == axes[:1] and layer is None:
         return shard
     if shard.read is None and axes[0] == "L":
         raise DataError(
@@ -181,59 +182,44 @@ def as_rows(shard: Shard, axes: Axes, layer: int | None = None) -> Shard:
             "rows on the first axis",
             "save it as .npy, .safetensors or .h5, or a file per layer",
         )
+    rest = [sizes[a] for a in "LD" if a in sizes and not (a == "L" and layer is not None)]
+    order = [axes.index(a) for a in (*counted, *(a for a in "LD" if a in axes))]
 
     def blocks(n: int) -> Blocks:
-        parts = _parts(shard, axes, rows, layer, n)
-        for part in parts:
-            yield _in_order(part, axes, layer)
+        for part in _parts(shard, axes, layer, n):
+            turned = part.transpose(order)
+            size = math.prod(turned.shape[: len(counted)])
+            # Not reshape(-1): arrays without features have no rows to count.
+            yield np.ascontiguousarray(turned).reshape(size, *rest)
 
-    return Shard(shard.path, (math.prod(rows), *rest), shard.dtype, blocks)
+    return Shard(shard.path, (n_rows(axes, shard.shape), *rest), shard.dtype, blocks)
 
 
-def _parts(
-    shard: Shard, axes: Axes, rows: tuple[int, ...], layer: int | None, n: int
-) -> Iterator[npt.NDArray[Any]]:
+def _parts(shard: Shard, axes: Axes, layer: int | None, n: int) -> Iterator[npt.NDArray[Any]]:
     """Read an array in the order of its rows, n or so at a time; all its axes stay."""
-    at = axes.index("L") if "L" in axes else -1
-    keep = slice(None) if layer is None else slice(layer, layer + 1)
-    if shard.read is None:
-        for block in shard.blocks(max(n // math.prod(rows[1:]), 1) if math.prod(rows) else 1):
-            yield block[tuple(keep if i == at else slice(None) for i in range(len(axes)))]
+    counted = row_axes(axes)
+    sizes = dict(zip(axes, shard.shape, strict=True))
+    n_inner = max(math.prod(sizes[a] for a in counted[1:]), 1)
+    index = dict.fromkeys(axes, slice(None))
+    if layer is not None:
+        index["L"] = slice(layer, layer + 1)
+    if shard.read is None:  # in order only: whole sequences, however long
+        for block in shard.blocks(max(n // n_inner, 1)):
+            yield block[tuple(index.values())]
         return
-    chunks = dict(zip(axes, shard.chunks or (1,) * len(axes), strict=True))
-    steps = _steps(rows, [chunks[a] for a in row_axes(axes)], n)
-    ranges = [range(0, size, step) for size, step in zip(rows, steps, strict=True)]
-    for starts in itertools.product(*ranges):
-        index = {
-            a: slice(s, s + step) for a, s, step in zip(row_axes(axes), starts, steps, strict=True)
-        }
-        yield shard.read(tuple(index.get(a, keep if a == "L" else slice(None)) for a in axes))
+    # Whole sequences where one fits, else parts of one; by whole chunks, to decode none twice.
+    fits = n >= n_inner
+    along = counted[0] if fits else counted[-1]
+    chunk = dict(zip(axes, shard.chunks, strict=True))[along] if shard.chunks else 1
+    steps = {a: max(sizes[a], 1) if fits else 1 for a in counted}
+    steps[along] = max((n // n_inner if fits else n) // chunk, 1) * chunk
+    for starts in itertools.product(*(range(0, sizes[a], steps[a]) for a in counted)):
+        for axis, start in zip(counted, starts, strict=True):
+            index[axis] = slice(start, start + steps[axis])
+        yield shard.read(tuple(index.values()))
 
 
-def _steps(rows: tuple[int, ...], chunks: Sequence[int], n: int) -> list[int]:
-    """Choose how far to go along each axis of rows: about n rows, in whole chunks, in order."""
-    inner = max(math.prod(rows[1:]), 1)
-    if len(rows) == 1 or n >= inner:
-        return [_whole(max(n // inner, 1), chunks[0]), *rows[1:]]
-    return [1, _whole(n, chunks[1])]
-
-
-def _whole(n: int, chunk: int) -> int:
-    return max(n // chunk, 1) * chunk
-
-
-def _in_order(part: npt.NDArray[Any], axes: Axes, layer: int | None) -> npt.NDArray[Any]:
-    order = [*row_axes(axes), *(a for a in "LD" if a in axes)]
-    turned = part.transpose([axes.index(a) for a in order])
-    n = math.prod(turned.shape[: len(row_axes(axes))])
-    rest = [size for a, size in zip(order, turned.shape, strict=True) if a == "D" or (a == "L" and layer is None)]  # fmt: skip
-    return np.ascontiguousarray(turned).reshape(n, *rest)
-
-
-# Row streams: files of arrays, or globs of shards of them, read in order without holding them.
-
-
-_READ_BYTES = 32 * 2**20
+# ----------------------------------------------- rows: files, or globs of shards, read in order
 
 
 @dataclass(frozen=True)
@@ -295,10 +281,12 @@ class RowStream:
             for block in _intact(shard, self.what, n):
                 held.append(block)
                 count += len(block)
+                # Blocks of a format end where it likes; callers read several streams in step.
                 while count >= n:
-                    whole = held[0] if len(held) == 1 else np.concatenate(held)
-                    yield whole[:n]
-                    held, count = [whole[n:]], count - n
+                    joined = held[0] if len(held) == 1 else np.concatenate(held)
+                    yield joined[:n]
+                    held = [joined[n:]]
+                    count -= n
         if count:
             yield np.concatenate(held)
 
@@ -348,18 +336,18 @@ def open_shards(source: str, what: str) -> tuple[Shard, ...]:
 
 def join_shards(shards: Iterable[Shard], what: str) -> RowStream:
     """Make one stream of shards whose rows have one shape."""
-    found = tuple(shards)
-    odd = next((s for s in found if s.shape[1:] != found[0].shape[1:]), None)
-    if odd is not None:
-        raise DataError(
-            f"shard '{odd.path}' with rows of shape {odd.shape[1:]}",
-            f"{found[0].shape[1:]}, as in '{found[0].path}'",
-        )
-    return RowStream(what, found)
+    first, *others = shards
+    for shard in others:
+        if shard.shape[1:] != first.shape[1:]:
+            raise DataError(
+                f"shard '{shard.path}' with rows of shape {shard.shape[1:]}",
+                f"{first.shape[1:]}, as in '{first.path}'",
+            )
+    return RowStream(what, (first, *others))
 
 
 def find_paths(source: str, what: str) -> tuple[list[str], str | None]:
-    """Part a source into the paths that are there and the name of an array in them.
+    """Split a source into the paths that are there and the name of an array in them.
 
     Parameters
     ----------
@@ -378,11 +366,12 @@ def find_paths(source: str, what: str) -> tuple[list[str], str | None]:
     DataError
         When nothing is there.
     """
-    colons = [at.start() for at in re.finditer(":", source)]
+    colons = [match.start() for match in re.finditer(":", source)]
+    # What is there is no glob, though its name may look like one.
     for end in [len(source), *colons]:
-        path, key = source[:end], source[end + 1 :] or None
-        if path and Path(path).exists():
-            return [path], key
+        if end and Path(source[:end]).exists():
+            return [source[:end]], source[end + 1 :] or None
+    # The shortest first: what stands behind a colon may hold letters of a glob.
     for end in [*colons, len(source)]:
         paths = sorted(glob.glob(source[:end]), key=natural_key)
         if paths:
@@ -392,16 +381,11 @@ def find_paths(source: str, what: str) -> tuple[list[str], str | None]:
 
 def _intact(shard: Shard, what: str, n: int) -> Blocks:
     """Read a shard block by block; damage is named."""
-    blocks = shard.blocks(n)
-    while True:
-        with readable(shard.path, what):
-            block = next(blocks, None)
-        if block is None:
-            return
-        yield block
+    with readable(shard.path, what):
+        yield from shard.blocks(n)
 
 
-WILD = "{}"
+# ------------------------------------------------------- layers: by an axis, or an array per layer
 
 
 @dataclass(frozen=True)
@@ -489,45 +473,51 @@ def open_layers(
     UsageError
         When names and layers do not fit together.
     """
-    wild, several = WILD in source, not isinstance(layer, str) or WILD in layer
-    arrays = _numbered(source) if wild else {None: open_shards(source, "features")}
+    by_array = WILD in source
+    arrays = _open_numbered(source) if by_array else {None: open_shards(source, "features")}
     first = next(iter(arrays.values()))
-    wanted = None if wild else several or layer_index is not None
-    found = find_axes(first, axes, others, False if wild else wanted)
-    if wild and "L" in found:
+    several = not isinstance(layer, str) or WILD in layer or layer_index is not None
+    letters = find_axes(first, axes, others, several and not by_array)
+    if by_array and "L" in letters:
         raise UsageError(
-            f"'{source}' with --axes {','.join(found)}", "layers by array or by axis, not both"
+            f"'{source}' with --axes {','.join(letters)}", "layers by array or by axis, not both"
         )
-    if layer_index is not None and "L" not in found:
+    if layer_index is not None and "L" not in letters:
         raise UsageError(
             f"--layer-index {layer_index} for features of shape {first[0].shape}",
-            "layers on an axis", f"such as --axes {','.join(found[:-1])},L,D",
-        )  # fmt: skip
+            "layers on an axis",
+            f"such as --axes {','.join(letters[:-1])},L,D",
+        )
     streams = tuple(
-        join_shards((as_rows(shard, found, layer_index) for shard in shards), "features")
+        join_shards((as_rows(shard, letters, layer_index) for shard in shards), "features")
         for shards in arrays.values()
     )
+    # As arrays: two that are turned against each other have equally many rows.
     for shards in arrays.values():
-        _check_rows(shards, first, found)
-    numbers = _numbers(list(arrays), streams[0], layer_index)
-    return Layers(_names(layer, numbers, first[0]), streams, found, first)
+        _check_rows(shards, first, letters)
+    numbers: list[int | None] = list(arrays)
+    if layer_index is not None and not by_array:
+        numbers = [layer_index]
+    elif len(streams[0].row_shape) == 2:
+        numbers = list(range(streams[0].row_shape[0]))
+    return Layers(_name_layers(layer, numbers, first[0]), streams, letters, first)
 
 
 def _check_rows(shards: Sequence[Shard], first: Sequence[Shard], axes: Axes) -> None:
     """Compare the rows of a layer with those of the first, file by file."""
     for shard, other in zip(shards, first, strict=True):
-        own, theirs = (
-            [size for a, size in zip(axes, s.shape, strict=True) if a in row_axes(axes)]
+        rows, expected = (
+            [size for a, size in zip(axes, s.shape, strict=True) if a in _ROWS]
             for s in (shard, other)
         )
-        if own != theirs:
+        if rows != expected:
             raise DataError(
-                f"{' x '.join(map(str, own))} rows in '{shard.path}'",
-                f"{' x '.join(map(str, theirs))}, as in '{other.path}'",
+                f"{' x '.join(map(str, rows))} rows in '{shard.path}'",
+                f"{' x '.join(map(str, expected))}, as in '{other.path}'",
             )
 
 
-def _numbered(source: str) -> dict[int | None, tuple[Shard, ...]]:
+def _open_numbered(source: str) -> dict[int | None, tuple[Shard, ...]]:
     """Open an array per layer: those whose names have a number in the place of ``{}``."""
     paths, key = find_paths(source, "features")
     if key is None or key.count(WILD) != 1:
@@ -536,69 +526,58 @@ def _numbered(source: str) -> dict[int | None, tuple[Shard, ...]]:
         )
     before, _, after = key.partition(WILD)
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    files = [_matching(path, key, pattern) for path in paths]
-    for path, found in zip(paths, files, strict=True):
-        if found.keys() != files[0].keys():
+    files = [_find_numbered(path, key, pattern) for path in paths]
+    for path, names in zip(paths, files, strict=True):
+        if names.keys() != files[0].keys():
             raise DataError(
-                f"'{path}' holds layers {_shown(found)}", f"{_shown(files[0])}, as '{paths[0]}'"
+                f"'{path}' holds layers {_list(names)}", f"{_list(files[0])}, as '{paths[0]}'"
             )
+    pairs = list(zip(paths, files, strict=True))
     return {
-        number: tuple(
-            open_shard(path, found[number], "features")
-            for path, found in zip(paths, files, strict=True)
-        )
+        number: tuple(open_shard(path, names[number], "features") for path, names in pairs)
         for number in sorted(files[0])
     }
 
 
-def _matching(path: str, key: str, pattern: re.Pattern[str]) -> dict[int, str]:
+def _find_numbered(path: str, key: str, pattern: re.Pattern[str]) -> dict[int, str]:
     """Name the arrays of a file that are layers by their numbers, which may have leading zeros."""
     names = array_names(path, "features")
-    found: dict[int, str] = {}
-    for name in names:
-        if match := pattern.fullmatch(name):
-            twin = found.setdefault(int(match[1]), name)
-            if twin != name:
-                raise DataError(f"'{path}' holds '{twin}' and '{name}'", "one array per layer")
-    if not found:
+    layers: dict[int, str] = {}
+    for match in filter(None, map(pattern.fullmatch, names)):
+        twin = layers.setdefault(int(match[1]), match[0])
+        if twin != match[0]:
+            raise DataError(f"'{path}' holds '{twin}' and '{match[0]}'", "one array per layer")
+    if not layers:
         raise unknown_name("array", key, names, f"'{path}'")
-    return found
+    return layers
 
 
-def _shown(numbers: Iterable[int]) -> str:
+def _list(numbers: Iterable[int]) -> str:
     known = sorted(numbers)
     return ", ".join(map(str, known[:12])) + (f", ... ({len(known)})" if len(known) > 12 else "")
 
 
-def _numbers(
-    keys: list[int | None], stream: RowStream, layer_index: int | None
-) -> list[int | None]:
-    if keys != [None]:
-        return keys
-    if layer_index is not None:
-        return [layer_index]
-    return list(range(stream.row_shape[0])) if len(stream.row_shape) == 2 else [None]
-
-
-def _names(layer: str | Sequence[str], numbers: list[int | None], shard: Shard) -> tuple[str, ...]:
+def _name_layers(
+    layer: str | Sequence[str], numbers: Sequence[int | None], shard: Shard
+) -> tuple[str, ...]:
     """Name the layers by a pattern or by a list."""
-    given = (layer,) if isinstance(layer, str) else tuple(layer)
-    if len(given) == 1 and WILD in given[0]:
+    names = (layer,) if isinstance(layer, str) else tuple(layer)
+    if len(names) == 1 and WILD in names[0]:
         if numbers == [None]:
             raise UsageError(
-                f"--layer '{given[0]}' for a single layer in '{shard.path}'", "a name without {}"
+                f"--layer '{names[0]}' for a single layer in '{shard.path}'", "a name without {}"
             )
-        return tuple(given[0].replace(WILD, str(number)) for number in numbers)
-    if any(WILD in name for name in given):
-        raise UsageError(f"--layer {' --layer '.join(given)}", "one pattern, or a name per layer")
-    if len(given) != len(numbers):
+        return tuple(names[0].replace(WILD, str(number)) for number in numbers)
+    if any(WILD in name for name in names):
+        raise UsageError(f"--layer {' --layer '.join(names)}", "one pattern, or a name per layer")
+    if len(names) != len(numbers):
         raise UsageError(
-            f"{len(given)} layer name{'s' if len(given) > 1 else ''} for {len(numbers)} layers, "
+            f"{len(names)} layer name{'s' if len(names) > 1 else ''} for {len(numbers)} layers, "
             f"features of shape {shard.shape} in '{shard.path}'",
             "one layer (N, D), a name per layer, or a pattern",
-            f"write --layer '{given[0]}.{{}}', or take one with --layer-index",
+            f"write --layer '{names[0]}.{{}}', or take one with --layer-index",
         )
-    twice = [name for name, count in Counter(given).items() if count > 1]
-    if twice:
-        raise UsageError(f"--layer {twice[0]} twice", "a name per layer")
-    return given
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UsageError(f"--layer {name} twice", "a name per layer")
+    return names

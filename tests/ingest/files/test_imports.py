@@ -1,7 +1,8 @@
-"""Import of files: what arrives in the store, K, labels, and that nothing is left of what failed."""
+"""Import of files: what arrives in the store, K, labels, and nothing left of what failed."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -106,7 +107,9 @@ def test_shards_of_unequal_length_meet_labels_sharded_otherwise(monkeypatch):
     monkeypatch.setattr("ncbatch.ingest.files.layers._READ_BYTES", 100 * 16)
     for number, (start, stop) in zip([1, 2, 10], [(0, 7), (7, 250), (250, 300)], strict=True):
         np.savez(f"x{number}.npz", x=TOY.X[start:stop])
-    for number, (start, stop) in zip([9, 10, 11, 100], [(0, 100), (100, 101), (101, 101), (101, 300)], strict=True):  # fmt: skip
+    for number, (start, stop) in zip(
+        [9, 10, 11, 100], [(0, 100), (100, 101), (101, 101), (101, 300)], strict=True
+    ):
         np.save(f"y{number}.npy", TOY.y[start:stop])
     done = train(features="x*.npz", labels="y[0-9]*.npy")
     assert [shard.shape[0] for shard in done.features.shards] == [7, 243, 50]
@@ -365,6 +368,20 @@ def test_a_failed_import_leaves_no_new_store(case):
     assert tree(Path()) == before
 
 
+@pytest.fixture(scope="module")
+def small_chunks_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Import the training split once, with predictions, into small chunks."""
+    folder = tmp_path_factory.mktemp("once")
+    files = {"features": "x.npy", "labels": "y.npy", "predictions": "p.npy"}
+    for what, name in files.items():
+        files[what] = str(folder / name)
+        np.save(files[what], FILES[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ncbatch.store.format.CHUNK_BYTES", 1024)
+        train(str(folder / "s"), **files)
+    return folder / "s"
+
+
 HALFWAY = ["damaged features", "damaged labels", "damaged predictions", "interrupted"]
 TARGETS = ["new split", "new layer", "same layer"]
 
@@ -375,9 +392,9 @@ TARGETS = ["new split", "new layer", "same layer"]
     [(case, target) for case in HALFWAY for target in TARGETS]
     + [(case, "new split") for case in FAILURES if case not in HALFWAY],
 )
-def test_a_failed_import_leaves_an_existing_store_as_it_was(case, target):
+def test_a_failed_import_leaves_an_existing_store_as_it_was(case, target, small_chunks_store):
     options = FAILURES[case] | ({"progress": Interrupting()} if case == "interrupted" else {})
-    train(predictions="p.npy")
+    shutil.copytree(small_chunks_store, "s")
     before = tree(Path())
     split = "test" if target == "new split" else "train"
     layer = "fc" if target == "new layer" else "h"

@@ -72,8 +72,9 @@ def test_documents_that_were_packed_are_not_crossed():
     assert imported(8, tokens="t.npy", documents="d.npy") == [2, -1, 4, -1, -1, 7, 8, -1]
 
 
-def test_given_labels_and_masks_take_rows_out():
-    save(x=features(2, 3), y=[[1, 2, 3], [4, 5, 6]], m=[[1, 1, 0], [1, 0, 1]])
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_given_labels_and_masks_take_rows_out(dtype):
+    save(x=features(2, 3), y=np.array([[1, 2, 3], [4, 5, 6]], dtype), m=[[1, 1, 0], [1, 0, 1]])
     assert imported(6, labels="y.npy", mask="m.npy") == [1, 2, -1, 4, -1, 6]
 
 
@@ -85,7 +86,9 @@ def test_a_mask_takes_rows_out_of_outside_data_without_labels():
 
 def test_rows_in_one_axis_need_a_word_about_their_order():
     save(x=features(6), t=[1, 2, 3, 4, 5, 6])
-    with pytest.raises(DataError, match=r"need not be in the order of the text; expected --axes T,D") as e:  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"need not be in the order of the text; expected --axes T,D"
+    ) as e:
         imported(6, tokens="t.npy")
     assert "shuffled have lost their next token" in str(e.value)
     assert not Path("s").exists()
@@ -243,7 +246,10 @@ def test_speculators_files_give_a_layer_per_key():
     rng = np.random.default_rng(3)
     kept: dict[int, list[np.ndarray]] = {2: [], 10: [], 7: []}
     for number in range(3):
-        content = {"input_ids": torch.arange(4) + 10 * number, "loss_mask": torch.tensor([0, 0, 1, 1])}  # fmt: skip
+        content = {
+            "input_ids": torch.arange(4) + 10 * number,
+            "loss_mask": torch.tensor([0, 0, 1, 1]),
+        }
         for key in kept:
             kept[key].append(rng.standard_normal((4, 3)).astype(np.float16))
             content[f"hs_{key}"] = torch.from_numpy(kept[key][-1])
@@ -258,11 +264,13 @@ def test_speculators_files_give_a_layer_per_key():
 
 
 def test_a_cache_of_saelens_gives_its_hooks():
-    """A data set of one column per hook, Array2D (context, D), with token ids; shuffled by sequence."""
+    """A data set of a column per hook, Array2D (context, D), with token ids, shuffled."""
     import datasets
 
     rng = np.random.default_rng(3)
-    hooks = {f"blocks.{i}.hook_resid_post": rng.standard_normal((5, 4, 3)).astype("f4") for i in (0, 3)}  # fmt: skip
+    hooks = {
+        f"blocks.{i}.hook_resid_post": rng.standard_normal((5, 4, 3)).astype("f4") for i in (0, 3)
+    }
     ids = rng.integers(0, 50, (5, 4))
     made = datasets.Dataset.from_dict(
         hooks | {"token_ids": ids},

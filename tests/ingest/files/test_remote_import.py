@@ -16,6 +16,8 @@ from tests.conftest import make_toy
 from tests.ingest.files.test_imports import Interrupting
 from tests.store.test_remote import keys, server, url  # noqa: F401  (fixtures)
 
+# A server of objects takes seconds to start; the store has fast tests with one.
+pytestmark = pytest.mark.slow
 TOY = make_toy(300)
 
 

@@ -1,9 +1,10 @@
-"""Columns of Parquet and Arrow files, and of folders of ``datasets.save_to_disk``; read batch by batch."""
+"""Columns of Parquet and Arrow files, and of folders of ``datasets.save_to_disk``, by batches."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,10 @@ from ncbatch.ingest.files.formats.shard import (
     library,
 )
 
-# Arrow columns as arrays: scalars, and lists of one length, nested or not.
+_FILE_MAGIC = b"ARROW1"
+Columns = Iterator[Any]
+
+# --------------------------- columns as arrays: scalars, and lists of one length, nested or not
 
 
 def row_shape(
@@ -58,7 +62,9 @@ def row_shape(
         if pa.types.is_fixed_size_list(kind):
             shape.append(int(kind.list_size))
         else:
-            shape.append(0 if values is None else _length(values))
+            # That of the first list that holds something; an odd row before it is found later.
+            lengths = (len(row) for row in values or () if row.is_valid and len(row))
+            shape.append(next(lengths, 0))
         kind = kind.value_type
         values = None if values is None else values.flatten()
     return tuple(shape), _dtype(pa, where, kind)
@@ -85,26 +91,20 @@ def to_rows(pa: Any, where: str, array: Any, shape: tuple[int, ...], start: int)
     DataError
         When a row has another shape or values are missing; named by row.
     """
-    n = len(array)
+    n_rows = len(array)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
-    if isinstance(array.type, pa.FixedSizeListType) and len(shape) > 1:
-        if not _is_list(pa, array.type.value_type):  # a tensor, whose values lie flat
-            shape_of_lists: tuple[int, ...] = (int(np.prod(shape)),)
-        else:
-            shape_of_lists = shape
-    else:
-        shape_of_lists = shape
-    inner = 1  # lists of this depth in one row
-    for length in shape_of_lists:
-        _refuse_missing(where, array, inner, start)
+    # Values of a tensor lie flat in one list, whatever its shape.
+    flat = pa.types.is_fixed_size_list(array.type) and not _is_list(pa, array.type.value_type)
+    n_lists = 1  # of this depth in one row
+    for length in (math.prod(shape),) if flat else shape:
+        _refuse_missing(where, array, n_lists, start)
         if not pa.types.is_fixed_size_list(array.type):
-            _check_lengths(where, array, length, inner, start)
+            _check_lengths(where, array, length, n_lists, start)
         array = array.flatten()
-        inner *= max(length, 1)
-    _refuse_missing(where, array, inner, start)
-    values = array.to_numpy(zero_copy_only=False)
-    return np.array(values).reshape(n, *shape)
+        n_lists *= max(length, 1)
+    _refuse_missing(where, array, n_lists, start)
+    return np.array(array.to_numpy(zero_copy_only=False)).reshape(n_rows, *shape)
 
 
 def _is_list(pa: Any, kind: Any) -> bool:
@@ -112,39 +112,32 @@ def _is_list(pa: Any, kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def _length(lists: Any) -> int:
-    """Give the length of the first list that holds something; an odd row before it is found later."""
-    return next((len(row) for row in lists if row.is_valid and len(row)), 0)
-
-
 def _dtype(pa: Any, where: str, kind: Any) -> np.dtype[Any]:
-    known = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    if not known:
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"'{where}' holds values of type {kind}", "numbers, or lists of numbers")
     dtype: np.dtype[Any] = np.dtype(kind.to_pandas_dtype())
     return dtype
 
 
-def _refuse_missing(where: str, array: Any, inner: int, start: int) -> None:
+def _refuse_missing(where: str, array: Any, n_lists: int, start: int) -> None:
     if array.null_count:
         missing = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"'{where}' has no value in row {start + missing // inner}", "no nulls")
+        raise DataError(f"'{where}' has no value in row {start + missing // n_lists}", "no nulls")
 
 
-def _check_lengths(where: str, array: Any, length: int, inner: int, start: int) -> None:
+def _check_lengths(where: str, array: Any, length: int, n_lists: int, start: int) -> None:
     lengths = np.diff(array.offsets.to_numpy(zero_copy_only=False))
     odd = np.flatnonzero(lengths != length)
     if odd.size:
-        at = int(odd[0])
+        first = int(odd[0])
         raise DataError(
-            f"'{where}' has {int(lengths[at])} values in row {start + at // inner}",
+            f"'{where}' has {int(lengths[first])} values in row {start + first // n_lists}",
             f"{length}, as in its first row" + (" that holds some" if not lengths[0] else ""),
             "save rows of one length (padded, with a mask), or one row per token",
         )
 
 
-_FILE_MAGIC = b"ARROW1"
-Columns = Iterator[Any]
+# ----------------------------------------------------------------------------------- tables
 
 
 @dataclass(frozen=True)
@@ -166,56 +159,20 @@ class Table:
     columns: Callable[[str, int], Columns]
 
 
-def parquet_keys(path: str) -> list[str]:
-    """Name the columns of a Parquet file."""
-    return list(_parquet(path).schema.names)
+def column_keys(path: str, read: Callable[[str], Table]) -> list[str]:
+    """Name the columns of a file or folder that `read` opens."""
+    return list(read(path).schema.names)
 
 
-def open_parquet(path: str, key: str | None, what: str) -> Shard:
-    """Open a column of a Parquet file."""
-    return _shard(path, key, _parquet(path))
-
-
-def arrow_keys(path: str) -> list[str]:
-    """Name the columns of an Arrow or Feather file."""
-    return list(_arrow(path).schema.names)
-
-
-def open_arrow(path: str, key: str | None, what: str) -> Shard:
-    """Open a column of an Arrow file, of the file or the stream format (Feather is the former)."""
-    return _shard(path, key, _arrow(path))
-
-
-def dataset_keys(path: str) -> list[str]:
-    """Name the columns of a folder of ``datasets.save_to_disk``."""
-    return list(_arrow(_dataset_files(path)[0]).schema.names)
-
-
-def open_dataset(path: str, key: str | None, what: str) -> Shard:
-    """Open a column of a folder that ``datasets.save_to_disk`` made, over all its files."""
-    tables = [_arrow(file) for file in _dataset_files(path)]
-
-    def columns(name: str, n: int) -> Columns:
-        for table in tables:
-            yield from table.columns(name, n)
-
-    def n_rows() -> int:
-        return sum(table.n_rows() for table in tables)
-
-    return _shard(path, key, Table(tables[0].schema, n_rows, columns))
-
-
-def is_dataset(path: str) -> bool:
-    """Tell whether a folder was made by ``datasets.save_to_disk``."""
-    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _shard(path: str, key: str | None, table: Table) -> Shard:
+def open_column(path: str, key: str | None, what: str, read: Callable[[str], Table]) -> Shard:
+    """Open a column of a file or folder that `read` opens."""
     pa = library("pyarrow", "files", path)
+    table = read(path)
     name = choose_key(path, key, table.schema.names, "column")
     if table.schema.names.count(name) > 1:
         raise DataError(f"'{path}' holds several columns '{name}'", "columns of different names")
-    where, n_rows = f"{path}:{name}", table.n_rows()
+    where = f"{path}:{name}"
+    n_rows = table.n_rows()
     shape, dtype = _row_shape(pa, where, name, table)
     check_array(where, (n_rows, *shape), dtype)
 
@@ -231,25 +188,28 @@ def _shard(path: str, key: str | None, table: Table) -> Shard:
     return Shard(where, (n_rows, *shape), dtype, blocks)
 
 
+def is_dataset(path: str) -> bool:
+    """Tell whether a folder was made by ``datasets.save_to_disk``."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _row_shape(
     pa: Any, where: str, name: str, table: Table
 ) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Find the shape of a row by the first rows whose lists hold something, mostly the first."""
     kind = table.schema.field(name).type
-    found = row_shape(pa, where, kind, None)
-    if 0 not in found[0]:
-        return found
-    for array in itertools.chain(
-        itertools.islice(table.columns(name, 1), 1), table.columns(name, 64)
-    ):
-        if len(array):
-            found = row_shape(pa, where, kind, array)
-            if 0 not in found[0]:
-                break
-    return found
+    shape, dtype = row_shape(pa, where, kind, None)
+    # A single row first: a row may be large.
+    first = itertools.islice(table.columns(name, 1), 1)
+    for array in itertools.chain(first, table.columns(name, 64)) if 0 in shape else ():
+        shape = row_shape(pa, where, kind, array)[0]
+        if 0 not in shape:
+            break
+    return shape, dtype
 
 
-def _parquet(path: str) -> Table:
+def read_parquet(path: str) -> Table:
+    """Open a Parquet file."""
     parquet = library("pyarrow.parquet", "files", path)
 
     def columns(name: str, n: int) -> Columns:
@@ -259,11 +219,12 @@ def _parquet(path: str) -> Table:
                 yield batch.column(batch.schema.get_field_index(name))
 
     with parquet.ParquetFile(path) as file:
-        rows, schema = int(file.metadata.num_rows), file.schema_arrow
-    return Table(schema, lambda: rows, columns)
+        n_rows = int(file.metadata.num_rows)
+        return Table(file.schema_arrow, lambda: n_rows, columns)
 
 
-def _arrow(path: str) -> Table:
+def read_arrow(path: str) -> Table:
+    """Open an Arrow file, of the file or the stream format (Feather is the former)."""
     pa = library("pyarrow", "files", path)
     library("pyarrow.ipc", "files", path)
     with open(path, "rb") as plain:
@@ -278,14 +239,13 @@ def _arrow(path: str) -> Table:
         if in_order:
             yield from pa.ipc.open_stream(source, options=options)
             return
-        found = pa.ipc.open_file(source, options=options)
-        for number in range(found.num_record_batches):
-            yield found.get_batch(number)
+        file = pa.ipc.open_file(source, options=options)
+        yield from map(file.get_batch, range(file.num_record_batches))
 
     def n_rows() -> int:
         if not in_order:  # from the metadata
-            found = library("pyarrow.dataset", "files", path).dataset(path, format="ipc")
-            return int(found.count_rows())
+            dataset = library("pyarrow.dataset", "files", path)
+            return int(dataset.dataset(path, format="ipc").count_rows())
         # A map, so that no value is touched unless it is compressed.
         with pa.memory_map(path) as source:
             return sum(batch.num_rows for batch in batches(source, schema.names[0]))
@@ -299,18 +259,29 @@ def _arrow(path: str) -> Table:
     return Table(schema, n_rows, columns)
 
 
+def read_dataset(path: str) -> Table:
+    """Open all files of a folder that ``datasets.save_to_disk`` made."""
+    tables = [read_arrow(file) for file in _dataset_files(path)]
+    return Table(
+        tables[0].schema,
+        lambda: sum(table.n_rows() for table in tables),
+        lambda name, n: itertools.chain.from_iterable(table.columns(name, n) for table in tables),
+    )
+
+
 def _dataset_files(path: str) -> list[str]:
     """Name the Arrow files of a folder of ``datasets.save_to_disk``, in order."""
     folder = Path(path)
     if not (folder / "state.json").is_file():
-        found = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
-        splits = [str(name) for name in found.get("splits", [])]
+        parts = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
+        splits = [str(name) for name in parts.get("splits", [])]
         raise DataError(
             f"'{path}' holds the data sets {', '.join(splits)}",
             "one of them",
             f"write '{folder / splits[0]}:COLUMN'" if splits else "",
         )
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    # datasets before 2.10 left the order of its rows in a table beside them.
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise DataError(
             f"'{path}' was saved with an order of its own for its rows (an indices mapping)",

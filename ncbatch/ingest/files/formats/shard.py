@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,9 @@ Block = npt.NDArray[Any]
 Blocks = Iterator[Block]
 Index = tuple[slice | int, ...]
 BFLOAT16 = np.dtype(DTYPES["bfloat16"])
-_DAMAGE = (
-    OSError, ValueError, EOFError, RuntimeError, KeyError, struct.error, pickle.UnpicklingError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+# What NumPy, h5py, pyarrow, torch and zarr raise for files that are cut short or altered.
+_PLAIN_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, KeyError)
+_DAMAGE = (*_PLAIN_DAMAGE, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -109,18 +107,17 @@ def check_array(path: str, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
     if not len(shape):
         raise DataError(f"'{path}' holds a single value", "an array of rows")
     if dtype.kind not in "fiubV" or (dtype.kind == "V" and dtype != BFLOAT16):
-        raise DataError(
-            f"'{path}' holds values of type {dtype}",
-            "numbers",
+        remedy = (
             "bfloat16 saved by numpy loses its name: save it as float32, or as a Zarr array, or "
             f"write '{path}:bfloat16' (.npy) if that is what it is"
-            if dtype.kind == "V"
-            else "",
+        )
+        raise DataError(
+            f"'{path}' holds values of type {dtype}", "numbers", remedy if dtype.kind == "V" else ""
         )
 
 
 def choose_key(path: str, key: str | None, names: Iterable[str], kind: str = "array") -> str:
-    """Give the name of the array that is meant, the only one where none is named.
+    """Choose the array that is meant, the only one where none is named.
 
     Raises
     ------
@@ -170,8 +167,3 @@ def readable(path: str, what: str) -> Iterator[None]:
         if len(reason) > 300:
             reason = reason[:300] + " ..."
         raise DataError(f"{what} '{path}' cannot be read: {reason}", "an intact file") from error
-
-
-def file_size(path: str) -> int:
-    """Give the bytes of a file."""
-    return Path(path).stat().st_size

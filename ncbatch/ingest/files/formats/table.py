@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ncbatch.errors import DataError
-from ncbatch.ingest.files.formats import (
-    arrow,
-    hdf5,
-    numpy_files,
-    safetensors_files,
-    torch_files,
-    vectors,
-    zarr_arrays,
-)
+from ncbatch.ingest.files.formats import arrow, binary, groups, tensors
 from ncbatch.ingest.files.formats.shard import Shard, readable
 
 
@@ -35,18 +28,18 @@ class Format:
 
     form: str
     open: Callable[[str, str | None, str], Shard]
-    keys: Callable[[str], list[str]] = numpy_files.no_keys
+    keys: Callable[[str], list[str]] = lambda path: []
 
 
 def _open_bin(path: str, key: str | None, what: str) -> Shard:
-    """Open values without a header, or a checkpoint: ``pytorch_model.bin`` is of the ``.pt`` kind."""
-    if _is_checkpoint(path) and not numpy_files.names_raw(key):
-        return torch_files.open_torch(path, key, what)
-    return numpy_files.open_raw(path, key, what)
+    """Open values without a header, or a checkpoint: ``pytorch_model.bin`` is one like ``.pt``."""
+    if _is_checkpoint(path) and not binary.names_raw(key):
+        return tensors.open_torch(path, key, what)
+    return binary.open_raw(path, key, what)
 
 
 def _bin_keys(path: str) -> list[str]:
-    return torch_files.torch_keys(path) if _is_checkpoint(path) else []
+    return tensors.torch_keys(path) if _is_checkpoint(path) else []
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -54,33 +47,37 @@ def _is_checkpoint(path: str) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+def _columns(form: str, read: Callable[[str], arrow.Table]) -> Format:
+    return Format(
+        form, partial(arrow.open_column, read=read), partial(arrow.column_keys, read=read)
+    )
+
+
 _RAW = Format(".bin:dtype:width", _open_bin, _bin_keys)
-_TORCH = Format(".pt:key", torch_files.open_torch, torch_files.torch_keys)
-_HDF5 = Format(".h5:dataset", hdf5.open_hdf5, hdf5.hdf5_keys)
-_ARROW = Format(".arrow:column", arrow.open_arrow, arrow.arrow_keys)
+_TORCH = Format(".pt:key", tensors.open_torch, tensors.torch_keys)
+_HDF5 = Format(".h5:dataset", groups.open_hdf5, groups.hdf5_keys)
+_PARQUET = _columns(".parquet:column", arrow.read_parquet)
+_ARROW = _columns(".arrow:column", arrow.read_arrow)
+_DATASET = _columns("a folder of datasets:column", arrow.read_dataset)
+
+_SAFETENSORS = Format(".safetensors:key", tensors.open_safetensors, tensors.safetensors_keys)
+_SHARDED = Format(".safetensors.index.json:key", tensors.open_index, tensors.index_keys)
 
 FORMATS: dict[str, Format] = {
-    ".npy": Format(".npy", numpy_files.open_npy),
-    ".npz": Format(".npz:key", numpy_files.open_npz, numpy_files.npz_keys),
-    ".safetensors": Format(
-        ".safetensors:key",
-        safetensors_files.open_safetensors,
-        safetensors_files.safetensors_keys,
-    ),
-    ".safetensors.index.json": Format(
-        ".safetensors.index.json:key", safetensors_files.open_index, safetensors_files.index_keys
-    ),
-    ".pt": _TORCH, ".pth": _TORCH,
-    ".parquet": Format(".parquet:column", arrow.open_parquet, arrow.parquet_keys),
-    ".arrow": _ARROW, ".feather": _ARROW,
-    ".h5": _HDF5, ".hdf5": _HDF5,
-    ".bin": _RAW, ".raw": _RAW, ".dat": _RAW, ".memmap": _RAW, ".mmap": _RAW,
-    **{ending: Format(".fbin", vectors.open_bin) for ending in vectors.BINS},
-    **{ending: Format(".fvecs", vectors.open_vecs) for ending in vectors.VECS},
-}  # fmt: skip
+    ".npy": Format(".npy", binary.open_npy),
+    ".npz": Format(".npz:key", binary.open_npz, binary.npz_keys),
+    ".safetensors": _SAFETENSORS,
+    ".safetensors.index.json": _SHARDED,
+    **dict.fromkeys((".pt", ".pth"), _TORCH),
+    ".parquet": _PARQUET,
+    **dict.fromkeys((".arrow", ".feather"), _ARROW),
+    **dict.fromkeys((".h5", ".hdf5"), _HDF5),
+    **dict.fromkeys((".bin", ".raw", ".dat", ".memmap", ".mmap"), _RAW),
+    **dict.fromkeys(binary.BINS, Format(".fbin", binary.open_bin)),
+    **dict.fromkeys(binary.VECS, Format(".fvecs", binary.open_vecs)),
+}
 
-_ZARR = Format("a Zarr array", zarr_arrays.open_zarr, zarr_arrays.zarr_keys)
-_DATASET = Format("a folder of datasets:column", arrow.open_dataset, arrow.dataset_keys)
+_ZARR = Format("a Zarr array", groups.open_zarr, groups.zarr_keys)
 
 
 def find_format(path: str, what: str) -> Format:

@@ -146,7 +146,10 @@ def save_arrow(path: Path, array: Array) -> str:
     flat = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array[0].size)
     column = pa.ExtensionArray.from_storage(kind, flat)
     table = pa.table({"x": column, "n": np.arange(len(array))})
-    with pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:  # fmt: skip
+    with (
+        pa.OSFile(str(path.with_suffix(".arrow")), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
         writer.write_table(table, max_chunksize=9)
     return f"{path}.arrow:x"
 
@@ -197,3 +200,34 @@ def to_torch(array: Array) -> Any:
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
+
+
+def make(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
+    """Draw values of every sign and of many exponents."""
+    rng = np.random.default_rng(seed)
+    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    if kind.kind in "iu":
+        info = np.iinfo(kind)
+        return rng.integers(info.min, info.max, shape, kind, endpoint=True)
+    return (rng.standard_normal(shape) * 2.0 ** rng.integers(-9, 9, shape)).astype(kind)
+
+
+def two(path: Path) -> dict[str, str]:
+    """Save files of two arrays ``a`` and ``b`` in every format that has names."""
+    import h5py
+    import pyarrow as pa
+    import torch
+    from pyarrow import feather, parquet
+    from safetensors.numpy import save_file
+
+    a, b = make((4, 3), "float32"), make((4, 3), "float32", 1)
+    np.savez(path / "x.npz", a=a, b=b)
+    save_file({"a": a, "b": b}, path / "x.safetensors")
+    torch.save({"a": torch.from_numpy(a), "b": torch.from_numpy(b)}, path / "x.pt")
+    with h5py.File(path / "x.h5", "w") as file:
+        file["a"], file["b"] = a, b
+    table = pa.table({"a": list(a), "b": list(b)})
+    parquet.write_table(table, path / "x.parquet")
+    feather.write_feather(table, str(path / "x.feather"))
+    names = ("npz", "safetensors", "pt", "h5", "parquet", "feather")
+    return {name: str(path / f"x.{name}") for name in names}

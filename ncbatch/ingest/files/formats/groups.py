@@ -1,4 +1,4 @@
-"""Zarr arrays, of format 2 or 3."""
+"""Arrays in groups: datasets of HDF5 files, and Zarr arrays of format 2 or 3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,41 @@ import numpy as np
 import zarr
 
 from ncbatch.errors import DataError, unknown_name
-from ncbatch.ingest.files.formats.shard import Block, Index, Shard, shard_of_parts
+from ncbatch.ingest.files.formats.shard import Block, Index, Shard, choose_key, shard_of_parts
+
+
+def hdf5_keys(path: str) -> list[str]:
+    """Name the datasets of a file by their paths."""
+    import h5py
+
+    names: list[str] = []
+
+    def note(name: str, node: object) -> None:
+        if isinstance(node, h5py.Dataset):
+            names.append(name)
+
+    with h5py.File(path, "r") as file:
+        file.visititems(note)
+    return names
+
+
+def open_hdf5(path: str, key: str | None, what: str) -> Shard:
+    """Open a dataset of an ``.h5`` or ``.hdf5`` file."""
+    import h5py
+
+    name = choose_key(path, None if key is None else key.strip("/"), hdf5_keys(path), "dataset")
+
+    def read(index: Index) -> Block:
+        # Opened anew: a handle kept open would lock the file for those that write to it.
+        with h5py.File(path, "r") as file:
+            return np.asarray(file[name][index])
+
+    with h5py.File(path, "r") as file:
+        dataset = file[name]
+        chunks = tuple(dataset.chunks or ())
+        return shard_of_parts(
+            f"{path}:{name}", dataset.shape or (), np.dtype(dataset.dtype), read, chunks
+        )
 
 
 def zarr_keys(path: str) -> list[str]:
