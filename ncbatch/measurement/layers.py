@@ -13,18 +13,9 @@ from ncbatch.arrays.namespace import Array
 from ncbatch.arrays.rows import StoredRows
 from ncbatch.engine.kept import About
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
+from ncbatch.measurement.finished import DECISIONS, MOMENTS, Finished, Source
 from ncbatch.measurement.options import Options
-from ncbatch.measurement.samples import (
-    DECISIONS,
-    MOMENTS,
-    Finished,
-    Index,
-    Samples,
-    Selection,
-    Source,
-    count_labels,
-    select_classes,
-)
+from ncbatch.measurement.samples import Index, Samples, Selection, count_labels, select_classes
 from ncbatch.metrics.catalogue import CATALOGUE
 from ncbatch.metrics.metric import Metric
 from ncbatch.store.feature_store import FeatureStore

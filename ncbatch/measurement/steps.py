@@ -18,6 +18,7 @@ import numpy as np
 from ncbatch.engine.jobs import Call, Item, Job, Price, Step, Sweep, cut
 from ncbatch.engine.kept import About
 from ncbatch.errors import DataError
+from ncbatch.measurement.finished import Source
 from ncbatch.measurement.layers import Layer, device_put, find_layers
 from ncbatch.measurement.options import Options
 from ncbatch.measurement.passes import DecisionsPass, DirectionalPass, MomentsPass, PairPass
@@ -27,7 +28,6 @@ from ncbatch.measurement.samples import (
     MomentsRead,
     Reading,
     Samples,
-    Source,
     select_classes,
 )
 from ncbatch.measurement.values import Measured, cell_of, mean_outside, measured_of
