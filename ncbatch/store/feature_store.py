@@ -235,10 +235,7 @@ class FeatureStore(StoreHeader, StoredStates):
 
     @classmethod
     def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        storage_options: Mapping[str, Any] | None = None,
+        cls, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
     ) -> FeatureStore:
         """Open a store.
 

@@ -281,10 +281,7 @@ class RemoteStore(ObjectStore[Any]):
     """
 
     def __init__(
-        self,
-        url: str,
-        storage_options: Mapping[str, Any] | None = None,
-        read_only: bool = False,
+        self, url: str, storage_options: Mapping[str, Any] | None = None, read_only: bool = False
     ) -> None:
         super().__init__(_open_place(url, storage_options, _LATER), read_only=read_only)
         self.url = url

@@ -212,11 +212,7 @@ class Split:
         return chunks_at_once(self.group.store)
 
     def read_each(
-        self,
-        layer: str,
-        parts: Iterable[Part],
-        *,
-        widened: bool = True,
+        self, layer: str, parts: Iterable[Part], *, widened: bool = True
     ) -> Iterator[tuple[Part, npt.NDArray[Any]]]:
         """Read features of ranges of rows in turn, ahead of the caller in an object store.
 

@@ -472,10 +472,7 @@ class Writer(BlockWriter):
         self._committed = self._record.position
 
     def append(
-        self,
-        features: Mapping[str, Array],
-        labels: Array,
-        predictions: Array | None = None,
+        self, features: Mapping[str, Array], labels: Array, predictions: Array | None = None
     ) -> None:
         """Add rows.
 
