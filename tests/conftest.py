@@ -24,6 +24,7 @@ import pytest
 from hypothesis import settings
 
 from tests.clusters import scheduler_address, scheduler_file  # noqa: F401  (fixtures)
+from tests.objects import objects, server, url  # noqa: F401  (fixtures)
 
 # The machines that run this are shared: a slow example is no failure.
 settings.register_profile("ncbatch", deadline=None)

@@ -422,6 +422,7 @@ def test_damage_that_is_not_read_does_not_stop_measure(folder):
 # ------------------------------------------------------------------------- in a process of its own
 
 
+@pytest.mark.slow
 def test_a_process_says_the_same_and_exits_with_the_code(folder):
     X = TOY.X.copy()
     X[123, 0] = np.nan
@@ -434,6 +435,7 @@ def test_a_process_says_the_same_and_exits_with_the_code(folder):
     check_refused(run_command("measure", "s", "--frobnicate", cwd=folder), "--frob", code=2)
 
 
+@pytest.mark.slow
 def test_a_process_that_validates_does_too(folder):
     flip(Path("s/test/layers/h/feature/c/1/0"))
     done = run_command("validate", "s", cwd=folder)
@@ -468,6 +470,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(folder):
     np.save("x64.npy", TOY.X.astype(np.float64))
     before = tree(folder)

@@ -26,7 +26,7 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from ncbatch.errors import CorruptionError, StoreError
-from ncbatch.store.format import BFloat16, LayerSpec
+from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, BFloat16, LayerSpec, read_attributes
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -292,6 +292,30 @@ def _opened(array: zarr.Array[Any], rows: int | None) -> zarr.Array[Any]:
     return zarr.Array(
         zarr.AsyncArray(metadata=metadata, store_path=array.store_path, config=_CONFIG)
     )
+
+
+def record_arrays(group: zarr.Group) -> None:
+    """Record which arrays a complete split has, so that the loss of a whole one is noticed."""
+    attributes = read_attributes(group)
+    names = list(dict.fromkeys([*attributes.get(ARRAYS, []), *array_names(group)]))
+    group.update_attributes({ATTRIBUTE: attributes | {ARRAYS: names}})
+
+
+def array_names(group: zarr.Group) -> list[str]:
+    """Name the arrays as `Split.arrays` does."""
+    ids = (name for name in ("label", "prediction") if name in group)
+    layers = (
+        f"layers/{name}"
+        for name, layer in layer_groups(group)
+        if not name.startswith(STAGED) and layer.attrs.get("complete")
+    )
+    return [*ids, *layers]
+
+
+def layer_groups(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
+    """Yield the groups of a split's layers by name, complete or not."""
+    layers = find_node(split, "layers")
+    return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
 
 
 @dataclass(frozen=True)

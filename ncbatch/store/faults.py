@@ -19,8 +19,8 @@ from ncbatch.store.chunks import (
     present_chunks,
     read_fault,
 )
-from ncbatch.store.format import ATTRIBUTE, read_attributes
-from ncbatch.store.ranks import ARRAYS, n_samples
+from ncbatch.store.format import ARRAYS, ATTRIBUTE, read_attributes
+from ncbatch.store.ranks import n_samples
 from ncbatch.store.states import STATES
 
 if TYPE_CHECKING:

@@ -44,11 +44,12 @@ from ncbatch.store.place import (
     check_metadata,
     check_writable,
     delete_store,
+    finish_renaming,
     is_there,
     make_root,
     open_root,
 )
-from ncbatch.store.ranks import Layout, Share, finalize_split, finish_renaming
+from ncbatch.store.ranks import Layout, Share, finalize_split
 from ncbatch.store.split import Split
 from ncbatch.store.states import StoredStates
 from ncbatch.store.writer import LayerWriter, Writer
@@ -495,22 +496,20 @@ class FeatureStore(StoreHeader, StoredStates):
         DataError
             Names both widths and where the other is.
         """
-        for name in self.splits:
-            split = self.split(name)
-            if name != but and layer in split.features:
-                width = split.spec(layer).n_features
-                if width != n_features:
-                    raise DataError(
-                        f"layer '{layer}' with {n_features} features",
-                        f"{width}, as in split '{name}' of {self.path}",
-                    )
+        splits = [self.split(name) for name in self.splits if name != but]
+        uses = [
+            (split.spec(layer).n_features, f"as in split '{split.name}' of {self.path}", "")
+            for split in splits
+            if layer in split.features
+        ]
         if but != CLASSIFIER and layer in self.classifiers:
             width = int(self.classifier_arrays(layer)[-1].shape[1])
+            remedy = "write it under another name, or into another store"
+            uses.append((width, f"as its classifier in {self.path} reads", remedy))
+        for width, where, remedy in uses:
             if width != n_features:
                 raise DataError(
-                    f"layer '{layer}' with {n_features} features",
-                    f"{width}, as its classifier in {self.path} reads",
-                    "write it under another name, or into another store",
+                    f"layer '{layer}' with {n_features} features", f"{width}, {where}", remedy
                 )
 
     def set_classifier(self, layer: str, weight: Array, bias: Array | None = None) -> None:

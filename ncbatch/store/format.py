@@ -54,6 +54,7 @@ data_type_registry.register("bfloat16", BFloat16)
 FORMAT = 1
 ATTRIBUTE = "ncbatch"
 CLASSIFIER = "classifier"
+ARRAYS = "arrays"  # in the attributes of a complete split: what it must have
 STAGED = "."  # begins the name of what replaces something complete, until it is complete itself
 MAX_CLASSES = 2**31 - 1  # labels are int32
 # A chunk holds the largest power of two of rows within this many bytes: 8 to 16 MiB.

@@ -25,8 +25,15 @@ from zarr.storage import LocalStore, ObjectStore
 
 from ncbatch.arrays.atomic import take_name
 from ncbatch.errors import CorruptionError, StoreError, UsageError, first_line
-from ncbatch.store.chunks import SMALL_REQUESTS, gather, make_group
-from ncbatch.store.format import ATTRIBUTE, STAGED
+from ncbatch.store.chunks import (
+    SMALL_REQUESTS,
+    find_nodes,
+    gather,
+    layer_groups,
+    make_group,
+    record_arrays,
+)
+from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, read_attributes
 
 Result = TypeVar("Result")
 
@@ -222,6 +229,29 @@ async def _copy(store: RemoteStore, staged: str, name: str) -> None:
     await gather(store.copy(staged + key, name + key) for key in inner)
     await store.copy(staged + metadata, name + metadata)
     await store.delete_dir(staged)
+
+
+def finish_renaming(split: zarr.Group) -> None:
+    """Let layers and predictions take their names whose replacing was interrupted.
+
+    Staged predictions are complete when a staged layer is, or when those that the split had are
+    gone: both come after the last of them was stored.
+    """
+    if not isinstance(split.store, RemoteStore):
+        return
+    complete = [
+        name
+        for name, group in layer_groups(split)
+        if name.startswith(STAGED) and group.attrs.get("complete")
+    ]
+    current, staged = find_nodes(split, ["prediction", f"{STAGED}prediction"])
+    lost = "prediction" in read_attributes(split).get(ARRAYS, ()) and current is None
+    if staged is not None and (complete or lost):
+        rename(split, f"{STAGED}prediction", "prediction")
+    for name in complete:
+        rename(split, f"layers/{name}", f"layers/{name.removeprefix(STAGED)}")
+    if complete or lost:
+        record_arrays(split)
 
 
 def _place(where: str, storage_options: Mapping[str, Any] | None) -> Store | str:

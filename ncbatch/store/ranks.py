@@ -6,7 +6,7 @@ Several writers do not talk: what they agree on they derive from their arguments
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -16,24 +16,21 @@ import zarr
 
 from ncbatch.errors import StoreError, UsageError
 from ncbatch.store.chunks import (
+    array_names,
     check_present,
     chunk_fault,
     chunk_range,
     create_feature,
     create_ids,
     find_node,
-    find_nodes,
     open_array,
     present_chunks,
     require_group,
     stored_chunks,
-    subgroups,
     trim,
 )
-from ncbatch.store.format import ATTRIBUTE, STAGED, LayerSpec, chunk_rows, read_attributes
-from ncbatch.store.place import RemoteStore, rename
+from ncbatch.store.format import ARRAYS, ATTRIBUTE, LayerSpec, chunk_rows, read_attributes
 
-ARRAYS = "arrays"
 _CLAIM = "claim"
 _LAYOUT = "layout"
 
@@ -345,7 +342,6 @@ def join_split(
     split: str,
     named: str,
     layers: Mapping[str, LayerSpec],
-    *,
     world_size: int,
     n_samples: int | None,
     head: str | None,
@@ -426,36 +422,12 @@ def finalize_split(group: zarr.Group, named: str) -> None:
     label = open_array(group, "label")
     stop = max(record.stop(label.chunks[0]) for record in records)
     _check_labels(group, stop, records)
-    names = _arrays(group)
+    names = array_names(group)
     for name in names:
         trim(open_array(group, name if "/" not in name else f"{name}/feature"), stop)
     group.update_attributes(
         {ATTRIBUTE: {"n_samples": sum(record.rows for record in records), ARRAYS: names}}
     )
-
-
-def record_arrays(group: zarr.Group) -> None:
-    """Record which arrays a complete split has, so that the loss of a whole one is noticed."""
-    attributes = read_attributes(group)
-    names = list(dict.fromkeys([*attributes.get(ARRAYS, []), *_arrays(group)]))
-    group.update_attributes({ATTRIBUTE: attributes | {ARRAYS: names}})
-
-
-def _arrays(group: zarr.Group) -> list[str]:
-    """Name the arrays as `Split.arrays` does."""
-    ids = (name for name in ("label", "prediction") if name in group)
-    layers = (
-        f"layers/{name}"
-        for name, layer in layer_groups(group)
-        if not name.startswith(STAGED) and layer.attrs.get("complete")
-    )
-    return [*ids, *layers]
-
-
-def layer_groups(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
-    """Yield the groups of a split's layers by name, complete or not."""
-    layers = find_node(split, "layers")
-    return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
 
 
 def _check_ended(records: list[CommitRecord], world_size: int, named: str) -> None:
@@ -482,26 +454,3 @@ def _check_labels(group: zarr.Group, stop: int, records: list[CommitRecord]) -> 
     check_present(label, claimed_blocks(records, present.size)[: present.size])
     for block in np.flatnonzero(~present).tolist():
         label[slice(*chunk_range(label, block))] = -1
-
-
-def finish_renaming(split: zarr.Group) -> None:
-    """Let layers and predictions take their names whose replacing was interrupted.
-
-    Staged predictions are complete when a staged layer is, or when those that the split had are
-    gone: both come after the last of them was stored.
-    """
-    if not isinstance(split.store, RemoteStore):
-        return
-    complete = [
-        name
-        for name, group in layer_groups(split)
-        if name.startswith(STAGED) and group.attrs.get("complete")
-    ]
-    current, staged = find_nodes(split, ["prediction", f"{STAGED}prediction"])
-    lost = "prediction" in read_attributes(split).get(ARRAYS, ()) and current is None
-    if staged is not None and (complete or lost):
-        rename(split, f"{STAGED}prediction", "prediction")
-    for name in complete:
-        rename(split, f"layers/{name}", f"layers/{name.removeprefix(STAGED)}")
-    if complete or lost:
-        record_arrays(split)

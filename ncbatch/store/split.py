@@ -19,6 +19,7 @@ from ncbatch.store.chunks import (
     chunk_fault,
     chunk_range,
     chunks_at_once,
+    layer_groups,
     map_ahead,
     open_array,
     open_arrays,
@@ -27,7 +28,7 @@ from ncbatch.store.chunks import (
     stored_chunks,
 )
 from ncbatch.store.format import STAGED, LayerSpec, read_attributes
-from ncbatch.store.ranks import CommitRecord, Layout, claimed_blocks, layer_groups, read_records
+from ncbatch.store.ranks import CommitRecord, Layout, claimed_blocks, read_records
 
 # The first row of a range, and something for each row from there on.
 Part: TypeAlias = tuple[int, npt.NDArray[Any]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,13 @@ from zarr.core.sync import sync
 
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.store.chunks import create_feature, create_ids, open_array, require_group
+from ncbatch.store.chunks import (
+    create_feature,
+    create_ids,
+    open_array,
+    record_arrays,
+    require_group,
+)
 from ncbatch.store.format import STAGED, LayerSpec, chunk_rows
 from ncbatch.store.place import rename
 from ncbatch.store.ranks import (
@@ -25,11 +32,13 @@ from ncbatch.store.ranks import (
     claim,
     finalize_split,
     join_split,
-    record_arrays,
     to_resume,
 )
 from ncbatch.store.split import Split
 from ncbatch.store.states import STATES
+
+# Labels and predictions, by those names.
+Ids: TypeAlias = Mapping[str, npt.NDArray[np.int32]]
 
 _STAGED_PREDICTION = f"{STAGED}prediction"
 
@@ -48,12 +57,12 @@ class RowBuffer:
         Rows of a chunk.
     capacity : int
         Rows to make room for, where known.
-    home : str
-        Name of the layer's group, which may be a staged one.
-    complete : bool
-        Whether the layer is seen at once.
     share, base_block
         Which rows of the split are this writer's.
+    home : str
+        Name of the layer's group, where it is a staged one.
+    complete : bool
+        Whether the layer is seen at once.
     array : zarr.Array or None
         The array, once it is made.
     written : int
@@ -66,14 +75,15 @@ class RowBuffer:
     chunk: int
     order: int
     capacity: int
-    home: str
-    complete: bool = True
     share: Share = field(default_factory=Share)
     base_block: int = 1
+    home: str = ""
+    complete: bool = True
     array: zarr.Array[Any] | None = None
     written: int = 0
 
     def __post_init__(self) -> None:
+        self.home = self.home or self.name
         self._rows = np.empty((0, self.spec.n_features), self.spec.numpy_dtype)
         self._fill = 0
 
@@ -122,14 +132,9 @@ class RowBuffer:
 
     def create(self, rows: int) -> zarr.Array[Any]:
         """Make the layer's array, with room for `rows` at least."""
+        room = max(rows, self.capacity)
         self.array = create_feature(
-            self.group,
-            self.home,
-            self.spec,
-            max(rows, self.capacity),
-            self.chunk,
-            self.order,
-            complete=self.complete,
+            self.group, self.home, self.spec, room, self.chunk, self.order, complete=self.complete
         )
         return self.array
 
@@ -148,13 +153,18 @@ def checked_labels(values: Array, what: str, n_classes: int, first: int) -> npt.
     return np.where(array < 0, -1, array).astype(np.int32)
 
 
+def _check_length(values: npt.NDArray[Any], what: str, n: int, each: str) -> None:
+    if len(values) != n:
+        raise DataError(f"{len(values)} {what}s for {n} {each}s", f"one per {each}")
+
+
 def reserve(array: zarr.Array[Any], rows: int) -> None:
     """Let an array hold `rows`; doubling keeps the number of metadata writes small."""
     if array.shape[0] < rows:
         array.resize((max(rows, 2 * array.shape[0]), *array.shape[1:]))
 
 
-class BlockWriter:
+class BlockWriter(ABC):
     """What both writers do with rows that fit: hold them, and commit them a base block at a time."""
 
     def __init__(self, group: zarr.Group, n_classes: int, head: str | None) -> None:
@@ -172,20 +182,38 @@ class BlockWriter:
         """Rows appended so far; after a resume, the rows that need not be appended again."""
         return self._committed + self._pending
 
-    @property
-    def _base_block(self) -> int:
-        raise NotImplementedError
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.discard()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Store the rest, and complete what was written."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Give up what is not complete; nothing to do once it is."""
+
+    @property
+    @abstractmethod
+    def _base_block(self) -> int: ...
+
+    @abstractmethod
     def _commit(self) -> None:
         """Store the ids that are held, once the rows of their block are stored."""
-        raise NotImplementedError
 
-    def _add(
-        self,
-        n: int,
-        features: Mapping[str, npt.NDArray[Any]],
-        ids: Mapping[str, npt.NDArray[np.int32]],
-    ) -> None:
+    def _add(self, n: int, features: Mapping[str, npt.NDArray[Any]], ids: Ids) -> None:
         """Take `n` rows, and commit every base block that becomes full."""
         start = 0
         while start < n:
@@ -203,11 +231,26 @@ class BlockWriter:
         """Return the labels or predictions that are held, and hold them no longer."""
         return np.concatenate([np.empty(0, np.int32), *self._ids.pop(name, ())])
 
-    def _check_ids(self, values: Array | None, name: str) -> dict[str, npt.NDArray[np.int32]]:
+    def _check_ids(self, name: str, values: Array | None) -> dict[str, npt.NDArray[np.int32]]:
         """Check labels or predictions of the next rows; empty where there are none."""
         if values is None:
             return {}
         return {name: checked_labels(values, name, self._n_classes, self.position)}
+
+    def _check_features(
+        self, features: Mapping[str, Array], n: int, note: str = ""
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Check the shapes of `n` rows of every layer, and convert them to their stored dtypes."""
+        blocks = {}
+        for name, buffer in self._buffers.items():
+            rows = to_numpy(features[name])
+            shape = (n, buffer.spec.n_features)
+            if rows.shape != shape:
+                raise DataError(
+                    f"features of layer '{name}' of shape {rows.shape}", f"{shape}{note}"
+                )
+            blocks[name] = buffer.cast(rows, self.position)
+        return blocks
 
     def _check_head(self, predictions: Array | None) -> None:
         if (predictions is None) != (self._head is None):
@@ -247,10 +290,11 @@ class LayerWriter(BlockWriter):
             for leftover in {home, STAGED + name}:
                 _delete_node(layers, leftover)
             rows = min(chunk_rows(spec, split.n_rows), split.base_block)
-            self._buffers[name] = RowBuffer(
-                split.group, name, spec, rows, order, split.n_rows, home, complete=False
+            buffer = RowBuffer(
+                split.group, name, spec, rows, order, split.n_rows, home=home, complete=False
             )
-            self._buffers[name].create(split.n_rows)
+            buffer.create(split.n_rows)
+            self._buffers[name] = buffer
 
     def append(
         self,
@@ -274,12 +318,11 @@ class LayerWriter(BlockWriter):
         DataError
             When shapes do not fit, labels differ, or there are more rows than the split has.
         """
-        blocks = {name: to_numpy(rows) for name, rows in features.items()}
-        if blocks.keys() != self._buffers.keys():
+        if features.keys() != self._buffers.keys():
             raise DataError(
-                f"features of layers {', '.join(blocks)}", "layers " + ", ".join(self._buffers)
+                f"features of layers {', '.join(features)}", "layers " + ", ".join(self._buffers)
             )
-        n = len(next(iter(blocks.values())))
+        n = len(next(iter(features.values())))
         stop = self.position + n
         if stop > self._split.n_rows:
             raise DataError(
@@ -288,17 +331,10 @@ class LayerWriter(BlockWriter):
         if labels is not None:
             self._check_labels(labels, stop)
         self._check_head(predictions)
-        ids = self._check_ids(predictions, "prediction")
-        if ids and len(ids["prediction"]) != n:
-            raise DataError(f"{len(ids['prediction'])} predictions for {n} rows", "one per row")
-        for name, buffer in self._buffers.items():
-            if blocks[name].shape != (n, buffer.spec.n_features):
-                raise DataError(
-                    f"features of layer '{name}' of shape {blocks[name].shape}",
-                    f"({n}, {buffer.spec.n_features})",
-                )
-            blocks[name] = buffer.cast(blocks[name], self.position)
-        self._add(n, blocks, ids)
+        ids = self._check_ids("prediction", predictions)
+        if ids:
+            _check_length(ids["prediction"], "prediction", n, "row")
+        self._add(n, self._check_features(features, n), ids)
 
     def close(self) -> None:
         """Make the layers visible.
@@ -349,24 +385,6 @@ class LayerWriter(BlockWriter):
         self._committed = stop
         self._pending = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self.close()
-        except BaseException:
-            self.discard()
-            raise
-        if kind is not None:
-            self.discard()
-
     def _check_new(self, specs: Mapping[str, LayerSpec], overwrite: bool) -> None:
         """Refuse a split that is not complete, and to replace what is there unasked."""
         split = self._split
@@ -392,8 +410,7 @@ class LayerWriter(BlockWriter):
     def _check_labels(self, values: Array, stop: int) -> None:
         stored = self._split.labels(self.position, stop)
         labels = checked_labels(values, "label", self._n_classes, self.position)
-        if len(labels) != len(stored):
-            raise DataError(f"{len(labels)} labels for {len(stored)} rows", "one per row")
+        _check_length(labels, "label", len(stored), "row")
         for row in np.flatnonzero(labels != stored)[:1].tolist():
             raise DataError(
                 f"label {int(labels[row])} in row {self.position + row}",
@@ -438,13 +455,7 @@ class Writer(BlockWriter):
         rows: Mapping[str, int]
         if share.several:
             group, self._layout = join_split(
-                root,
-                split,
-                self._named,
-                specs,
-                world_size=share.world_size,
-                n_samples=n_samples,
-                head=head,
+                root, split, self._named, specs, share.world_size, n_samples, head
             )
             rows = self._layout.chunk_rows
             self._capacity = self._layout.capacity
@@ -456,15 +467,7 @@ class Writer(BlockWriter):
         block = max(rows.values())
         for order, (name, chunk) in enumerate(rows.items()):
             self._buffers[name] = RowBuffer(
-                group,
-                name,
-                specs[name],
-                chunk,
-                order,
-                self._capacity,
-                name,
-                share=share,
-                base_block=block,
+                group, name, specs[name], chunk, order, self._capacity, share, block
             )
         self._record = claim(group, share, self._named, resume=resume)
         if resume:
@@ -492,11 +495,17 @@ class Writer(BlockWriter):
         """
         if self._closed:
             raise UsageError("append to a writer that is closed")
-        ids = self._check_ids(labels, "label") | self._check_ids(predictions, "prediction")
+        ids = self._check_ids("label", labels) | self._check_ids("prediction", predictions)
         n = len(ids["label"])
         self._check_predictions(ids.get("prediction"), n)
         self._check_room(n)
-        self._add(n, self._check_features(features, n), ids)
+        for name in features:
+            if name not in self._buffers:
+                raise unknown_name("layer", name, self._buffers, "this writer")
+        for name in self._buffers:
+            if name not in features:
+                raise DataError(f"no features for layer '{name}'", "features for every layer")
+        self._add(n, self._check_features(features, n, ": one row per label"), ids)
 
     def close(self) -> None:
         """Commit the rest; complete the split, unless it has other writers.
@@ -522,17 +531,8 @@ class Writer(BlockWriter):
             finalize_split(self._group, self._named)
         self._closed = True
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
+    def discard(self) -> None:
+        """Take no more rows; what was committed stays."""
         self._closed = True
 
     @property
@@ -629,8 +629,8 @@ class Writer(BlockWriter):
             )
 
     def _check_predictions(self, predictions: npt.NDArray[Any] | None, n: int) -> None:
-        if predictions is not None and len(predictions) != n:
-            raise DataError(f"{len(predictions)} predictions for {n} labels", "one per label")
+        if predictions is not None:
+            _check_length(predictions, "prediction", n, "label")
         if self._layout is not None:
             self._check_head(predictions)
         elif self.position and n:
@@ -640,23 +640,6 @@ class Writer(BlockWriter):
                     "predictions in some calls of append only",
                     "predictions in all calls or in none",
                 )
-
-    def _check_features(self, features: Mapping[str, Array], n: int) -> dict[str, npt.NDArray[Any]]:
-        for name in features:
-            if name not in self._buffers:
-                raise unknown_name("layer", name, self._buffers, "this writer")
-        blocks = {}
-        for name, buffer in self._buffers.items():
-            if name not in features:
-                raise DataError(f"no features for layer '{name}'", "features for every layer")
-            rows = to_numpy(features[name])
-            if rows.shape != (n, buffer.spec.n_features):
-                raise DataError(
-                    f"features of layer '{name}' of shape {rows.shape}",
-                    f"({n}, {buffer.spec.n_features}): one row per label",
-                )
-            blocks[name] = buffer.cast(rows, self.position)
-        return blocks
 
 
 def _check_continues(split: Split, share: Share, resume: bool) -> None:

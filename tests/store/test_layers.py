@@ -123,6 +123,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fc", "new"])
 def test_a_killed_process_leaves_what_was_complete(store, name):
     add(store)

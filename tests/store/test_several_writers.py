@@ -106,7 +106,7 @@ def store(tmp_path: Path) -> FeatureStore:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    counts=st.lists(st.integers(0, 300), min_size=2, max_size=4),
+    counts=st.lists(st.integers(0, 80), min_size=2, max_size=4),
     chunk_bytes=st.sampled_from([128, 512, 2048]),
     spare=st.sampled_from([0, 1, 5000]),
     seed=st.integers(0, 99),
@@ -125,7 +125,7 @@ def test_writers_that_take_turns_give_every_row_once(
     rng = np.random.default_rng(seed)
     while any(one.position < n for one, n in zip(writers, counts, strict=True)):
         rank = int(rng.integers(len(counts)))
-        stop = min(writers[rank].position + int(rng.integers(1, 120)), counts[rank])
+        stop = min(writers[rank].position + int(rng.integers(1, 40)), counts[rank])
         append(writers[rank], rank, stop)
     for rank in rng.permutation(len(counts)):
         writers[rank].close()
@@ -233,6 +233,7 @@ def end(processes: Sequence[subprocess.Popen[str]]) -> list[int]:
     return [process.returncode for process in processes]
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_write_one_split(store):
     counts, names = [200, 64, 0, 333], [f"split{i}" for i in range(8)]
     processes = start(store.path, 4, names, counts)
@@ -245,6 +246,7 @@ def test_processes_that_start_at_once_write_one_split(store):
     assert end(processes) == [0] * 4
 
 
+@pytest.mark.slow
 def test_of_processes_that_know_of_no_others_one_writes(store):
     names = [f"split{i}" for i in range(8)]
     processes = start(store.path, 1, names, [100, 100, 100])
@@ -260,6 +262,7 @@ def test_of_processes_that_know_of_no_others_one_writes(store):
     assert store.validate() == []
 
 
+@pytest.mark.slow
 def test_a_killed_writer_resumes_and_the_split_is_whole(store):
     processes = start(store.path, 2, ["train"], [200, 300], kill=1)
     go(processes)

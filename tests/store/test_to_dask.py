@@ -65,6 +65,7 @@ def test_cuda_without_cupy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         store.to_dask("train", "fc2", device="cuda")
 
 
+@pytest.mark.slow
 def test_workers_in_other_processes_read_bfloat16(tmp_path: Path, small_chunks: None):
     from ncbatch.engine.cluster import open_cluster
 

@@ -387,6 +387,7 @@ with store.writer("train", head="h") as writer:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_valid_store_that_resumes(tmp_path, whole):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "s")],

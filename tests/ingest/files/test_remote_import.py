@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("moto.server")
 pytest.importorskip("obstore")
 
 from ncbatch.ingest import import_classifier, import_features
 from ncbatch.store import FeatureStore
 from tests.conftest import make_toy
 from tests.ingest.files.test_imports import Interrupting
-from tests.store.test_remote import keys, server, url  # noqa: F401  (fixtures)
 
 # A server of objects takes seconds to start; the store has fast tests with one.
 pytestmark = pytest.mark.slow
@@ -31,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_features_and_classifier_arrive(url):  # noqa: F811
+def test_features_and_classifier_arrive(url):
     assert import_features(url, "train", "h", "X.npy", "y.npy").created
     assert not import_features(url, "train", "h2", "X.npy").created
     import_classifier(url, "h", "W.npy")
@@ -40,18 +38,18 @@ def test_features_and_classifier_arrive(url):  # noqa: F811
         np.testing.assert_array_equal(store.split("train").read(layer, 0, 300), TOY.X)
     np.testing.assert_array_equal(store.split("train").labels(), TOY.y)
     np.testing.assert_array_equal(store.classifier("h")[0], TOY.W)
-    assert not list(Path().glob("s3*"))
+    assert not [*Path().glob("s3*"), *Path().glob("file*")]
 
 
-def test_nothing_is_left_of_an_import_that_failed(url):  # noqa: F811
+def test_nothing_is_left_of_an_import_that_failed(url, objects):
     with pytest.raises(KeyboardInterrupt):
         import_features(url, "train", "h", "X.npy", "y.npy", progress=Interrupting())
-    assert keys(url) == {}
+    assert objects.keys(url) == {}
     import_features(url, "train", "h", "X.npy", "y.npy")
-    before = keys(url)
+    before = objects.keys(url)
     for split, layer in (("test", "h"), ("train", "h2")):
         with pytest.raises(KeyboardInterrupt):
             import_features(url, split, layer, "X.npy", "y.npy", progress=Interrupting())
-        assert keys(url).keys() == before.keys()
+        assert objects.keys(url).keys() == before.keys()
     assert FeatureStore.open(url).splits == ["train"]
     assert FeatureStore.open(url).layers() == ["h"]

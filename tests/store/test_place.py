@@ -1,22 +1,23 @@
-"""Stores in an object store: everything that works in a folder, against an S3 server on localhost."""
+"""Stores in an object store: everything that works in a folder.
+
+The tests run against obstore's store of a folder, through the same code as others; and, as slow ones,
+against an S3 server on localhost.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import http.server
-import logging
-import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,62 +27,18 @@ from ncbatch.engine.jobs import Item
 from ncbatch.errors import CorruptionError, DataError, StoreError, UnknownNameError, UsageError
 from ncbatch.measurement.samples import Samples
 from ncbatch.store import FeatureStore
+from ncbatch.store import place as object_store
 from tests.conftest import make_toy
+from tests.objects import BUCKET, SECRET, set_environment
 
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
-object_store = pytest.importorskip("ncbatch.store.place")
 pytest.importorskip("obstore")
-
-BUCKET = "features"
-SECRET = "not-to-be-shipped"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Run an S3 server with a bucket, and say so in the environment."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "tester")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_REGION", "us-east-1")
-        client().create_bucket(Bucket=BUCKET)
-        yield endpoint
-    running.stop()
-
-
-def client():
-    """Give what reads and alters objects without the package."""
-    return boto3.client(
-        "s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name=os.environ["AWS_REGION"]
-    )
 
 
 @pytest.fixture
-def url(server: str) -> str:
-    return f"s3://{BUCKET}/{uuid.uuid4()}/run.zarr"
-
-
-def keys(url: str) -> dict[str, bytes]:
-    """Read every object of a store by its key below it."""
-    s3, prefix = client(), url.removeprefix(f"s3://{BUCKET}/") + "/"
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-    names = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-    return {
-        name.removeprefix(prefix): s3.get_object(Bucket=BUCKET, Key=name)["Body"].read()
-        for name in names
-    }
-
-
-def where(url: str, key: str) -> dict[str, str]:
-    return {"Bucket": BUCKET, "Key": url.removeprefix(f"s3://{BUCKET}/") + "/" + key}
+def s3_url(monkeypatch) -> str:
+    """Give a URL of a server that does not answer."""
+    set_environment(monkeypatch, "http://127.0.0.1:9")
+    return f"s3://{BUCKET}/run.zarr"
 
 
 def fill(path: object, toy) -> FeatureStore:
@@ -106,31 +63,30 @@ def assert_same(one, other) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(server, tmp_path_factory) -> tuple[FeatureStore, FeatureStore]:
+def made(objects, tmp_path_factory) -> tuple[FeatureStore, FeatureStore]:
     """Write the same content to a folder and to an object store, in chunks of 1 KiB."""
     toy, folder = make_toy(), tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ncbatch.store.format.CHUNK_BYTES", 1024)
-        return fill(folder / "run.zarr", toy), fill(f"s3://{BUCKET}/made/run.zarr", toy)
+        return fill(folder / "run.zarr", toy), fill(f"{objects.root}/made/run.zarr", toy)
 
 
 @pytest.fixture
-def both(made, url, tmp_path, small_chunks) -> tuple[FeatureStore, FeatureStore]:
+def both(made, objects, url, tmp_path, small_chunks) -> tuple[FeatureStore, FeatureStore]:
     """Give copies of both stores, which may be altered."""
     local, remote = made
-    s3 = client()
-    for key in keys(remote.path):
-        s3.copy_object(CopySource=where(remote.path, key), **where(url, key))
+    for key, content in objects.keys(remote.path).items():
+        objects.put(url, key, content)
     folder = shutil.copytree(local.path, tmp_path / "run.zarr")
     return FeatureStore.open(folder), FeatureStore.open(url)
 
 
-def test_objects_are_those_of_a_folder_byte_for_byte(both, tmp_path):
+def test_objects_are_those_of_a_folder_byte_for_byte(both, objects):
     local, remote = both
-    found = keys(remote.path)
+    found = objects.keys(remote.path)
     files = {
         str(path.relative_to(local.path)): path.read_bytes()
-        for path in sorted(tmp_path.rglob("*"))
+        for path in sorted(Path(local.path).rglob("*"))
         if path.is_file()
     }
     claims = [
@@ -179,6 +135,7 @@ def test_measuring_gives_the_same_bits(both):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objects", ["s3"], indirect=True)
 def test_workers_of_other_processes_open_the_url(both):
     local, remote = both
     assert_same(
@@ -196,14 +153,14 @@ def test_what_is_sent_to_workers_holds_no_credentials(both):
     assert source.split.labels().size == 300
 
 
-def test_options_go_before_the_environment(both, monkeypatch, server):
-    _, remote = both
+@pytest.mark.slow
+def test_options_go_before_the_environment(server, monkeypatch):
+    url = f"s3://{BUCKET}/options/run.zarr"
+    FeatureStore.create(url, 3, {"h": 2})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    opened = FeatureStore.open(remote.path, storage_options={"endpoint": server})
-    assert pickle.loads(pickle.dumps(opened)).splits == remote.splits
-    again = FeatureStore.create(
-        remote.path + "2", 3, {"h": 2}, storage_options={"endpoint": server}
-    )
+    opened = FeatureStore.open(url, storage_options={"endpoint": server})
+    assert pickle.loads(pickle.dumps(opened)).declared_layers == opened.declared_layers
+    again = FeatureStore.create(url + "2", 3, {"h": 2}, storage_options={"endpoint": server})
     assert again.n_classes == 3
 
 
@@ -259,6 +216,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objects", ["s3"], indirect=True)
 def test_a_killed_process_leaves_a_valid_store_that_resumes(url, small_chunks):
     store = FeatureStore.create(url, 5, {"a": 4}, "float32")
     done = subprocess.run([sys.executable, "-c", KILLED, url], capture_output=True, text=True)
@@ -331,31 +289,33 @@ def test_of_processes_that_make_a_store_at_once_one_wins(url, monkeypatch):
     assert won == [FeatureStore.open(url).n_classes]
 
 
-def test_room_that_is_not_used_is_cut(url, small_chunks):
+def test_room_that_is_not_used_is_cut(url, small_chunks, objects):
     store = FeatureStore.create(url, 5, {"a": 4}, "float32")
     with store.writer("train", n_samples=10_000) as writer:
         writer.append({"a": np.ones((100, 4))}, np.zeros(100, int))
     assert store.split("train").n_rows == 100
-    assert len([key for key in keys(url) if key.startswith("train/layers/a/feature/c/")]) == 2
+    assert (
+        len([key for key in objects.keys(url) if key.startswith("train/layers/a/feature/c/")]) == 2
+    )
 
 
-def test_a_split_is_deleted_and_a_store_overwritten(both):
+def test_a_split_is_deleted_and_a_store_overwritten(both, objects):
     _, store = both
     store.delete_split("test")
     assert FeatureStore.open(store.path).splits == ["ood", "train"]
-    assert not [key for key in keys(store.path) if key.startswith("test")]
+    assert not [key for key in objects.keys(store.path) if key.startswith("test")]
     with pytest.raises(StoreError, match="exists; expected a path that is free"):
         FeatureStore.create(store.path, 3)
     with pytest.raises(StoreError, match="is no store"):
         FeatureStore.create(store.path.rpartition("/")[0], 3, overwrite=True)
     FeatureStore.create(store.path, 3, overwrite=True)
-    assert list(keys(store.path)) == ["zarr.json"]
+    assert list(objects.keys(store.path)) == ["zarr.json"]
 
 
 # Layers that are added or replaced
 
 
-def test_a_layer_is_added_and_hidden_until_it_is_complete(both):
+def test_a_layer_is_added_and_hidden_until_it_is_complete(both, objects):
     _, store = both
     X = np.random.default_rng(1).standard_normal((300, 3)).astype(np.float32)
     with store.add_layers("train", {"c": 3}, "float32") as writer:
@@ -366,7 +326,7 @@ def test_a_layer_is_added_and_hidden_until_it_is_complete(both):
     with pytest.raises(DataError), store.add_layers("train", {"d": 3}) as writer:
         writer.append({"d": X[:10]})
     assert store.layers("train") == ["a", "b", "c"]
-    assert not [key for key in keys(store.path) if "/d/" in key]
+    assert not [key for key in objects.keys(store.path) if "/d/" in key]
     assert store.validate() == []
 
 
@@ -375,20 +335,20 @@ def replace(store: FeatureStore, X) -> None:
         writer.append({"a": X}, predictions=np.full(len(X), 2))
 
 
-def test_a_layer_and_predictions_are_replaced(both):
+def test_a_layer_and_predictions_are_replaced(both, objects):
     _, store = both
     X = np.random.default_rng(1).standard_normal((300, 4)).astype(np.float32)
     replace(store, X)
     opened = FeatureStore.open(store.path)
     np.testing.assert_array_equal(opened.split("train").read("a", 0, 300), X)
     assert set(opened.split("train").predictions().tolist()) == {2}
-    assert not [key for key in keys(store.path) if "/." in key]
+    assert not [key for key in objects.keys(store.path) if "/." in key]
     assert opened.validate() == []
 
 
 # Five chunks are copied, the array's metadata, and the group's own, which comes last; then predictions.
 @pytest.mark.parametrize("copies", [0, 3, 6, 8])
-def test_a_replacement_that_is_interrupted_is_never_half_seen(both, monkeypatch, copies):
+def test_a_replacement_that_is_interrupted_is_never_half_seen(both, monkeypatch, copies, objects):
     _, store = both
     X = np.random.default_rng(1).standard_normal((300, 4)).astype(np.float32)
     copy, done = object_store.RemoteStore.copy, []
@@ -412,7 +372,7 @@ def test_a_replacement_that_is_interrupted_is_never_half_seen(both, monkeypatch,
     again = FeatureStore.open(store.path)
     np.testing.assert_array_equal(again.split("train").read("a", 0, 300), X)
     assert set(again.split("train").predictions().tolist()) == {2}
-    assert not [key for key in keys(store.path) if "/." in key]
+    assert not [key for key in objects.keys(store.path) if "/." in key]
     assert again.validate() == []
     replace(again, X + 1)
     np.testing.assert_array_equal(again.split("train").read("a", 0, 300), X + 1)
@@ -421,34 +381,34 @@ def test_a_replacement_that_is_interrupted_is_never_half_seen(both, monkeypatch,
 # What is lost or altered
 
 
-def test_a_missing_chunk_is_noticed(both):
+def test_a_missing_chunk_is_noticed(both, objects):
     _, store = both
-    client().delete_object(**where(store.path, "train/layers/a/feature/c/2/0"))
+    objects.delete(store.path, "train/layers/a/feature/c/2/0")
     fault = r"train/layers/a/feature/c/2/0 \(rows 128..191\): chunk is missing"
     with pytest.raises(CorruptionError, match=fault):
         nc.measure(store.path)
     assert [str(f) for f in store.validate()] == [fault.replace("\\", "")]
 
 
-def test_an_altered_chunk_is_noticed(both):
+def test_an_altered_chunk_is_noticed(both, objects):
     _, store = both
-    place = where(store.path, "train/layers/a/feature/c/1/0")
-    content = bytearray(client().get_object(**place)["Body"].read())
+    key = "train/layers/a/feature/c/1/0"
+    content = bytearray(objects.keys(store.path)[key])
     before = store.split("train").fingerprint("a")
     content[100] ^= 1
-    client().put_object(**place, Body=bytes(content))
+    objects.put(store.path, key, bytes(content))
     fault = r"train/layers/a/feature/c/1/0 \(rows 64..127\): checksum does not match its bytes"
     with pytest.raises(CorruptionError, match=fault):
         nc.measure(store.path, layers=["a"])
     assert [str(f) for f in store.validate()] == [fault.replace("\\", "")]
     content[-1] ^= 1  # the checksum, which is all that a fingerprint reads
-    client().put_object(**place, Body=bytes(content))
+    objects.put(store.path, key, bytes(content))
     assert store.split("train").fingerprint("a") != before
 
 
-def test_damaged_metadata_is_named(both):
+def test_damaged_metadata_is_named(both, objects):
     _, store = both
-    client().put_object(**where(store.path, "train/label/zarr.json"), Body=b"{")
+    objects.put(store.path, "train/label/zarr.json", b"{")
     with pytest.raises(CorruptionError, match=r"metadata 'train/label/zarr.json' cannot be read"):
         nc.measure(store.path)
 
@@ -528,10 +488,17 @@ def test_what_is_read_ahead_is_planned_for(both):
 # What can go wrong before anything is read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [FeatureStore.open, lambda path: FeatureStore.create(path, 3)])
 def test_a_missing_bucket_is_said(server, use):
     with pytest.raises(StoreError, match=r"no bucket 'nowhere' for 's3://nowhere/x.zarr'"):
         use("s3://nowhere/x.zarr")
+
+
+@pytest.mark.slow
+def test_a_command_says_so_in_two_lines(server, ncbatch):
+    done = ncbatch("info", "s3://nowhere/x")
+    assert (done.code, done.err.count("\n")) == (1, 2)
 
 
 def test_nothing_there_is_said(url, both):
@@ -543,22 +510,21 @@ def test_nothing_there_is_said(url, both):
         both[1].split("val")
 
 
-def test_a_server_that_is_not_there_is_said_within_seconds(url, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+def test_a_server_that_is_not_there_is_said_within_seconds(s3_url):
     begin = time.monotonic()
     with pytest.raises(StoreError, match=r"nothing answers at http://127.0.0.1:9"):
-        FeatureStore.open(url)
+        FeatureStore.open(s3_url)
     assert time.monotonic() - begin < 10
 
 
-def test_missing_credentials_are_said(url, monkeypatch):
+def test_missing_credentials_are_said(s3_url, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(StoreError, match=r"no credentials for .*\nset AWS_ACCESS_KEY_ID"):
-        FeatureStore.open(url)
+        FeatureStore.open(s3_url)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # where machines get theirs
     with pytest.raises(StoreError, match=r"no credentials for .*\nset AWS_ACCESS_KEY_ID"):
-        FeatureStore.open(url)
+        FeatureStore.open(s3_url)
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -575,12 +541,12 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_refused_access_is_said(url, monkeypatch):
+def test_refused_access_is_said(s3_url, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_address[1]}")
         with pytest.raises(StoreError, match=r"'s3://.*' refuses access: AccessDenied"):
-            FeatureStore.open(url)
+            FeatureStore.open(s3_url)
         refusing.shutdown()
 
 
@@ -597,17 +563,17 @@ def test_a_network_that_goes_is_no_bad_chunk(both, monkeypatch):
     assert not isinstance(caught.value, CorruptionError)
 
 
-def test_a_missing_library_is_said(url, monkeypatch):
+def test_a_missing_library_is_said(s3_url, monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(
         UsageError, match=r"without the library obstore.*\npip install 'ncbatch\[s3\]'"
     ):
-        FeatureStore.open(url)
+        FeatureStore.open(s3_url)
 
 
-def test_options_that_do_not_fit_are_refused(url, tmp_path):
+def test_options_that_do_not_fit_are_refused(s3_url, tmp_path):
     with pytest.raises(UsageError, match="'nonsense' is not valid"):
-        FeatureStore.open(url, storage_options={"nonsense": "1"})
+        FeatureStore.open(s3_url, storage_options={"nonsense": "1"})
     with pytest.raises(UsageError, match="storage_options for a local path"):
         FeatureStore.create(tmp_path / "s", 3, storage_options={"region": "x"})
 
@@ -649,11 +615,9 @@ def test_commands_take_urls(url, ncbatch, tmp_path):
     done = ncbatch("finalize", url, "--split", "val")
     assert done.code == 1
     assert "no split 'val'" in done.err
-    done = ncbatch("info", "s3://nowhere/x")
-    assert (done.code, done.err.count("\n")) == (1, 2)
 
 
-def test_an_import_that_fails_leaves_nothing(url, ncbatch, tmp_path):
+def test_an_import_that_fails_leaves_nothing(url, ncbatch, tmp_path, objects):
     X = np.ones((10, 2), np.float64)
     X[7] = 1e300
     np.save(tmp_path / "X.npy", X)
@@ -664,4 +628,4 @@ def test_an_import_that_fails_leaves_nothing(url, ncbatch, tmp_path):
     )  # fmt: skip
     assert done.code == 1
     assert "7" in done.err
-    assert keys(url) == {}
+    assert objects.keys(url) == {}
