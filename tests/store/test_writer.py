@@ -377,7 +377,7 @@ import os, signal, sys
 import numpy as np
 import ncbatch.store.format
 ncbatch.store.format.CHUNK_BYTES = 1024
-from tests.store import test_writing as t
+from tests.store import test_writer as t
 store = t.FeatureStore.create(sys.argv[1], t.K, t.WIDTHS, "float32")
 with store.writer("train", head="h") as writer:
     for start in range(0, t.N, 10):

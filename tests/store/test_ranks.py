@@ -183,7 +183,7 @@ WRITING = """
 import os, signal, sys
 import ncbatch.store.format
 ncbatch.store.format.CHUNK_BYTES = 1024
-from tests.store import test_several_writers as t
+from tests.store import test_ranks as t
 store = t.FeatureStore.open(sys.argv[1])
 rank, world_size, count, kill_at = map(int, sys.argv[2:6])
 print("ready", flush=True)
