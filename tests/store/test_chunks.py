@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +81,9 @@ def test_results_come_in_order_and_tasks_are_taken_no_further_ahead(at_once):
 
 
 def test_an_error_of_a_task_ends_the_others():
-    stop = threading.Event()
-
     def fail(number: int) -> int:
         if number == 1:
             raise StoreError("gone")
-        stop.wait(0.01)
         return number
 
     with pytest.raises(StoreError, match="gone"):
