@@ -1,4 +1,4 @@
-"""What a store is made of: groups, arrays and their chunks, made, found, and read with faults named.
+"""What a store is made of: groups, arrays and chunks, made, found, and read with faults named.
 
 What is made here may be made by several processes at once, and what is asked of a store that is far
 away is asked for several things at once.
@@ -49,21 +49,16 @@ def map_ahead(
 ) -> Iterator[Result]:
     """Apply a function that waits to tasks, several at once; results come in their order.
 
-    Parameters
-    ----------
-    function : callable
-        Called in threads, unless `at_once` is 1.
-    tasks : iterable
-        Iterated in the caller's thread, no further ahead than needed.
-    at_once : int
-        How many calls are made or waiting to be taken.
+    `at_once` calls are made, or wait to be taken.
     """
+    # As on a disk, which reads ahead by itself: threads would gain nothing.
     if at_once == 1:
         yield from map(function, tasks)
         return
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(at_once)
     try:
+        # Tasks are taken in the caller's thread, no further ahead than needed.
         for task in tasks:
             pending.append(pool.submit(function, task))
             if len(pending) == at_once:
@@ -88,22 +83,9 @@ async def gather(requests: Iterable[Coroutine[Any, Any, Result]]) -> list[Result
 def require_group(
     parent: zarr.Group, name: str, attributes: Mapping[str, Any] | None = None
 ) -> zarr.Group:
-    """Make a group, or find the one that is there.
+    """Make a group with these attributes, or find the one that is there with its own.
 
-    Parameters
-    ----------
-    parent : zarr.Group
-        Where it is or will be.
-    name : str
-        Its name.
-    attributes : mapping, optional
-        Its attributes, if this call makes it.
-
-    Returns
-    -------
-    zarr.Group
-        Of several processes that make it at once exactly one succeeds; all get its group, with its
-        attributes.
+    Of several processes that make it at once exactly one succeeds; all get its group.
 
     Raises
     ------
@@ -120,10 +102,9 @@ def require_group(
 
 
 def make_group(store: Store, path: str, attributes: Mapping[str, Any]) -> None:
-    """Make a group unless it is there; of several processes exactly one makes it.
-
-    That holds for folders, and for object stores that write on condition (S3's ``If-None-Match``).
-    """
+    """Make a group unless it is there; of several processes exactly one makes it."""
+    # zarr would look first and then write. This is one step in folders, and in object stores that
+    # write on condition (S3's ``If-None-Match``).
     metadata = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
     content = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())
     key = f"{path}/zarr.json" if path else "zarr.json"
@@ -131,12 +112,10 @@ def make_group(store: Store, path: str, attributes: Mapping[str, Any]) -> None:
 
 
 def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
-    """Yield the groups in a group by name, sorted.
+    """Yield the groups in a group by name, sorted."""
 
-    A folder that another process has begun to make, or left behind when it was killed, is passed
-    over; ``zarr.Group.groups`` would warn of it.
-    """
-
+    # `zarr.Group.groups` would warn of a folder that another process has begun to make, or has left
+    # behind when it was killed; here it is passed over.
     async def list_names() -> list[str]:
         return [name async for name in group.store.list_dir(group.path) if name != "zarr.json"]
 
@@ -187,9 +166,6 @@ def create_array(
 ) -> zarr.Array[Any]:
     """Make an uncompressed array whose chunks carry a checksum, or find it as it would be made.
 
-    Missing chunks read as -1 (integers) or NaN (floats), never as plausible zeros. Processes that
-    make the same array at once write the same metadata, each in one step.
-
     Raises
     ------
     StoreError
@@ -204,12 +180,14 @@ def create_array(
             dtype=BFloat16() if dtype == "bfloat16" else dtype,
             filters=None,
             compressors=[Crc32cCodec()],
+            # Missing chunks never read as plausible zeros.
             fill_value=-1 if is_integer else float("nan"),
             dimension_names=dimensions,
             attributes=dict(attributes or {}),
             config=_CONFIG,
         )
     except ContainsArrayError:
+        # Processes that make it at once write the same metadata, each in one step.
         array = open_array(group, name)
     if (array.shape, array.chunks, str(array.dtype)) != (shape, chunks, dtype):
         raise StoreError(
@@ -258,17 +236,7 @@ def create_ids(
 
 
 def open_array(group: zarr.Group, name: str, rows: int | None = None) -> zarr.Array[Any]:
-    """Open an array for writing, or its first `rows` rows for reading.
-
-    Parameters
-    ----------
-    group : zarr.Group
-        Where it is.
-    name : str
-        Its name in there.
-    rows : int, optional
-        Let the array end there; what is stored keeps its shape.
-    """
+    """Open an array for writing, or its first `rows` rows for reading."""
     array = find_node(group, name)
     if not isinstance(array, zarr.Array):
         raise KeyError(f"{group.path}/{name}")
@@ -286,6 +254,7 @@ def open_arrays(
 
 
 def _opened(array: zarr.Array[Any], rows: int | None) -> zarr.Array[Any]:
+    # Only this view of the array ends after `rows`; what is stored keeps its shape.
     metadata: Any = array.metadata
     if rows is not None and rows != array.shape[0]:
         metadata = metadata.update_shape((rows, *array.shape[1:]))
@@ -334,7 +303,8 @@ class Fault:
         """Make the error that a reader raises."""
         return CorruptionError(
             f"bad chunk {self}",
-            remedy="restore that file or dump the split anew; 'ncbatch validate' lists every bad chunk",
+            remedy="restore that file or dump the split anew; "
+            "'ncbatch validate' lists every bad chunk",
         )
 
 
@@ -365,8 +335,6 @@ def present_chunks(array: zarr.Array[Any]) -> npt.NDArray[np.bool_]:
 def check_present(array: zarr.Array[Any], expected: npt.NDArray[np.bool_] | None = None) -> None:
     """Refuse an array of which a chunk, or one of those marked, is missing.
 
-    It would read as NaN or -1.
-
     Raises
     ------
     CorruptionError
@@ -378,23 +346,19 @@ def check_present(array: zarr.Array[Any], expected: npt.NDArray[np.bool_] | None
 
 
 def trim(array: zarr.Array[Any], rows: int) -> None:
-    """Let an array end after `rows`, and delete the chunks beyond.
-
-    ``zarr.Array.resize`` would go through every chunk that the old shape has room for, and room
-    reserved for several writers can be millions of chunks that were never stored.
-    """
+    """Let an array end after `rows`, and delete the chunks beyond."""
     if array.shape[0] == rows:
         return
+    # `zarr.Array.resize` would go through every chunk that the old shape has room for, and room
+    # reserved for several writers can be millions of chunks that were never stored.
     beyond = [index for index in stored_chunks(array) if index * array.chunks[0] >= rows]
     sync(gather(array.store.delete(chunk_key(array, index)) for index in sorted(beyond)))
     sync(array.async_array.resize((rows, *array.shape[1:]), delete_outside_chunks=False))
 
 
 def stored_chunks(array: zarr.Array[Any]) -> list[int]:
-    """List the numbers of the chunks of rows that exist, in any order.
-
-    Unlike `present_chunks` it takes no memory for chunks that an array only has room for.
-    """
+    """List the numbers of the chunks of rows that exist, in any order."""
+    # No mask: that would take memory for all chunks that the array only has room for.
     prefix = f"{array.path}/c"
 
     async def list_keys() -> list[str]:
@@ -422,6 +386,7 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]
         return np.asarray(array[start:stop])
     except StoreError:
         raise
+    # Codecs and stores raise what they like; which chunk it was has to be found out.
     except Exception as error:
         rows = array.chunks[0]
         for index in range(start // rows, -(-stop // rows)):
@@ -450,6 +415,7 @@ def checksums(array: zarr.Array[Any]) -> bytes:
     bytes
         A SHA-256 digest over (chunk number, last four bytes); missing chunks enter as missing.
     """
+    # crc32c is the last codec, so its four bytes end every chunk.
     indices = range(-(-array.shape[0] // array.chunks[0]))
     prototype = default_buffer_prototype()
     tail = SuffixByteRequest(_CHECKSUM_BYTES)

@@ -70,6 +70,7 @@ def store_classifier(
 ) -> None:
     """Store the classifier of a layer, in the place of an earlier one; visible once complete."""
     classifiers = require_group(root, CLASSIFIER)
+    # Absent until the new one is complete: a mixture of both would be worse.
     if layer in classifiers:
         del classifiers[layer]
     group = require_group(classifiers, layer)
@@ -112,6 +113,7 @@ class ClassifierRows:
         part = rows[0] if isinstance(rows, tuple) else rows
         if isinstance(part, slice):
             part = np.arange(*part.indices(self.shape[0]))
+        # By number, whatever was asked for: each chunk that holds some of them is read once.
         numbers = np.asarray(part)
         values = np.empty((len(numbers), self.shape[1]), self.dtype)
         height = int(self._array.chunks[0])

@@ -62,7 +62,8 @@ def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
     for name in read_attributes(split.group).get(ARRAYS, ()):
         if name not in split.arrays:
             yield Fault(f"{split.name}/{name}", 0, split.n_rows, "array is missing")
-    if bad:  # which rows exist is no longer known: every chunk is expected
+    # Which rows exist is no longer known then: every chunk is expected.
+    if bad:
         exists = np.ones(split.n_rows, np.bool_)
     else:
         labels = split.labels()

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     import dask.array as da
     import xarray as xr
 
-_DUMPED = "ncbatch_dump"  # of a split: beside ATTRIBUTE, which the end of writing replaces
+# An attribute of a split, beside ATTRIBUTE, which the end of writing replaces.
+_DUMPED = "ncbatch_dump"
 
 
 class StoreHeader:
@@ -221,7 +222,8 @@ class FeatureStore(StoreHeader, StoredStates):
                 raise StoreError(
                     f"'{where}' exists", "a path that is free", "choose another, or overwrite it"
                 )
-            cls.open(where, storage_options=storage_options)  # never delete what is no store
+            # Never delete what is no store.
+            cls.open(where, storage_options=storage_options)
             delete_store(where, storage_options)
         header: dict[str, Any] = {
             "format": FORMAT,
@@ -306,7 +308,8 @@ class FeatureStore(StoreHeader, StoredStates):
         token = token or str(uuid.uuid4())
         try:
             group = require_group(require_group(self._root, split), task, {"token": token})
-        except KeyError:  # given back while this process looked
+        # Given back while this process looked.
+        except KeyError:
             return False
         return group.attrs.get("token") == token
 
@@ -443,8 +446,8 @@ class FeatureStore(StoreHeader, StoredStates):
         """Complete a split of several writers, once all are closed.
 
         Its arrays are cut after the last row, blocks that no writer came to become holes, and the
-        number of samples is recorded. A split that is complete stays as it is, except that layers and
-        predictions whose replacing was interrupted in an object store take their names.
+        number of samples is recorded. A split that is complete stays as it is, except that layers
+        and predictions whose replacing was interrupted in an object store take their names.
 
         Parameters
         ----------
@@ -554,7 +557,7 @@ class FeatureStore(StoreHeader, StoredStates):
         return digest.hexdigest()[:32]
 
     def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
-        """Return the stored arrays of a layer's classifier: its bias, where it has one, and weight."""
+        """Return the stored arrays of a layer's classifier: bias, where it has one, and weight."""
         names = [f"{CLASSIFIER}/{layer}/{name}" for name in ("bias", "weight")]
         return [array for array in open_arrays(self._root, names) if array is not None]
 

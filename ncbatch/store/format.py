@@ -54,9 +54,12 @@ data_type_registry.register("bfloat16", BFloat16)
 FORMAT = 1
 ATTRIBUTE = "ncbatch"
 CLASSIFIER = "classifier"
-ARRAYS = "arrays"  # in the attributes of a complete split: what it must have
-STAGED = "."  # begins the name of what replaces something complete, until it is complete itself
-MAX_CLASSES = 2**31 - 1  # labels are int32
+# In the attributes of a complete split: the arrays that it must have.
+ARRAYS = "arrays"
+# Begins the name of what replaces something complete, until it is complete itself.
+STAGED = "."
+# Labels are int32.
+MAX_CLASSES = 2**31 - 1
 # A chunk holds the largest power of two of rows within this many bytes: 8 to 16 MiB.
 CHUNK_BYTES = 16 * 2**20
 # Small rows would make label chunks, the unit of commitment, needlessly large.

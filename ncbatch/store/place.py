@@ -112,6 +112,7 @@ def make_root(
     place = _place(where, storage_options)
     attributes = {ATTRIBUTE: dict(header)}
     if isinstance(place, Store):
+        # Another process may make one at the same time: whose header is read back has won.
         make_group(place, "", attributes)
         root = zarr.open_group(place, mode="r+", zarr_format=3)
         if root.attrs.get(ATTRIBUTE) != attributes[ATTRIBUTE]:
@@ -170,23 +171,24 @@ def _open_for_reading(url: str) -> zarr.Group:
 def check_metadata(where: str) -> None:
     """Refuse a store in a folder of which a metadata file is damaged; reads nothing else.
 
-    In an object store that would be a request per file; there damage is noticed when it is read.
-
     Raises
     ------
     CorruptionError
         Names the file.
     """
+    # In an object store that would be a request per file; there damage is noticed when it is read.
     for folder, folders, files in () if is_remote(where) else os.walk(where):
         if "zarr.json" not in files:
             continue
         file = Path(folder) / "zarr.json"
         try:
             kind = json.loads(file.read_text(encoding="utf-8"))["node_type"]
-        except FileNotFoundError:  # a writer at work
+        # A writer is at work.
+        except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptionError(f"metadata '{file}' cannot be read", "", "restore it") from error
+        # Below an array there are chunks, which may be millions.
         if kind == "array":
             folders.clear()
 
@@ -221,6 +223,7 @@ def rename(group: zarr.Group, staged: str, name: str) -> None:
 
 
 async def _copy(store: RemoteStore, staged: str, name: str) -> None:
+    # First and last the group's own metadata: a node without it is not seen.
     metadata = "/zarr.json"
     await store.delete(name + metadata)
     await store.delete_dir(name)
@@ -232,11 +235,8 @@ async def _copy(store: RemoteStore, staged: str, name: str) -> None:
 
 
 def finish_renaming(split: zarr.Group) -> None:
-    """Let layers and predictions take their names whose replacing was interrupted.
-
-    Staged predictions are complete when a staged layer is, or when those that the split had are
-    gone: both come after the last of them was stored.
-    """
+    """Let layers and predictions take their names whose replacing was interrupted."""
+    # Where they can be renamed no step is left undone.
     if not isinstance(split.store, RemoteStore):
         return
     complete = [
@@ -245,6 +245,8 @@ def finish_renaming(split: zarr.Group) -> None:
         if name.startswith(STAGED) and group.attrs.get("complete")
     ]
     current, staged = find_nodes(split, ["prediction", f"{STAGED}prediction"])
+    # Staged predictions are complete when a staged layer is, or when those that the split had are
+    # gone: both come after the last of them was stored.
     lost = "prediction" in read_attributes(split).get(ARRAYS, ()) and current is None
     if staged is not None and (complete or lost):
         rename(split, f"{STAGED}prediction", "prediction")
@@ -255,15 +257,13 @@ def finish_renaming(split: zarr.Group) -> None:
 
 
 def _place(where: str, storage_options: Mapping[str, Any] | None) -> Store | str:
-    """Return what zarr opens: a store, or the path or URL of one.
-
-    A local path is made absolute: when zarr (3.1.6) lists keys it cuts the store's path out
-    wherever it occurs, so that a store at ``s`` would lose the end of ``layers/`` in every key.
-    """
+    """Return what zarr opens: a store, or the path or URL of one."""
     if _is_object_store(where):
         return connect(where, storage_options)
     if storage_options:
         raise UsageError("storage_options for a local path", f"a URL of {_SCHEMES_TEXT}")
+    # When zarr (3.1.6) lists keys it cuts the store's path out wherever it occurs: a store at ``s``
+    # would lose the end of ``layers/`` in every key.
     return absolute(where)
 
 
@@ -296,10 +296,6 @@ def connect(url: str, storage_options: Mapping[str, Any] | None = None) -> Remot
 class RemoteStore(ObjectStore[Any]):
     """zarr's store of obstore, whose errors say what to do, and which is sent without credentials.
 
-    The functions of obstore are called in threads. Its own coroutines, which `ObjectStore` awaits,
-    are finished by threads that may want the interpreter while it ends, and that aborts the process
-    (obstore 0.12, Python before 3.14).
-
     Parameters
     ----------
     url : str
@@ -318,6 +314,7 @@ class RemoteStore(ObjectStore[Any]):
         self._options = dict(storage_options or {})
         self._library = _library(url)
 
+    # `ObjectStore` pickles obstore's object, which holds the credentials of the environment.
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url, self._options, self.read_only)
 
@@ -332,6 +329,8 @@ class RemoteStore(ObjectStore[Any]):
         **options: Any,
     ) -> Result | None:
         """Call a function of obstore in a thread; None where it raises what is to be ignored."""
+        # Its own coroutines, which `ObjectStore` awaits, are finished by threads that may want the
+        # interpreter while it ends, and that aborts the process (obstore 0.12, Python before 3.14).
 
         def answer() -> Result | None:
             with _explain_errors(self.url), suppress(*filter(None, [ignore])):
@@ -434,7 +433,8 @@ def _open_place(url: str, storage_options: Mapping[str, Any] | None, retries: An
             url.rstrip("/"), config=config, client_options=timeouts, retry_config=retries
         )
     except failures as error:
-        if "Missing" in str(error):  # one half of a pair of keys
+        # One half of a pair of keys.
+        if "Missing" in str(error):
             raise _no_credentials(url) from error
         raise UsageError(f"'{url}' cannot be opened: {first_line(error)}") from error
 
@@ -450,6 +450,7 @@ def _explain_errors(url: str) -> Iterator[None]:
 
 
 def _explanation(url: str, error: Exception) -> StoreError:
+    # obstore's text holds the server's answer, in XML, and debugging output over many lines.
     text = str(error)
     code = _between(text, "Code")
     if code == "NoSuchBucket":

@@ -81,26 +81,15 @@ class Share:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What a writer has committed.
-
-    Attributes
-    ----------
-    share : Share
-        Which writer it is.
-    blocks : int
-        Base blocks whose labels it has stored.
-    rows : int
-        Samples in them (label >= 0).
-    position : int
-        Rows appended that are committed, holes included: where to go on in the input.
-    final : bool
-        Whether the writer has ended.
-    """
+    """What a writer has committed."""
 
     share: Share
+    # Base blocks whose labels it has stored, and the samples in them (label >= 0).
     blocks: int = 0
     rows: int = 0
+    # Rows that it was given, holes included: where to go on in the input.
     position: int = 0
+    # Whether it has ended.
     final: bool = False
 
     def stop(self, block: int) -> int:
@@ -109,6 +98,7 @@ class CommitRecord:
 
     def save(self, group: zarr.Group) -> None:
         """Store the record in the split's `group`, in the place of this writer's last one."""
+        # A record follows every block: once it is there, one request finds it.
         home = find_node(group, f"writers/{self.share.rank}")
         if not isinstance(home, zarr.Group):
             home = require_group(require_group(group, "writers"), str(self.share.rank))
@@ -136,29 +126,14 @@ def read_records(group: zarr.Group, world_size: int) -> list[CommitRecord]:
 
 
 def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> CommitRecord:
-    """Become a writer of a split: no other process may write its blocks.
-
-    Parameters
-    ----------
-    group : zarr.Group
-        The split's group.
-    share : Share
-        Which writer.
-    named : str
-        The split and the store, for messages.
-    resume : bool
-        Go on after an earlier writer of this rank, if there was one.
-
-    Returns
-    -------
-    CommitRecord
-        What that one committed.
+    """Become a writer of a split, and return what an earlier one of this rank has committed.
 
     Raises
     ------
     StoreError
-        When a writer of this rank has begun and `resume` was not asked for.
+        When one has begun and `resume` was not asked for: no two processes may write its blocks.
     """
+    # Of several processes that make the record exactly one finds its own token in it.
     token = str(uuid.uuid4())
     fresh = CommitRecord(share)
     attributes = {ATTRIBUTE: fresh._attributes() | {_CLAIM: token}}
@@ -177,12 +152,7 @@ def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> Commi
 def claimed_blocks(records: Iterable[CommitRecord], n_blocks: int = 0) -> npt.NDArray[np.bool_]:
     """Mark the base blocks whose labels must be there, for a writer recorded that it stored them.
 
-    Parameters
-    ----------
-    records : iterable of CommitRecord
-        The records of a split's writers.
-    n_blocks : int, optional
-        Blocks to mark at least; more where records claim more.
+    Of `n_blocks` blocks at least, and of more where records claim more.
     """
     known = [record for record in records if record.blocks]
     n = max([n_blocks, *(record.share.block(record.blocks - 1) + 1 for record in known)])
@@ -195,13 +165,6 @@ def claimed_blocks(records: Iterable[CommitRecord], n_blocks: int = 0) -> npt.ND
 def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
     """Find where a writer that stopped goes on: after its committed blocks that are surely full.
 
-    Parameters
-    ----------
-    record : CommitRecord
-        Its last record, which may lag behind the labels by a block.
-    label : zarr.Array
-        The split's labels.
-
     Raises
     ------
     CorruptionError
@@ -210,6 +173,7 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
     block = int(label.chunks[0])
     share = record.share
     stored = set(stored_chunks(label))
+    # The record may lag behind the labels by a block, for it is written after them.
     blocks = 0
     while share.block(blocks) in stored:
         blocks += 1
@@ -217,8 +181,9 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
         raise chunk_fault(label, share.block(blocks), "chunk is missing").error()
     if blocks and record.position < blocks * block:
         stop = (share.block(blocks - 1) + 1) * block
+        # Killed while it ended: the last block may be a part of one, and is written again.
         if label.shape[0] < stop or np.asarray(label[stop - 1 : stop])[0] < 0:
-            blocks -= 1  # killed while it ended: the last block is written again
+            blocks -= 1
     rows = n_samples(label, map(share.block, range(blocks)))
     return replace(record, blocks=blocks, rows=rows, position=blocks * block, final=False)
 
@@ -231,26 +196,15 @@ def n_samples(label: zarr.Array[Any], blocks: Iterable[int]) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a split of several writers, an attribute of the split until it is finalized.
-
-    Attributes
-    ----------
-    world_size : int
-        How many writers.
-    n_samples : int
-        Rows at most, of all writers together; so each has room for as many.
-    layers : mapping of str to LayerSpec
-        Width and dtype of every layer.
-    chunk_rows : mapping of str to int
-        Rows per chunk of every layer; the largest is the base block.
-    head : str or None
-        The layer whose classifier made the predictions; None without predictions.
-    """
+    """The layout of a split of several writers, an attribute of the split until it is finalized."""
 
     world_size: int
+    # Rows at most, of all writers together; so each has room for as many.
     n_samples: int
     layers: Mapping[str, LayerSpec]
+    # Rows per chunk of every layer; the largest is the base block.
     chunk_rows: Mapping[str, int]
+    # The layer whose classifier made the predictions; None without predictions.
     head: str | None
 
     @classmethod
@@ -294,10 +248,8 @@ class Layout:
 
     @property
     def capacity(self) -> int:
-        """Rows of the arrays until they are trimmed: any one writer may have all samples.
-
-        Chunks that are never written cost nothing.
-        """
+        """Rows of the arrays until they are trimmed: any one writer may have all samples."""
+        # Chunks that are never written cost nothing.
         return self.world_size * -(-self.n_samples // self.base_block) * self.base_block
 
     def check(self, asked: Layout, named: str) -> None:
@@ -348,21 +300,7 @@ def join_split(
 ) -> tuple[zarr.Group, Layout]:
     """Begin a split of several writers, or join those that have begun it.
 
-    Parameters
-    ----------
-    root : zarr.Group
-        The store.
-    split, named : str
-        The split's name, and what messages call it.
-    layers : mapping of str to LayerSpec
-        The layers to write.
-    world_size, n_samples, head
-        As `Layout` has them; `n_samples` may be left out when the split has begun.
-
-    Returns
-    -------
-    tuple of zarr.Group and Layout
-        The split, and the layout it has.
+    `n_samples` may be left out when the split has begun; `named` is what messages call it.
 
     Raises
     ------
@@ -381,6 +319,7 @@ def join_split(
             "too large a number costs nothing",
         )
     asked = Layout.plan(layers, world_size, n_samples, head)
+    # Whoever makes the group decides: the others read what it has.
     group = require_group(root, split, asked.attributes)
     stored = Layout.read(group)
     if stored is None:
@@ -396,16 +335,6 @@ def join_split(
 def finalize_split(group: zarr.Group, named: str) -> None:
     """Complete a split: trim its arrays, fill gaps between its writers and record its samples.
 
-    Every step can be repeated, so that a split whose completion was interrupted is completed by
-    another call.
-
-    Parameters
-    ----------
-    group : zarr.Group
-        The split.
-    named : str
-        What messages call it.
-
     Raises
     ------
     StoreError
@@ -413,18 +342,21 @@ def finalize_split(group: zarr.Group, named: str) -> None:
     CorruptionError
         When labels that were committed are missing.
     """
+    # Every step can be repeated, so that what was interrupted is completed by another call.
     layout = Layout.read(group)
     world_size = 1 if layout is None else layout.world_size
     records = read_records(group, world_size)
     _check_ended(records, world_size, named)
+    # Arrays are made with the first rows, and no writer may have had one.
     if layout is not None and "label" not in group:
-        layout.create_arrays(group)  # no writer had a row
+        layout.create_arrays(group)
     label = open_array(group, "label")
     stop = max(record.stop(label.chunks[0]) for record in records)
     _check_labels(group, stop, records)
     names = array_names(group)
     for name in names:
         trim(open_array(group, name if "/" not in name else f"{name}/feature"), stop)
+    # What makes the split complete comes last.
     group.update_attributes(
         {ATTRIBUTE: {"n_samples": sum(record.rows for record in records), ARRAYS: names}}
     )
@@ -448,9 +380,9 @@ def _check_ended(records: list[CommitRecord], world_size: int, named: str) -> No
 
 
 def _check_labels(group: zarr.Group, stop: int, records: list[CommitRecord]) -> None:
-    """Refuse lost labels; store holes where a writer had no row, so that all labels are there."""
     label = open_array(group, "label", stop)
     present = present_chunks(label)
     check_present(label, claimed_blocks(records, present.size)[: present.size])
+    # Where a writer had no row there are holes: in a complete split every label chunk is there.
     for block in np.flatnonzero(~present).tolist():
         label[slice(*chunk_range(label, block))] = -1

@@ -116,6 +116,7 @@ class Split:
             for name, layer in layer_groups(self.group)
             if not name.startswith(STAGED) and layer.attrs.get("complete")
         }
+        # Layers are listed as they were written, not by name.
         names = sorted(orders, key=lambda name: (orders[name], name))
         arrays = self._arrays([f"layers/{name}/feature" for name in names])
         return {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
@@ -236,7 +237,8 @@ class Split:
             first, values = part
             return part, self.read(layer, first, first + len(values), widened=widened)
 
-        self.feature(layer)  # found once, before threads look for it
+        # Opened once, before threads look for it.
+        self.feature(layer)
         return map_ahead(read, parts, self.chunks_at_once)
 
     def check_chunks(self, layer: str) -> None:
@@ -252,6 +254,7 @@ class Split:
         if self._prediction is not None and self.head == layer:
             arrays.append(self._prediction)
         for array in arrays:
+            # A chunk whose rows are all holes need not be there.
             for index in np.flatnonzero(~present_chunks(array)).tolist():
                 if np.any(self.labels(*chunk_range(array, index)) >= 0):
                     raise chunk_fault(array, index, "chunk is missing").error()

@@ -85,6 +85,7 @@ class StoredStates:
         staged = STAGED + kind if isinstance(group.store, LocalStore) else kind
         if staged in group:
             del group[staged]
+        # A full disk, or a signal, leaves nothing behind.
         try:
             state = require_group(group, staged)
             for name, array in values.items():
@@ -109,6 +110,7 @@ class StoredStates:
         arrays = self.state_arrays(split, layer, kind)
         if arrays is None:
             return None
+        # A missing chunk would read as NaN or -1.
         for array in arrays.values():
             check_present(array)
         values = {name: read_rows(array, 0, array.shape[0]) for name, array in arrays.items()}
@@ -205,6 +207,7 @@ def _check_array(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _store_array(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
     width = int(np.prod(values.shape[1:], dtype=np.int64)) * values.dtype.itemsize
+    # A chunk has a row at least, however long, and whatever the array lacks.
     rows = max(1, min(len(values), _CHUNK_BYTES // max(width, 1)))
     dimensions = _DIMENSIONS.get(name, ("class", *(f"{name}_{i}" for i in range(1, values.ndim))))
     array = create_array(
@@ -215,5 +218,6 @@ def _store_array(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None
         dtype=str(values.dtype),
         dimensions=dimensions[: values.ndim],
     )
+    # Of no classes there is nothing to write.
     if values.size:
         array[...] = values

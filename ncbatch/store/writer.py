@@ -45,40 +45,25 @@ _STAGED_PREDICTION = f"{STAGED}prediction"
 
 @dataclass
 class RowBuffer:
-    """Collects rows of a layer and writes them to its array one whole chunk at a time.
+    """Collects rows of a layer and writes them to its array one whole chunk at a time."""
 
-    Attributes
-    ----------
-    group : zarr.Group
-        The split's group.
-    name, spec, order
-        The layer, and its place among those written.
-    chunk : int
-        Rows of a chunk.
-    capacity : int
-        Rows to make room for, where known.
-    share, base_block
-        Which rows of the split are this writer's.
-    home : str
-        Name of the layer's group, where it is a staged one.
-    complete : bool
-        Whether the layer is seen at once.
-    array : zarr.Array or None
-        The array, once it is made.
-    written : int
-        Rows of this writer that are stored.
-    """
-
+    # The split's group.
     group: zarr.Group
+    # The layer, the rows of its chunks, and its place among those written.
     name: str
     spec: LayerSpec
     chunk: int
     order: int
+    # Rows to make room for, where known.
     capacity: int
+    # Which rows of the split are this writer's.
     share: Share = field(default_factory=Share)
     base_block: int = 1
+    # Name of the layer's group, where it is a staged one.
     home: str = ""
+    # Whether the layer is seen at once.
     complete: bool = True
+    # The array, once it is made, and the rows of this writer that are stored in it.
     array: zarr.Array[Any] | None = None
     written: int = 0
 
@@ -93,8 +78,9 @@ class RowBuffer:
             return rows
         with np.errstate(over="ignore"):
             cast = rows.astype(self.spec.numpy_dtype)
+        # Asked of the values, for the sizes do not tell: bfloat16 overflows float16 too.
         infinite = np.isinf(cast)
-        if infinite.any():  # bfloat16 overflows float16 too, which is no smaller
+        if infinite.any():
             overflow = infinite & np.isfinite(rows)
             if overflow.any():
                 row = int(np.argwhere(overflow)[0][0])
@@ -108,6 +94,7 @@ class RowBuffer:
         """Take rows, and write every chunk that becomes full."""
         start = 0
         while start < len(rows):
+            # Made with the first rows, when the length of chunks is settled.
             if self._fill == 0 and len(self._rows) != self.chunk:
                 self._rows = np.empty((self.chunk, self.spec.n_features), self.spec.numpy_dtype)
             take = min(self.chunk - self._fill, len(rows) - start)
@@ -123,9 +110,9 @@ class RowBuffer:
             return
         start = self.share.row(self.written, self.base_block)
         stop = start + self._fill
-        # An array without rows is false.
+        # Asked for None: an array without rows is false.
         array = self.create(stop) if self.array is None else self.array
-        reserve(array, stop)
+        _reserve(array, stop)
         array[start:stop] = self._rows[: self._fill]
         self.written += self._fill
         self._fill = 0
@@ -158,9 +145,9 @@ def _check_length(values: npt.NDArray[Any], what: str, n: int, each: str) -> Non
         raise DataError(f"{len(values)} {what}s for {n} {each}s", f"one per {each}")
 
 
-def reserve(array: zarr.Array[Any], rows: int) -> None:
-    """Let an array hold `rows`; doubling keeps the number of metadata writes small."""
+def _reserve(array: zarr.Array[Any], rows: int) -> None:
     if array.shape[0] < rows:
+        # Doubling keeps the number of metadata writes small.
         array.resize((max(rows, 2 * array.shape[0]), *array.shape[1:]))
 
 
@@ -174,7 +161,8 @@ class BlockWriter(ABC):
         self._buffers: dict[str, RowBuffer] = {}
         self._prediction: zarr.Array[Any] | None = None
         self._ids: defaultdict[str, list[npt.NDArray[np.int32]]] = defaultdict(list)
-        self._pending = 0  # rows that are held
+        # Rows that are held, and those that are stored with their labels.
+        self._pending = 0
         self._committed = 0
 
     @property
@@ -277,8 +265,10 @@ class LayerWriter(BlockWriter):
     ) -> None:
         super().__init__(split.group, split.n_classes, head)
         self._split = split
-        self._complete = False  # all is stored, and takes its names
+        # Whether all is stored, and takes its names.
+        self._complete = False
         self._check_new(specs, overwrite)
+        # What an earlier writer that was killed has left.
         _delete_node(split.group, _STAGED_PREDICTION)
         if head is not None:
             self._prediction = create_ids(
@@ -352,6 +342,7 @@ class LayerWriter(BlockWriter):
         for buffer in self._buffers.values():
             buffer.flush()
         self._commit()
+        # From here on nothing may be lost: what is interrupted, `FeatureStore.finalize` ends.
         self._complete = True
         for name, buffer in self._buffers.items():
             self._group[f"layers/{buffer.home}"].update_attributes({"complete": True})
@@ -362,11 +353,9 @@ class LayerWriter(BlockWriter):
         record_arrays(self._group)
 
     def discard(self) -> None:
-        """Remove what was written, and keep what it was to replace.
-
-        Nothing is removed once all is stored: where nothing can be renamed, what was to be replaced
-        may be gone, and `FeatureStore.finalize` goes on with it.
-        """
+        """Remove what was written, and keep what it was to replace."""
+        # Nothing is removed once all is stored: where nothing can be renamed, what was to be
+        # replaced may be gone, and `FeatureStore.finalize` goes on with it.
         if self._complete:
             return
         homes = [f"layers/{buffer.home}" for buffer in self._buffers.values()]
@@ -542,6 +531,7 @@ class Writer(BlockWriter):
     def _commit(self) -> None:
         block = self._base_block
         start = self._share.row(self._committed, block)
+        # Arrays are made with the first rows, when the lengths of chunks are known.
         if self._label is None:
             capacity = max(start + self._pending, self._capacity)
             for buffer in self._buffers.values():
@@ -552,6 +542,7 @@ class Writer(BlockWriter):
                     self._group, "prediction", capacity, block, head=self._head
                 )
             self._label = create_ids(self._group, "label", capacity, block)
+        # Labels after all else: they say that the rows exist. The record counts them: it is last.
         if self._prediction is not None:
             self._store(self._prediction, start, self._take("prediction"))
         labels = self._take("label")
@@ -567,17 +558,18 @@ class Writer(BlockWriter):
         self._record.save(self._group)
 
     def _store(self, array: zarr.Array[Any], start: int, values: npt.NDArray[np.int32]) -> None:
-        """Write labels or predictions of a block, which is full if other writers' blocks follow."""
         if self._layout is not None:
-            # A writer killed while it wrote the block may have left values beyond.
+            # Blocks of other writers follow, and a writer killed while it wrote this one may have
+            # left values beyond.
             rest = np.full(self._base_block - len(values), -1, np.int32)
             values = np.concatenate([values, rest])
-        reserve(array, start + len(values))
+        _reserve(array, start + len(values))
         array[start : start + len(values)] = values
 
     def _resume(self, split: Split) -> None:
         """Go on where the writer of this rank stopped."""
-        if "label" not in self._group:  # interrupted before anything was committed
+        # Interrupted before anything was committed: a single writer begins anew.
+        if "label" not in self._group:
             for name in ("layers", "prediction"):
                 if self._layout is None and name in self._group:
                     del self._group[name]
