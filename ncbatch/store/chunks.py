@@ -151,7 +151,7 @@ def find_nodes(
 
     kinds: dict[type, Any] = {zarr.AsyncArray: zarr.Array, zarr.AsyncGroup: zarr.Group}
     nodes = sync(gather(node(name) for name in names))
-    return [None if found is None else kinds[type(found)](found) for found in nodes]
+    return [None if node is None else kinds[type(node)](node) for node in nodes]
 
 
 def create_array(

@@ -1,4 +1,4 @@
-"""Where stores are, folders and object stores: making, opening, renaming and deleting them there."""
+"""Where stores are, folders and object stores: making, opening, renaming and deleting them."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def delete_store(where: str, storage_options: Mapping[str, Any] | None = None) -
 
 
 def rename(group: zarr.Group, staged: str, name: str) -> None:
-    """Give a node of `group` another name; a node that has it is deleted.
+    """Rename a node of `group`; a node that has it is deleted.
 
     Where nothing can be renamed the node is copied within the store, its own metadata last: until
     then no node of that name is seen, and what was written stays under its staged name.

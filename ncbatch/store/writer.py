@@ -152,7 +152,7 @@ def _reserve(array: zarr.Array[Any], rows: int) -> None:
 
 
 class BlockWriter(ABC):
-    """What both writers do with rows that fit: hold them, and commit them a base block at a time."""
+    """What both writers do: hold rows that fit, and commit them a base block at a time."""
 
     def __init__(self, group: zarr.Group, n_classes: int, head: str | None) -> None:
         self._group = group
