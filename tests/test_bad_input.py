@@ -344,7 +344,7 @@ def test_an_output_that_cannot_be_written_is_noticed_before_anything_is_read(pre
     def read(*_):
         raise AssertionError("rows were read")
 
-    monkeypatch.setattr("ncbatch.store.split.read_rows", read)
+    monkeypatch.setattr("ncbatch.store.chunks.read_rows", read)
     for out in ("no/r.csv", "s/r.csv", "r.txt", "folder/.", "group.zarr"):
         refused(prepared, f"measure s --out ok.csv --out {out}", "output|holds no results")
 

@@ -157,7 +157,6 @@ def find_nodes(
 def create_array(
     group: zarr.Group,
     name: str,
-    *,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
     dtype: str,
@@ -210,29 +209,16 @@ def create_feature(
 ) -> zarr.Array[Any]:
     """Make a layer's array in a split's `group`, with room for `capacity` rows."""
     attributes = {"complete": complete, "order": order}
-    return create_array(
-        require_group(require_group(group, "layers"), layer, attributes),
-        "feature",
-        shape=(capacity, spec.n_features),
-        chunks=(chunk, spec.n_features),
-        dtype=spec.dtype,
-        dimensions=("sample", "unit"),
-    )
+    home = require_group(require_group(group, "layers"), layer, attributes)
+    shape, chunks = ((rows, spec.n_features) for rows in (capacity, chunk))
+    return create_array(home, "feature", shape, chunks, spec.dtype, ("sample", "unit"))
 
 
 def create_ids(
     group: zarr.Group, name: str, capacity: int, block: int, **attributes: Any
 ) -> zarr.Array[Any]:
     """Make a split's array of labels or predictions, with room for `capacity` rows."""
-    return create_array(
-        group,
-        name,
-        shape=(capacity,),
-        chunks=(block,),
-        dtype="int32",
-        dimensions=("sample",),
-        attributes=attributes,
-    )
+    return create_array(group, name, (capacity,), (block,), "int32", ("sample",), attributes)
 
 
 def open_array(group: zarr.Group, name: str, rows: int | None = None) -> zarr.Array[Any]:

@@ -78,13 +78,9 @@ def store_classifier(
     chunks = {"bias": weight.shape[:1], "weight": (rows, weight.shape[1])}
     for name, values in (("bias", bias), ("weight", weight)):
         if values is not None:
+            dimensions = ("class", "unit")[: values.ndim]
             array = create_array(
-                group,
-                name,
-                shape=values.shape,
-                chunks=chunks[name],
-                dtype=str(values.dtype),
-                dimensions=("class", "unit")[: values.ndim],
+                group, name, values.shape, chunks[name], str(values.dtype), dimensions
             )
             array[...] = values
     group.update_attributes({"complete": True})

@@ -10,15 +10,8 @@ import numpy.typing as npt
 import zarr
 
 from ncbatch.errors import CorruptionError
-from ncbatch.store.chunks import (
-    Fault,
-    chunk_fault,
-    chunk_range,
-    chunks_at_once,
-    map_ahead,
-    present_chunks,
-    read_fault,
-)
+from ncbatch.store import chunks
+from ncbatch.store.chunks import Fault
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, read_attributes
 from ncbatch.store.ranks import n_samples
 from ncbatch.store.states import STATES
@@ -85,18 +78,18 @@ def _array_faults(
     expected: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[Fault]:
     """Find chunks that cannot be read, or that are missing although they hold rows."""
-    present = present_chunks(array)
+    present = chunks.present_chunks(array)
 
     def fault(index: int) -> Fault | None:
         if present[index]:
-            return read_fault(array, index)
+            return chunks.read_fault(array, index)
         if expected is not None and not expected[index]:
             return None
-        if exists is None or exists[slice(*chunk_range(array, index))].any():
-            return chunk_fault(array, index, "chunk is missing")
+        if exists is None or exists[slice(*chunks.chunk_range(array, index))].any():
+            return chunks.chunk_fault(array, index, "chunk is missing")
         return None
 
-    faults = map_ahead(fault, range(present.size), chunks_at_once(array.store))
+    faults = chunks.map_ahead(fault, range(present.size), chunks.chunks_at_once(array.store))
     yield from (bad for bad in faults if bad is not None)
 
 
@@ -105,7 +98,7 @@ def _range_faults(
 ) -> Iterator[Fault]:
     for row in np.flatnonzero(values >= n_classes)[:1].tolist():
         index = row // array.chunks[0]
-        yield chunk_fault(
+        yield chunks.chunk_fault(
             array, index, f"{what} {int(values[row])} in row {row}, expected below {n_classes}"
         )
 

@@ -16,15 +16,7 @@ import zarr
 from ncbatch.arrays.devices import cuda_chunk, cuda_meta
 from ncbatch.arrays.namespace import Array
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
-from ncbatch.store.chunks import (
-    Fault,
-    checksums,
-    find_node,
-    find_nodes,
-    open_arrays,
-    require_group,
-    subgroups,
-)
+from ncbatch.store import chunks, place
 from ncbatch.store.classifiers import check_classifier, read_classifier, store_classifier
 from ncbatch.store.faults import find_faults
 from ncbatch.store.format import (
@@ -38,16 +30,6 @@ from ncbatch.store.format import (
     layer_specs,
     read_attributes,
     read_header,
-)
-from ncbatch.store.place import (
-    as_text,
-    check_metadata,
-    check_writable,
-    delete_store,
-    finish_renaming,
-    is_there,
-    make_root,
-    open_root,
 )
 from ncbatch.store.ranks import Layout, Share, finalize_split
 from ncbatch.store.split import Split
@@ -127,7 +109,7 @@ class StoreHeader:
 
     def set_begun_with(self, split: str, kind: str, values: Mapping[str, Any]) -> None:
         """Record what a dump of rows or moments into a split is begun with."""
-        group = require_group(self._root, split)
+        group = chunks.require_group(self._root, split)
         dumps: Any = group.attrs.get(_DUMPED, {})
         group.update_attributes({_DUMPED: {**dumps, kind: dict(values)}})
 
@@ -210,21 +192,21 @@ class FeatureStore(StoreHeader, StoredStates):
         UsageError
             For bad layer names, widths, dtype or number of classes.
         """
-        where = as_text(path)
+        where = place.as_text(path)
         specs = layer_specs(layers or {}, dtype)
         if not 1 <= n_classes <= MAX_CLASSES:
             raise UsageError(f"a store of {n_classes} classes", f"1 to {MAX_CLASSES} classes")
         if class_names is not None and len(class_names) != n_classes:
             raise DataError(f"{len(class_names)} class names", f"{n_classes}, one per class")
-        check_writable(where)
-        if is_there(where, storage_options):
+        place.check_writable(where)
+        if place.is_there(where, storage_options):
             if not overwrite:
                 raise StoreError(
                     f"'{where}' exists", "a path that is free", "choose another, or overwrite it"
                 )
             # Never delete what is no store.
             cls.open(where, storage_options=storage_options)
-            delete_store(where, storage_options)
+            place.delete_store(where, storage_options)
         header: dict[str, Any] = {
             "format": FORMAT,
             "id": str(uuid.uuid4()),
@@ -234,7 +216,7 @@ class FeatureStore(StoreHeader, StoredStates):
         }
         if class_names is not None:
             header["class_names"] = [str(name) for name in class_names]
-        return cls(make_root(where, header, storage_options), where)
+        return cls(place.make_root(where, header, storage_options), where)
 
     @classmethod
     def open(
@@ -255,16 +237,16 @@ class FeatureStore(StoreHeader, StoredStates):
             When nothing is there, it is no store, its format is newer than this version, or its
             metadata is damaged.
         """
-        where = as_text(path)
-        store = cls(open_root(where, storage_options), where)
-        check_metadata(where)
+        where = place.as_text(path)
+        store = cls(place.open_root(where, storage_options), where)
+        place.check_metadata(where)
         return store
 
     @property
     def splits(self) -> list[str]:
         """Names of the splits that hold committed rows or ended empty."""
-        names = [name for name, _ in subgroups(self._root) if name != CLASSIFIER]
-        labels = find_nodes(self._root, [f"{name}/label" for name in names])
+        names = [name for name, _ in chunks.subgroups(self._root) if name != CLASSIFIER]
+        labels = chunks.find_nodes(self._root, [f"{name}/label" for name in names])
         return [name for name, label in zip(names, labels, strict=True) if label is not None]
 
     @property
@@ -272,7 +254,7 @@ class FeatureStore(StoreHeader, StoredStates):
         """Complete splits whose labels are gone, with the samples that they had."""
         counts = {
             name: read_attributes(group)["n_samples"]
-            for name, group in subgroups(self._root)
+            for name, group in chunks.subgroups(self._root)
             if "n_samples" in read_attributes(group)
         }
         return {name: n for name, n in counts.items() if name not in self.splits}
@@ -287,8 +269,8 @@ class FeatureStore(StoreHeader, StoredStates):
         """
         # A name may lead elsewhere: deeper into the store, or to the classifiers.
         elsewhere = not name or "/" in name or name == CLASSIFIER
-        group = None if elsewhere else find_node(self._root, name)
-        if not isinstance(group, zarr.Group) or find_node(group, "label") is None:
+        group = None if elsewhere else chunks.find_node(self._root, name)
+        if not isinstance(group, zarr.Group) or chunks.find_node(group, "label") is None:
             raise unknown_name("split", name, self.splits, self.path)
         return Split(name, group, self.path, self.n_classes)
 
@@ -307,7 +289,9 @@ class FeatureStore(StoreHeader, StoredStates):
         """
         token = token or str(uuid.uuid4())
         try:
-            group = require_group(require_group(self._root, split), task, {"token": token})
+            group = chunks.require_group(
+                chunks.require_group(self._root, split), task, {"token": token}
+            )
         # Given back while this process looked.
         except KeyError:
             return False
@@ -474,7 +458,7 @@ class FeatureStore(StoreHeader, StoredStates):
             raise unknown_name("split", split, self.splits, self.path)
         if not Split(split, group, self.path, self.n_classes).finalized:
             finalize_split(group, f"split '{split}' of {self.path}")
-        finish_renaming(group)
+        place.finish_renaming(group)
         return self.split(split)
 
     def delete_split(self, split: str) -> None:
@@ -553,21 +537,21 @@ class FeatureStore(StoreHeader, StoredStates):
         """Hash the shapes and stored checksums of a layer's classifier; 32 hexadecimal digits."""
         digest = hashlib.sha256()
         for array in self.classifier_arrays(layer):
-            digest.update(array.basename.encode() + checksums(array))
+            digest.update(array.basename.encode() + chunks.checksums(array))
         return digest.hexdigest()[:32]
 
     def classifier_arrays(self, layer: str) -> list[zarr.Array[Any]]:
         """Return the stored arrays of a layer's classifier: bias, where it has one, and weight."""
         names = [f"{CLASSIFIER}/{layer}/{name}" for name in ("bias", "weight")]
-        return [array for array in open_arrays(self._root, names) if array is not None]
+        return [array for array in chunks.open_arrays(self._root, names) if array is not None]
 
     @property
     def classifiers(self) -> list[str]:
         """Layers that have a classifier."""
-        group = find_node(self._root, CLASSIFIER)
+        group = chunks.find_node(self._root, CLASSIFIER)
         if not isinstance(group, zarr.Group):
             return []
-        return [name for name, layer in subgroups(group) if layer.attrs.get("complete")]
+        return [name for name, layer in chunks.subgroups(group) if layer.attrs.get("complete")]
 
     def to_dask(self, split: str, layer: str, device: Literal["cpu", "cuda"] = "cpu") -> da.Array:
         """Return a layer's rows as a Dask array (sample, unit), one block per chunk.
@@ -622,7 +606,7 @@ class FeatureStore(StoreHeader, StoredStates):
         samples = np.flatnonzero(labels >= 0)
         return dataset if samples.size == labels.size else dataset.isel(sample=samples)
 
-    def validate(self) -> list[Fault]:
+    def validate(self) -> list[chunks.Fault]:
         """Read everything and name every bad chunk and impossible value; empty when all is well."""
         return find_faults(self)
 

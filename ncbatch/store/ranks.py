@@ -15,20 +15,7 @@ import numpy.typing as npt
 import zarr
 
 from ncbatch.errors import StoreError, UsageError
-from ncbatch.store.chunks import (
-    array_names,
-    check_present,
-    chunk_fault,
-    chunk_range,
-    create_feature,
-    create_ids,
-    find_node,
-    open_array,
-    present_chunks,
-    require_group,
-    stored_chunks,
-    trim,
-)
+from ncbatch.store import chunks
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, LayerSpec, chunk_rows, read_attributes
 
 _CLAIM = "claim"
@@ -99,9 +86,11 @@ class CommitRecord:
     def save(self, group: zarr.Group) -> None:
         """Store the record in the split's `group`, in the place of this writer's last one."""
         # A record follows every block: once it is there, one request finds it.
-        home = find_node(group, f"writers/{self.share.rank}")
+        home = chunks.find_node(group, f"writers/{self.share.rank}")
         if not isinstance(home, zarr.Group):
-            home = require_group(require_group(group, "writers"), str(self.share.rank))
+            home = chunks.require_group(
+                chunks.require_group(group, "writers"), str(self.share.rank)
+            )
         home.update_attributes({ATTRIBUTE: self._attributes()})
 
     def _attributes(self) -> dict[str, Any]:
@@ -111,7 +100,7 @@ class CommitRecord:
 
 def read_record(group: zarr.Group, share: Share) -> CommitRecord | None:
     """Read the record of a writer; None when it has not begun."""
-    home = find_node(group, f"writers/{share.rank}")
+    home = chunks.find_node(group, f"writers/{share.rank}")
     values = read_attributes(home) if isinstance(home, zarr.Group) else {}
     if "blocks" not in values:
         return None
@@ -137,7 +126,7 @@ def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> Commi
     token = str(uuid.uuid4())
     fresh = CommitRecord(share)
     attributes = {ATTRIBUTE: fresh._attributes() | {_CLAIM: token}}
-    home = require_group(require_group(group, "writers"), str(share.rank), attributes)
+    home = chunks.require_group(chunks.require_group(group, "writers"), str(share.rank), attributes)
     mine = read_attributes(home).get(_CLAIM) == token
     if not mine and not resume:
         raise StoreError(
@@ -172,13 +161,13 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
     """
     block = int(label.chunks[0])
     share = record.share
-    stored = set(stored_chunks(label))
+    stored = set(chunks.stored_chunks(label))
     # The record may lag behind the labels by a block, for it is written after them.
     blocks = 0
     while share.block(blocks) in stored:
         blocks += 1
     if blocks < record.blocks:
-        raise chunk_fault(label, share.block(blocks), "chunk is missing").error()
+        raise chunks.chunk_fault(label, share.block(blocks), "chunk is missing").error()
     if blocks and record.position < blocks * block:
         stop = (share.block(blocks - 1) + 1) * block
         # Killed while it ended: the last block may be a part of one, and is written again.
@@ -190,7 +179,7 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
 
 def n_samples(label: zarr.Array[Any], blocks: Iterable[int]) -> int:
     """Count the samples (label >= 0) in some base blocks."""
-    parts = (np.asarray(label[slice(*chunk_range(label, block))]) for block in blocks)
+    parts = (np.asarray(label[slice(*chunks.chunk_range(label, block))]) for block in blocks)
     return sum(int(np.count_nonzero(labels >= 0)) for labels in parts)
 
 
@@ -283,10 +272,10 @@ class Layout:
     def create_arrays(self, group: zarr.Group) -> None:
         """Make every array of the split that is not there, features first."""
         for order, (name, spec) in enumerate(self.layers.items()):
-            create_feature(group, name, spec, self.capacity, self.chunk_rows[name], order)
+            chunks.create_feature(group, name, spec, self.capacity, self.chunk_rows[name], order)
         if self.head is not None:
-            create_ids(group, "prediction", self.capacity, self.base_block, head=self.head)
-        create_ids(group, "label", self.capacity, self.base_block)
+            chunks.create_ids(group, "prediction", self.capacity, self.base_block, head=self.head)
+        chunks.create_ids(group, "label", self.capacity, self.base_block)
 
 
 def join_split(
@@ -320,7 +309,7 @@ def join_split(
         )
     asked = Layout.plan(layers, world_size, n_samples, head)
     # Whoever makes the group decides: the others read what it has.
-    group = require_group(root, split, asked.attributes)
+    group = chunks.require_group(root, split, asked.attributes)
     stored = Layout.read(group)
     if stored is None:
         raise StoreError(
@@ -350,12 +339,12 @@ def finalize_split(group: zarr.Group, named: str) -> None:
     # Arrays are made with the first rows, and no writer may have had one.
     if layout is not None and "label" not in group:
         layout.create_arrays(group)
-    label = open_array(group, "label")
+    label = chunks.open_array(group, "label")
     stop = max(record.stop(label.chunks[0]) for record in records)
     _check_labels(group, stop, records)
-    names = array_names(group)
+    names = chunks.array_names(group)
     for name in names:
-        trim(open_array(group, name if "/" not in name else f"{name}/feature"), stop)
+        chunks.trim(chunks.open_array(group, name if "/" not in name else f"{name}/feature"), stop)
     # What makes the split complete comes last.
     group.update_attributes(
         {ATTRIBUTE: {"n_samples": sum(record.rows for record in records), ARRAYS: names}}
@@ -380,9 +369,9 @@ def _check_ended(records: list[CommitRecord], world_size: int, named: str) -> No
 
 
 def _check_labels(group: zarr.Group, stop: int, records: list[CommitRecord]) -> None:
-    label = open_array(group, "label", stop)
-    present = present_chunks(label)
-    check_present(label, claimed_blocks(records, present.size)[: present.size])
+    label = chunks.open_array(group, "label", stop)
+    present = chunks.present_chunks(label)
+    chunks.check_present(label, claimed_blocks(records, present.size)[: present.size])
     # Where a writer had no row there are holes: in a complete split every label chunk is there.
     for block in np.flatnonzero(~present).tolist():
-        label[slice(*chunk_range(label, block))] = -1
+        label[slice(*chunks.chunk_range(label, block))] = -1

@@ -13,20 +13,7 @@ import numpy.typing as npt
 import zarr
 
 from ncbatch.errors import StoreError, unknown_name
-from ncbatch.store.chunks import (
-    check_present,
-    checksums,
-    chunk_fault,
-    chunk_range,
-    chunks_at_once,
-    layer_groups,
-    map_ahead,
-    open_array,
-    open_arrays,
-    present_chunks,
-    read_rows,
-    stored_chunks,
-)
+from ncbatch.store import chunks
 from ncbatch.store.format import STAGED, LayerSpec, read_attributes
 from ncbatch.store.ranks import CommitRecord, Layout, claimed_blocks, read_records
 
@@ -60,17 +47,19 @@ class Split:
 
     @cached_property
     def _label(self) -> zarr.Array[Any]:
-        label = open_array(self.group, "label")
+        label = chunks.open_array(self.group, "label")
         if self.finalized:
             return label
         # Records first: what they claim is stored already, whatever is written meanwhile.
         claimed = len(claimed_blocks(self.records))
-        blocks = max([claimed, *(index + 1 for index in stored_chunks(label))])
-        return open_array(self.group, "label", min(int(label.shape[0]), blocks * label.chunks[0]))
+        blocks = max([claimed, *(index + 1 for index in chunks.stored_chunks(label))])
+        return chunks.open_array(
+            self.group, "label", min(int(label.shape[0]), blocks * label.chunks[0])
+        )
 
     def _arrays(self, names: Sequence[str]) -> list[zarr.Array[Any] | None]:
         """Open arrays; room that is reserved beyond the committed rows is left out."""
-        return open_arrays(self.group, names, None if self.finalized else self.n_rows)
+        return chunks.open_arrays(self.group, names, None if self.finalized else self.n_rows)
 
     @property
     def n_rows(self) -> int:
@@ -113,7 +102,7 @@ class Split:
         """The stored feature arrays of the complete layers, by name, in the order written."""
         orders = {
             name: layer.attrs.get("order", 0)
-            for name, layer in layer_groups(self.group)
+            for name, layer in chunks.layer_groups(self.group)
             if not name.startswith(STAGED) and layer.attrs.get("complete")
         }
         # Layers are listed as they were written, not by name.
@@ -136,7 +125,7 @@ class Split:
     @property
     def incomplete_layers(self) -> list[str]:
         """Layers whose writing has not ended, invisible until it has."""
-        names = (name for name, _ in layer_groups(self.group) if name not in self.features)
+        names = (name for name, _ in chunks.layer_groups(self.group) if name not in self.features)
         return sorted(name.removeprefix(STAGED) for name in names)
 
     def spec(self, layer: str) -> LayerSpec:
@@ -172,7 +161,7 @@ class Split:
 
     def labels(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int32]:
         """Read labels of rows [start, stop); -1 marks rows that are no samples."""
-        return read_rows(self._label, start, self.n_rows if stop is None else stop)
+        return chunks.read_rows(self._label, start, self.n_rows if stop is None else stop)
 
     def predictions(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int32]:
         """Read the model's own decisions for rows [start, stop).
@@ -184,7 +173,7 @@ class Split:
         """
         if self._prediction is None:
             raise StoreError(f"split '{self.name}' of {self.where} has no predictions")
-        return read_rows(self._prediction, start, self.n_rows if stop is None else stop)
+        return chunks.read_rows(self._prediction, start, self.n_rows if stop is None else stop)
 
     def label_blocks(self) -> Iterator[tuple[int, npt.NDArray[np.int32]]]:
         """Yield (first row, labels) of every base block, in order.
@@ -194,24 +183,26 @@ class Split:
         CorruptionError
             When a label chunk is missing whose rows were committed once.
         """
-        check_present(self._label, self.label_chunks_expected)
+        chunks.check_present(self._label, self.label_chunks_expected)
 
         def block(index: int) -> tuple[int, npt.NDArray[np.int32]]:
-            start, stop = chunk_range(self._label, index)
+            start, stop = chunks.chunk_range(self._label, index)
             return start, self.labels(start, stop)
 
-        yield from map_ahead(block, range(self.label_chunks_expected.size), self.chunks_at_once)
+        yield from chunks.map_ahead(
+            block, range(self.label_chunks_expected.size), self.chunks_at_once
+        )
 
     def read(self, layer: str, start: int, stop: int, *, widened: bool = True) -> npt.NDArray[Any]:
         """Read features of rows [start, stop) as stored; bfloat16 as float32 if `widened`."""
-        rows = read_rows(self.feature(layer), start, stop)
+        rows = chunks.read_rows(self.feature(layer), start, stop)
         narrow = widened and self.spec(layer).dtype == "bfloat16"
         return rows.astype(np.float32) if narrow else rows
 
     @property
     def chunks_at_once(self) -> int:
         """How many chunks `read_each` reads or holds at once."""
-        return chunks_at_once(self.group.store)
+        return chunks.chunks_at_once(self.group.store)
 
     def read_each(
         self, layer: str, parts: Iterable[Part], *, widened: bool = True
@@ -239,7 +230,7 @@ class Split:
 
         # Opened once, before threads look for it.
         self.feature(layer)
-        return map_ahead(read, parts, self.chunks_at_once)
+        return chunks.map_ahead(read, parts, self.chunks_at_once)
 
     def check_chunks(self, layer: str) -> None:
         """Refuse a layer of which a chunk of rows, their labels or predictions is missing.
@@ -249,15 +240,15 @@ class Split:
         CorruptionError
             Names the first such chunk.
         """
-        check_present(self._label, self.label_chunks_expected)
+        chunks.check_present(self._label, self.label_chunks_expected)
         arrays = [self.feature(layer)]
         if self._prediction is not None and self.head == layer:
             arrays.append(self._prediction)
         for array in arrays:
             # A chunk whose rows are all holes need not be there.
-            for index in np.flatnonzero(~present_chunks(array)).tolist():
-                if np.any(self.labels(*chunk_range(array, index)) >= 0):
-                    raise chunk_fault(array, index, "chunk is missing").error()
+            for index in np.flatnonzero(~chunks.present_chunks(array)).tolist():
+                if np.any(self.labels(*chunks.chunk_range(array, index)) >= 0):
+                    raise chunks.chunk_fault(array, index, "chunk is missing").error()
 
     def fingerprint(self, layer: str, class_filter: str = "") -> str:
         """Hash what the layer's values depend on: shapes and the stored checksums of all chunks.
@@ -275,11 +266,11 @@ class Split:
             32 hexadecimal digits; equal for equal content.
         """
         digest = hashlib.sha256(repr((self.name, layer, self.n_classes, class_filter)).encode())
-        digest.update(checksums(self._label))
-        digest.update(checksums(self.feature(layer)))
+        digest.update(chunks.checksums(self._label))
+        digest.update(chunks.checksums(self.feature(layer)))
         return digest.hexdigest()[:32]
 
     def prediction_fingerprint(self) -> str:
         """Hash the stored checksums of the predictions; 32 hexadecimal digits."""
         assert self._prediction is not None
-        return checksums(self._prediction).hex()[:32]
+        return chunks.checksums(self._prediction).hex()[:32]

@@ -17,15 +17,7 @@ from zarr.storage import LocalStore
 
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import CorruptionError, DataError
-from ncbatch.store.chunks import (
-    check_present,
-    checksums,
-    create_array,
-    open_array,
-    read_rows,
-    require_group,
-    subgroups,
-)
+from ncbatch.store import chunks
 from ncbatch.store.format import ATTRIBUTE, CLASSIFIER, STAGED, check_name, read_attributes
 from ncbatch.store.place import rename
 
@@ -79,15 +71,15 @@ class StoredStates:
         values = {name: _check_array(name, to_numpy(array)) for name, array in arrays.items()}
         if not values:
             raise DataError(f"state '{kind}' of layer '{layer}' without arrays", "at least one")
-        states = require_group(require_group(self._root, split), STATES)
-        group = require_group(states, layer)
+        states = chunks.require_group(chunks.require_group(self._root, split), STATES)
+        group = chunks.require_group(states, layer)
         # Elsewhere nothing can be renamed; there the attributes, written last, make it complete.
         staged = STAGED + kind if isinstance(group.store, LocalStore) else kind
         if staged in group:
             del group[staged]
         # A full disk, or a signal, leaves nothing behind.
         try:
-            state = require_group(group, staged)
+            state = chunks.require_group(group, staged)
             for name, array in values.items():
                 _store_array(state, name, array)
             record = {"arrays": list(values), "attributes": dict(attributes or {})}
@@ -112,8 +104,10 @@ class StoredStates:
             return None
         # A missing chunk would read as NaN or -1.
         for array in arrays.values():
-            check_present(array)
-        values = {name: read_rows(array, 0, array.shape[0]) for name, array in arrays.items()}
+            chunks.check_present(array)
+        values = {
+            name: chunks.read_rows(array, 0, array.shape[0]) for name, array in arrays.items()
+        }
         return values, self.state_attributes(split, layer, kind)
 
     def state_arrays(self, split: str, layer: str, kind: str) -> dict[str, zarr.Array[Any]] | None:
@@ -128,7 +122,7 @@ class StoredStates:
                     f"array '{group.path}/{name}' is missing",
                     remedy="restore it or make the state anew",
                 )
-        return {name: open_array(group, name) for name in names}
+        return {name: chunks.open_array(group, name) for name in names}
 
     def state_attributes(self, split: str, layer: str, kind: str) -> dict[str, Any]:
         """Return the attributes of a state; empty without one."""
@@ -139,7 +133,7 @@ class StoredStates:
         """Hash the shapes and stored checksums of a state; 32 hexadecimal digits."""
         digest = hashlib.sha256(repr((split, layer, kind)).encode())
         for name, array in sorted((self.state_arrays(split, layer, kind) or {}).items()):
-            digest.update(name.encode() + checksums(array))
+            digest.update(name.encode() + chunks.checksums(array))
         return digest.hexdigest()[:32]
 
     def state_layers(self, split: str, kind: str = "moments") -> list[str]:
@@ -153,7 +147,7 @@ class StoredStates:
     @property
     def state_splits(self) -> list[str]:
         """Names of the splits that hold states, with or without rows."""
-        names = (name for name, _ in subgroups(self._root) if name != CLASSIFIER)
+        names = (name for name, _ in chunks.subgroups(self._root) if name != CLASSIFIER)
         return [name for name in names if next(self._states(name), None) is not None]
 
     def unmerged_layers(self, split: str) -> list[str]:
@@ -183,8 +177,8 @@ class StoredStates:
     def _states(self, split: str) -> Iterator[tuple[str, str]]:
         """Yield layer and kind of every complete state of a split, sorted."""
         layers = self._root.get(f"{split}/{STATES}")
-        for layer, kinds in subgroups(layers) if isinstance(layers, zarr.Group) else ():
-            for kind, group in subgroups(kinds):
+        for layer, kinds in chunks.subgroups(layers) if isinstance(layers, zarr.Group) else ():
+            for kind, group in chunks.subgroups(kinds):
                 if not kind.startswith(STAGED) and _is_complete(group):
                     yield layer, kind
 
@@ -210,13 +204,9 @@ def _store_array(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None
     # A chunk has a row at least, however long, and whatever the array lacks.
     rows = max(1, min(len(values), _CHUNK_BYTES // max(width, 1)))
     dimensions = _DIMENSIONS.get(name, ("class", *(f"{name}_{i}" for i in range(1, values.ndim))))
-    array = create_array(
-        group,
-        name,
-        shape=values.shape,
-        chunks=(rows, *(max(n, 1) for n in values.shape[1:])),
-        dtype=str(values.dtype),
-        dimensions=dimensions[: values.ndim],
+    chunk = (rows, *(max(n, 1) for n in values.shape[1:]))
+    array = chunks.create_array(
+        group, name, values.shape, chunk, str(values.dtype), dimensions[: values.ndim]
     )
     # Of no classes there is nothing to write.
     if values.size:

@@ -30,8 +30,6 @@ def test_planning_reads_no_data(stores, monkeypatch):
         raise AssertionError("data was read")
 
     monkeypatch.setattr(chunks, "read_rows", read)
-    for module in ("ncbatch.store.split", "ncbatch.store.chunks"):
-        monkeypatch.setattr(f"{module}.read_rows", read)
     monkeypatch.setattr("zarr.Array.__getitem__", read)
     found = nc.plan(stores)
     assert found.items > 0

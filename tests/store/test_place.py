@@ -275,7 +275,7 @@ def test_of_writers_that_take_a_rank_at_once_one_wins(url):
 
 
 def test_of_processes_that_make_a_store_at_once_one_wins(url, monkeypatch):
-    monkeypatch.setattr("ncbatch.store.feature_store.is_there", lambda *_: False)  # all look first
+    monkeypatch.setattr("ncbatch.store.place.is_there", lambda *_: False)  # all look first
     ready = threading.Barrier(6)
 
     def make(n_classes: int) -> int | None:
