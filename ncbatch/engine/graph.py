@@ -96,7 +96,9 @@ def fold(step: Sweep, item: Item, state: Path | None, *inputs: Any) -> Any:
     if arrays is not None:
         with suppress(DataError):  # kept by an earlier version, in another form
             return unpack(work.kind, arrays)
-    partial = work.seal(work.fold(work.start(), item))
+    into = work.start()
+    work.fold(into, item)
+    partial = into.seal()
     if kept is not None:
         kept.save(name, pack(partial))
     return partial
@@ -115,7 +117,7 @@ def finish(step: Sweep, state: Path | None, partial: Any, *inputs: Any) -> Any:
         result = load_state(work, kept)
         if result is not None:
             return result
-    result = work.finish(work.seal(work.start()) if partial is None else partial)
+    result = work.finish(work.start().seal() if partial is None else partial)
     if kept is not None:
         kept.conclude(pack(result))
     return result

@@ -63,10 +63,6 @@ def cut(start: int, stop: int, grain: int, most: int, parts: int) -> Iterable[tu
         yield first, min(first + length, stop)
 
 
-Accumulator = TypeVar("Accumulator")
-Partial = TypeVar("Partial")
-
-
 @dataclass(frozen=True)
 class Item:
     """A part of a pass: a range of rows, or of tiles, and the size of its work.
@@ -84,38 +80,44 @@ class Item:
     size: int
 
 
-class Pass(Protocol[Accumulator, Partial]):
+class Fold(Protocol):
+    """What items are folded into, in one process, on whatever device."""
+
+    def arrays(self) -> Arrays:
+        """Return all that it is so far as arrays on the host."""
+        ...
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on, to the bit, from what `arrays` returned."""
+        ...
+
+    def seal(self) -> Any:
+        """Return the state; the fold is spent."""
+        ...
+
+
+FoldIn = TypeVar("FoldIn", bound=Fold)
+
+
+class Pass(Protocol[FoldIn]):
     """One sweep over data that produces a state.
 
-    Items are folded into an accumulator on the device. Sealed, it is a state of type `kind`: it is
-    compact, can be packed (`ncbatch.arrays.named_arrays.pack`), and has a `merge` for the state of
-    other items that changes neither.
+    The state is of type `kind`: it is compact, can be packed (`ncbatch.arrays.named_arrays.pack`),
+    and has a `merge` for the state of other items that changes neither.
     """
 
     kind: ClassVar[Any]
 
-    def start(self) -> Accumulator:
-        """Make what items are folded into."""
+    def start(self) -> FoldIn:
+        """Make the fold of no items."""
         ...
 
-    def fold(self, accumulator: Accumulator, item: Item) -> Accumulator:
-        """Load an item and fold it in; the accumulator may be changed and returned."""
+    def fold(self, fold: FoldIn, item: Item) -> None:
+        """Load an item and add it."""
         ...
 
-    def seal(self, accumulator: Accumulator) -> Partial:
-        """Turn the accumulator, which is spent then, into a state."""
-        ...
-
-    def finish(self, partial: Partial) -> Partial:
+    def finish(self, state: Any) -> Any:
         """Do what is to be done once, when all items are in."""
-        ...
-
-    def save(self, accumulator: Accumulator) -> Arrays:
-        """Pack an accumulator."""
-        ...
-
-    def restore(self, arrays: Arrays) -> Accumulator:
-        """Make an accumulator that goes on, to the bit, where `save` was called."""
         ...
 
 
@@ -165,7 +167,7 @@ class Sweep:
 
     name: str
     label: str
-    make: Callable[..., Pass[Any, Any]]
+    make: Callable[..., Pass[Any]]
     items: Sequence[Item]
     needs: tuple[str, ...] = ()
     unit: str = "B"

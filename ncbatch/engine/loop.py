@@ -40,7 +40,7 @@ def run_jobs(
     return [_run_job(job, progress, state) for job in jobs]
 
 
-def load_state(work: Pass[Any, Any], kept: Kept) -> Any:
+def load_state(work: Pass[Any], kept: Kept) -> Any:
     """Read a finished state that is kept; None when it cannot be read."""
     arrays = kept.load("state")
     try:
@@ -99,27 +99,27 @@ def _run_sweep(
             progress.end()
 
 
-def _fold_items(
-    work: Pass[Any, Any], step: Sweep, progress: Progress | None, kept: Kept | None
-) -> Any:
+def _fold_items(work: Pass[Any], step: Sweep, progress: Progress | None, kept: Kept | None) -> Any:
     """Fold the items into one running state, which is kept from time to time."""
     arrays = kept.load("running") if kept is not None else None
     n_done = 0 if arrays is None else int(arrays.pop("items_done"))
-    accumulator = work.start() if arrays is None else work.restore(arrays)
+    fold = work.start()
+    if arrays is not None:
+        fold.restore(arrays)
     last_kept = time.monotonic()
     keeping = 0.0
     for number, item in enumerate(step.items, start=1):
         if number > n_done:
-            accumulator = work.fold(accumulator, item)
+            work.fold(fold, item)
             now = time.monotonic()
             is_due = number < len(step.items) and now - last_kept >= _KEEP_EVERY * keeping
             if kept is not None and is_due:
-                kept.save("running", {**work.save(accumulator), "items_done": np.array(number)})
+                kept.save("running", {**fold.arrays(), "items_done": np.array(number)})
                 last_kept = time.monotonic()
                 keeping = last_kept - now
         if progress:
             progress.advance(item.size)
-    result = work.finish(work.seal(accumulator))
+    result = work.finish(fold.seal())
     if kept is not None:
         kept.conclude(pack(result))
     return result

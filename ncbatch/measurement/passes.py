@@ -26,36 +26,7 @@ from ncbatch.states.pairs.sweep import PairTiles
 from ncbatch.states.rules import Rule
 
 
-class _FoldPass:
-    """What passes share: they accumulate in a `Fold`, whose states merge by themselves."""
-
-    kind: ClassVar[Any]
-
-    def start(self) -> Any:
-        """Make the fold of nothing."""
-        raise NotImplementedError
-
-    def seal(self, accumulator: Any) -> Any:
-        """Turn a fold into its state."""
-        return accumulator.seal()
-
-    def finish(self, partial: Any) -> Any:
-        """Return the state as it is."""
-        return partial
-
-    def save(self, accumulator: Any) -> Arrays:
-        """Take apart all that a fold is."""
-        arrays: Arrays = accumulator.arrays()
-        return arrays
-
-    def restore(self, arrays: Arrays) -> Any:
-        """Make a fold that goes on where `save` was called."""
-        accumulator = self.start()
-        accumulator.restore(arrays)
-        return accumulator
-
-
-class _RowsPass(_FoldPass):
+class _RowsPass:
     """What passes over rows share: their blocks go to the device, and into the fold."""
 
     source: Samples
@@ -67,19 +38,22 @@ class _RowsPass(_FoldPass):
         # The bound within which near-ties are decided again is that of float32, not of TF32.
         return "fp32"
 
-    def fold(self, accumulator: Any, item: Item) -> Any:
+    def fold(self, fold: Any, item: Item) -> None:
         """Add the samples of an item."""
         device = find_device(self.device)
         with device.matmul_precision(self.matmul_precision):
-            for block in device.stream(self._staged(accumulator, item)):
-                accumulator.add(*block)
-        return accumulator
+            for block in device.stream(self._staged(fold, item)):
+                fold.add(*block)
 
-    def _staged(self, accumulator: Any, item: Item) -> Iterator[tuple[Any, ...]]:
+    def finish(self, state: Any) -> Any:
+        """Return the state as it is."""
+        return state
+
+    def _staged(self, fold: Any, item: Item) -> Iterator[tuple[Any, ...]]:
         # Blocks are staged on the host, ahead of the device, which streams them.
         beside = self._beside(item)
         for block in self.source.blocks(item):
-            accumulator.skip(block.n_skipped)
+            fold.skip(block.n_skipped)
             yield block.features, block.labels, *beside(block)
 
     def _beside(self, item: Item) -> Any:
@@ -210,12 +184,12 @@ class MomentsPass(_RowsPass):
             return lambda block: ()
         return lambda block: (null_labels(block.numbers, counts, self.null_seed),)
 
-    def finish(self, partial: MomentsRead) -> MomentsRead:
+    def finish(self, state: MomentsRead) -> MomentsRead:
         """Let the class means go to their file, where that is asked for."""
         if self.rows_at is None:
-            return partial
-        null = None if partial.null is None else to_file(partial.null, self.rows_at, "null")
-        return MomentsRead(to_file(partial.moments, self.rows_at, "means"), null)
+            return state
+        null = None if state.null is None else to_file(state.null, self.rows_at, "null")
+        return MomentsRead(to_file(state.moments, self.rows_at, "means"), null)
 
 
 @dataclass(frozen=True)
@@ -273,14 +247,14 @@ class DirectionalPass(_RowsPass):
         state_of = partial(DirectionalVariance.from_block, pairs=self.pairs)
         return StateFold(DirectionalVariance.zero(self.pairs.n_classes), state_of)
 
-    def _staged(self, accumulator: Any, item: Item) -> Iterator[tuple[Any, ...]]:
+    def _staged(self, fold: Any, item: Item) -> Iterator[tuple[Any, ...]]:
         # The first read counted the rows left out.
         blocks: Iterator[Block] = self.source.blocks(item)
         return ((block.features, block.labels) for block in blocks)
 
 
 @dataclass(frozen=True)
-class PairPass(_FoldPass):
+class PairPass:
     """Sweeps all pairs of class means, into `PairStats`; without means it gives no pairs.
 
     Items number the tiles of all classes used. Where rows that are not finite left a class without
@@ -294,11 +268,14 @@ class PairPass(_FoldPass):
         """Make the fold of no pairs."""
         return StateFold(PairStats.zero(), None if self.pairs is None else self.pairs.fold)
 
-    def fold(self, accumulator: StateFold[PairStats], item: Item) -> StateFold[PairStats]:
+    def fold(self, fold: StateFold[PairStats], item: Item) -> None:
         """Add some tiles."""
         if self.pairs is not None:
-            accumulator.add(self._tiles[item.start : item.stop])
-        return accumulator
+            fold.add(self._tiles[item.start : item.stop])
+
+    def finish(self, state: PairStats) -> PairStats:
+        """Return the state as it is."""
+        return state
 
     @cached_property
     def _tiles(self) -> list[tuple[slice, slice]]:

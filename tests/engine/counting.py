@@ -26,6 +26,25 @@ class Count:
         return Count(self.total + other.total, self.rounded + other.rounded)
 
 
+class Adder:
+    """A fold of numbers."""
+
+    def __init__(self) -> None:
+        self.count = Count(0, 0.0)
+
+    def add(self, number: int) -> None:
+        self.count = self.count.merge(Count(number, number / 7.0))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return pack(self.count)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        self.count = unpack(Count, arrays)
+
+    def seal(self) -> Count:
+        return self.count
+
+
 @dataclass(frozen=True)
 class Counting:
     """Adds the numbers of its items; writes down each item that it folds."""
@@ -36,31 +55,20 @@ class Counting:
     slow: float = 0.0
     kind: ClassVar[Any] = Count
 
-    def start(self) -> Count:
-        return Count(0, 0.0)
+    def start(self) -> Adder:
+        return Adder()
 
-    def fold(self, accumulator: Count, item: Item) -> Count:
-        total, rounded = accumulator.total, accumulator.rounded
+    def fold(self, fold: Adder, item: Item) -> None:
         for i in range(item.start, item.stop):
             if i in self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.numbers[i] < 0:
                 raise ValueError("negative")
-            total, rounded = total + self.numbers[i], rounded + self.numbers[i] / 7.0
+            fold.add(self.numbers[i])
         time.sleep(self.slow)
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(f"{item.start}-{item.stop}\n")
-        return Count(total, rounded)
 
-    def seal(self, accumulator: Count) -> Count:
-        return accumulator
-
-    def finish(self, partial: Count) -> Count:
-        return partial
-
-    def save(self, accumulator: Count) -> dict[str, np.ndarray]:
-        return pack(accumulator)
-
-    def restore(self, arrays: dict[str, np.ndarray]) -> Count:
-        return unpack(Count, arrays)
+    def finish(self, state: Count) -> Count:
+        return state

@@ -16,7 +16,7 @@ from ncbatch.engine.jobs import Call, Item, Job, Sweep
 from ncbatch.engine.loop import run_jobs
 from ncbatch.errors import WorkerError
 from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
-from tests.engine.counting import Count, Counting
+from tests.engine.counting import Adder, Count, Counting
 from tests.engine.test_loop import NUMBERS, Recorder, _give, _text
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -147,9 +147,14 @@ class DeadlyCount(Count):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DeadlyAdder(Adder):
+    def seal(self):
+        return DeadlyCount(self.count.total, self.count.rounded)
+
+
 class Unmergeable(Counting):
-    def seal(self, accumulator):
-        return DeadlyCount(accumulator.total, accumulator.rounded)
+    def start(self):
+        return DeadlyAdder()
 
 
 @pytest.mark.slow
@@ -208,7 +213,7 @@ def test_a_killed_client_resumes_to_the_same_bits(processes, scheduler_address, 
         from pathlib import Path
         from distributed import Client
         from ncbatch.engine.graph import run_graph
-        from tests.engine.counting import Count, Counting
+        from tests.engine.counting import Counting
         from tests.engine.test_graph import MANY, job
         with Client("{scheduler_address}") as client:
             work = Counting(MANY, Path("{log}"), slow=0.4)

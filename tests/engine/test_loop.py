@@ -53,7 +53,7 @@ def _text(count: Count) -> str:
 def test_items_are_folded_in_order_and_told():
     recorder = Recorder()
     work = Counting(NUMBERS)
-    assert run(work, ITEMS) == work.fold(work.start(), Item(0, 6, 0))
+    assert run(work, ITEMS) == run(work, [Item(0, 6, 0)])
     assert run_jobs([job(work)], recorder) == [_text(run(work, ITEMS))]
     assert recorder.calls == [("counting", 60, "numbers"), *[10] * 6, "end"]
     assert run(work, []) == Count(0, 0.0)

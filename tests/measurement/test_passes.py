@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.arrays.named_arrays import pack, unpack
+from ncbatch.arrays.named_arrays import Arrays, pack, unpack
+from ncbatch.engine.jobs import Item
 from ncbatch.measurement import run as execution
 from ncbatch.measurement.options import Options
-from ncbatch.measurement.passes import MomentsPass
+from ncbatch.measurement.passes import MomentsFold, MomentsPass
 from ncbatch.measurement.samples import Mode, MomentsRead, Samples, select_classes
 from ncbatch.states.decisions import DECISIONS, Decisions
 from ncbatch.states.moments import Moments
@@ -100,8 +101,17 @@ def test_any_partition_of_the_items_gives_the_same_state(tmp_path, small_chunks)
     )
     items = samples.items
     assert len(items) > 3
-    whole = moments.seal(reduce(moments.fold, items, moments.start()))
-    parts = [moments.seal(moments.fold(moments.start(), item)) for item in reversed(items)]
+
+    def folded(some: list[Item], arrays: Arrays | None = None) -> MomentsFold:
+        fold = moments.start()
+        if arrays is not None:
+            fold.restore(arrays)
+        for item in some:
+            moments.fold(fold, item)
+        return fold
+
+    whole = folded(items).seal()
+    parts = [folded([item]).seal() for item in reversed(items)]
     merged = reduce(MomentsRead.merge, parts)
     for one, other in ((merged.moments, whole.moments), (merged.null, whole.null)):
         assert one.classes.tolist() == other.classes.tolist()
@@ -109,9 +119,8 @@ def test_any_partition_of_the_items_gives_the_same_state(tmp_path, small_chunks)
         np.testing.assert_allclose(one.means, other.means, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(one.traces, other.traces, rtol=1e-9)
     np.testing.assert_allclose(merged.moments.scatter, whole.moments.scatter, rtol=1e-9, atol=1e-9)
-    halfway = reduce(moments.fold, items[:2], moments.start())
-    resumed = reduce(moments.fold, items[2:], moments.restore(moments.save(halfway)))
-    for name, array in pack(moments.seal(resumed)).items():
+    resumed = folded(items[2:], folded(items[:2]).arrays()).seal()
+    for name, array in pack(resumed).items():
         np.testing.assert_array_equal(array, pack(whole)[name], err_msg=name)
 
 
