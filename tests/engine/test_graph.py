@@ -217,10 +217,11 @@ def test_a_killed_client_resumes_to_the_same_bits(processes, scheduler_address, 
         from tests.engine.test_graph import MANY, job
         with Client("{scheduler_address}") as client:
             work = Counting(MANY, Path("{log}"), slow=0.4)
-            run_graph(processes, [job(work)], state=Path("{state}"))
+            run_graph(client, [job(work)], state=Path("{state}"))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT)
     while not (log.exists() and len(log.read_text().split()) > 2):
+        assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
