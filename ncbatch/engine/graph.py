@@ -20,8 +20,9 @@ from ncbatch.errors import DataError, WorkerError
 # Seconds between looks at what is done, and those without a scheduler until a run is given up.
 _POLL_SECONDS = 0.02
 _LOST_SECONDS = 20.0
-# Rounds in which workers died and no item was to blame, before what died last is held guilty.
+# Rounds in which workers died and no item was to blame: of a task that is none, and all of them.
 _UNEXPLAINED = 1
+_ROUNDS = 5
 
 
 def run_graph(
@@ -163,7 +164,8 @@ class _Graph:
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Run until every job has its result; anew, where workers died of nothing that lasts."""
         results: dict[int, Any] = {}
-        n_unexplained = 0
+        n_rounds = 0
+        unexplained: list[str] = []
         while len(results) < len(jobs):
             ends = {j: self._submit_job(job) for j, job in enumerate(jobs) if j not in results}
             try:
@@ -178,10 +180,12 @@ class _Graph:
             for leaf in suspects:
                 if self._kills_alone(leaf):
                     raise _deadly(leaf)
-            # A merge, or an item, may have waited on a worker that died; twice is no accident.
-            n_unexplained += bool(deaths)
-            if n_unexplained > _UNEXPLAINED:
-                raise _died_of(others[0]) if others else _deadly(suspects[0])
+            # A merge may have waited on a worker that an item killed; twice is no accident. Items
+            # that live alone may have waited on a merge that kills: they are not counted so soon.
+            n_rounds += bool(deaths)
+            unexplained += others[:1]
+            if len(unexplained) > _UNEXPLAINED or n_rounds > _ROUNDS:
+                raise _died_of([*unexplained, *deaths][0])
         return [results[j] for j in range(len(jobs))]
 
     def _submit_job(self, job: Job) -> Any:
