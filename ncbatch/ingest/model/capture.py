@@ -42,6 +42,7 @@ class Capture:
         """Register the hooks; they go when `hooks` is closed."""
         for name, place in self._places.items():
             module = self._model.get_submodule(place.path)
+            # With keywords: blocks of transformers are called by those.
             register = module.register_forward_hook
             if place.of_input:
                 register = module.register_forward_pre_hook
@@ -94,6 +95,7 @@ class Capture:
             self._batch = None
         for name, place in self._places.items():
             _check_once(f"module '{place.path}'", self._calls[name])
+        # Of a head that was guessed nothing may be wanted: then it may run as it likes.
         if self.head.named or (self.head.needed and self.head.path is not None):
             _check_once(f"head '{self.head.path}'", self.head.calls)
         rows = {name: self._rows[name] for name in self._places}
@@ -103,6 +105,7 @@ class Capture:
     def _take(self, name: str, _: torch.nn.Module, *passed: Any) -> None:
         place = self._places[name]
         self._calls[name] += 1
+        # Of a second call nothing is kept, it is only counted: `run` refuses it.
         if self._batch is None or self._calls[name] > 1:
             return
         # Hooks are told (args, kwargs) before the module runs, and its output too afterwards.
@@ -110,7 +113,7 @@ class Capture:
         if tensor is None:
             raise DataError(f"'{place}' holds no tensor", "a tensor, or a tuple of tensors")
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
+        if dtype not in DTYPES:  # token ids and masks are tensors too, and no features
             raise DataError(f"'{place}' has dtype {dtype}", "one of: " + ", ".join(DTYPES))
         rows = self._batch.rows(tensor, self._pool, place)
         self._rows[name] = rows if self._receive is None else self._receive(name, rows)
@@ -133,6 +136,7 @@ def capturing(
     capture = Capture(model, places, pool, head or Head({}))
     with ExitStack() as hooks:
         try:
+            # Dropout would make features random, and batch norm would learn from the dump.
             model.eval()
             capture.attach(hooks)
             yield capture
@@ -167,6 +171,7 @@ def _arguments(inputs: Any, device: Any) -> tuple[list[Any], dict[str, Any]]:
 
 def _first_tensor(value: Any) -> torch.Tensor | None:
     """Find the first tensor in nested tuples, lists, mappings and dataclasses."""
+    # Of what a block returns the hidden states come first; caches and attention follow.
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -207,8 +207,8 @@ def _fill(
     """Run the model on all batches whose rows `target` does not hold yet."""
     with ExitStack() as writing:
         to_skip = target.resume(writing)
-        for inputs, labels in _pairs(batches):
-            batch = Batch.of(labels, to_skip)
+        for inputs, marks in _pairs(batches):
+            batch = Batch.of(marks, to_skip)
             target.expect(batch)
             to_skip -= len(batch.skipped)
             if batch.labels.size:
@@ -218,8 +218,8 @@ def _fill(
                 if not target.ready:
                     target.begin(capture.head, features, predictions, writing)
                 decisions = capture.head.decisions
-                given = target.request.labels_given
-                target.append(features, batch.labels if given else to_numpy(decisions), decisions)
+                labels = batch.labels if target.request.labels_given else to_numpy(decisions)
+                target.append(features, labels, decisions)
                 del features  # before the next forward pass makes as many
             if progress is not None:
                 progress.advance(len(batch.skipped) + len(batch.labels))

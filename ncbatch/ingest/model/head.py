@@ -145,6 +145,7 @@ class Head:
         self, order: int, batch: Batch, inputs: torch.Tensor | None, logits: torch.Tensor | None
     ) -> None:
         """Take note of a call of the candidate number `order`."""
+        # The last candidate that runs is the head; once that is settled only its calls matter.
         if order < self._order or (self._settled and order > self._order):
             return
         if order > self._order:
@@ -158,6 +159,7 @@ class Head:
             return  # it classifies something else than the rows
         if self._outside is not None:
             logits = logits + self._outside.to(logits.device)
+        # A padded vocabulary has more outputs than there are classes.
         top = logits[..., : self._n_classes].argmax(-1)
         self.decisions = batch.select(top.reshape(-1))
         if not self._settled:
@@ -175,7 +177,7 @@ class Head:
             )
             self.layer = inputs[0] if inputs else next(equal, None)
         self._settled = True
-        self._inputs = None
+        self._inputs = None  # as large as a layer's rows, and not needed any more
         if self.decides and self.decisions is None:
             head = "no torch.nn.Linear ran" if self.path is None else f"head '{self.path}'"
             raise DataError(
@@ -191,6 +193,6 @@ def _equal(rows: torch.Tensor, others: torch.Tensor) -> bool:
     same = rows.dtype == others.dtype and rows.device == others.device
     if not same or rows.shape != others.shape:
         return False
-    if torch.equal(rows, others):
+    if torch.equal(rows, others):  # which needs no memory
         return True
     return bool(((rows == others) | (rows.isnan() & others.isnan())).all())  # NaN equals NaN

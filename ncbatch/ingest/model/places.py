@@ -101,24 +101,23 @@ class Batch:
             raise DataError(
                 f"labels of shape {array.shape}, {array.dtype}", "integers, shape (B,) or (B, T)"
             )
+        # Positions run over batch and sequence alike; the first samples may be stored already.
         flat = array.reshape(-1)
         samples = np.flatnonzero(flat >= 0)
         kept = samples[to_skip:]
         return cls(
             array.shape,
-            None if kept.size == flat.size else kept,
+            None if kept.size == flat.size else kept,  # then nothing is gathered
             flat[kept],
             flat[samples[:to_skip]],
         )
 
     def rows(self, values: torch.Tensor, pool: Pool, place: Place) -> torch.Tensor:
-        """Turn a feature into the rows (n, D) to be stored, never a view of it.
-
-        A later module may work in place on what was captured.
-        """
+        """Turn a feature into the rows (n, D) to be stored, never a view of it."""
         pooled = _pooled(values, self.shape, pool, place)
         rows = pooled.reshape(math.prod(self.shape), math.prod(pooled.shape[len(self.shape) :]))
         rows = self.select(rows)
+        # A later module may work in place on what was captured.
         shared = rows.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
         return rows.clone() if shared else rows
 
@@ -142,6 +141,7 @@ def _pooled(values: torch.Tensor, shape: tuple[int, ...], pool: Pool, place: Pla
             f"({', '.join(map(str, shape))}, ...), as the labels have shape {shape}",
             "give one label per position (negative where there is none), or capture another module",
         )
+    # Sequences have their features last, images and volumes have them second.
     if pool == "flatten" or values.ndim == n + 1:
         return values
     if n == 1 and values.ndim == 3:

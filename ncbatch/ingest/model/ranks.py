@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from ncbatch.arrays.named_arrays import Arrays
 from ncbatch.errors import CorruptionError, StoreError, unknown_name
-from ncbatch.ingest.model.target import Request
 from ncbatch.states.decisions import DECISIONS, Decisions
 from ncbatch.states.moments import Moments, moments_arrays, moments_of
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.ranks import Share
 from ncbatch.store.states import PART, RUNNING
+
+if TYPE_CHECKING:
+    from ncbatch.ingest.model.target import Request
 
 logger = logging.getLogger("ncbatch")
 
@@ -103,6 +105,7 @@ def _complete(store: FeatureStore, split: str) -> None:
         states.check_ended()
         for layer in sorted({part.layer for part in states.parts}):
             states.merge(layer)
+    # Rows and states may both be there; and of a split that is not there the store says so.
     rows = split in store.splits or store.layout(split) is not None
     if rows or split not in store.state_splits:
         store.finalize(split)
@@ -110,22 +113,24 @@ def _complete(store: FeatureStore, split: str) -> None:
 
 @contextmanager
 def _turn(store: FeatureStore, split: str) -> Iterator[None]:
-    """Wait for the turn of this process, which ends with the ``with``.
-
-    The turn of a process that has ended is taken over: at once where it ran on this machine, else
-    when nothing in the split has changed for a while. Two that complete a split at once store the
-    same; at worst one of them stops with an error.
-    """
+    """Wait for the turn of this process, which ends with the ``with``."""
+    # The turn of a process that has ended is taken over: at once where it ran on this machine, else
+    # when nothing in the split has changed for a while. Two that complete a split at once store the
+    # same; at worst one of them stops with an error.
     token = f"{_machine()} {os.getpid()} {uuid.uuid4()}"
     holder = kinds = None
     deadline = 0.0
     while not store.claim(split, _TURN, token):
         claimant = store.claimant(split, _TURN)
         if claimant != holder:
-            holder, deadline, kinds = claimant, time.monotonic() + PATIENCE_S, None
+            holder = claimant
+            kinds = None
+            deadline = time.monotonic() + PATIENCE_S
         elif time.monotonic() > deadline and kinds != (stored := store.state_kinds(split)):
-            deadline, kinds = time.monotonic() + PATIENCE_S, stored
-        elif holder is not None and (_has_ended(holder) or time.monotonic() > deadline):
+            # It merges: each layer that is done changes what is there.
+            kinds = stored
+            deadline = time.monotonic() + PATIENCE_S
+        elif holder is not None and (_process_has_ended(holder) or time.monotonic() > deadline):
             logger.warning(
                 "a process began to complete split '%s' of %s and stopped: this one goes on",
                 split,
@@ -145,14 +150,14 @@ def _give_back(store: FeatureStore, split: str, holder: str) -> None:
         store.release(split, _TURN)
 
 
-def _has_ended(holder: str) -> bool:
-    """Whether the process ran on this machine and is no more; of others nothing is known."""
+def _process_has_ended(holder: str) -> bool:
+    # Of processes on other machines nothing is known.
     machine, pid, *_ = [*holder.split(" "), ""]
     return machine == _machine() and pid.isdecimal() and not psutil.pid_exists(int(pid))
 
 
 def _machine() -> str:
-    """Name the machine, since when it runs, and whose process numbers these are."""
+    # A number is used again after a restart, and by each container: all of that is in the name.
     parts = [socket.gethostname()]
     with suppress(OSError):  # neither is there on every system
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -267,6 +272,7 @@ class RankStates:
         if kind == "decisions":
             about |= self._decided_by(layer, parts)
         merged: Any = None
+        # One after another, in the order of the ranks: the same bits whoever ended first.
         for part in parts:
             arrays, _ = self._store.state(self._split, layer, part.kind) or ({}, {})
             state: Any = moments_of(arrays)
@@ -326,6 +332,7 @@ class StatePlan:
         for layer, kind in () if store is None else store.state_kinds(request.split):
             if layer in stored:
                 stored[layer].add(kind)
+        # Read once: a store of many layers and ranks holds thousands of groups.
         # Moments that decide about the split itself are not replaced.
         lasting = {"moments"} if means == request.split else set()
         if request.overwrite:
@@ -413,7 +420,7 @@ class StatePlan:
         for name, kinds in self._stored.items():
             if self.running not in kinds:
                 continue
-            if self._is_ready(name):  # killed while it ended
+            if self._is_ready(name):  # killed after it had stored the end, before it deleted this
                 self._delete(name, self.running)
             elif about := self._attributes(name, self.running):
                 yield name, about
@@ -447,6 +454,7 @@ class StatePlan:
     def position(self) -> int:
         """Samples that every layer still to be folded holds already."""
         missing = [name for name in self._stored if not self._is_done(name)]
+        # Layers were saved one after another: some may be ahead, and skip rows by themselves.
         return min(int(self.saved.get(name, {}).get("position", 0)) for name in missing)
 
     def kinds(self, name: str, *, decided: bool) -> set[str]:

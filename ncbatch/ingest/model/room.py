@@ -68,6 +68,7 @@ def states_bytes(widths: Mapping[str, int], n_seen: int, n_samples: int, world_s
     world_size : int
         How many ranks store a part each, until the last one merges them.
     """
+    # Each rank sees its share of the samples, and no more classes than samples.
     most = min(n_seen, -(-n_samples // world_size))
     state_bytes = MomentsAccumulator.state_bytes  # a running state; a finished one is smaller
     parts = sum(world_size * state_bytes(most, d, itemsize=4) for d in widths.values())
@@ -110,7 +111,7 @@ def _check_free(
 ) -> str:
     """Complete `text` by what is free; the folders `reused` of the store count as free too."""
     where = store.path if isinstance(store, FeatureStore) else os.fspath(store)
-    if is_remote(where):
+    if is_remote(where):  # object stores do not tell
         return text
     home = Path(where).absolute()
     existing = next(folder for folder in (home, *home.parents) if folder.exists())
@@ -226,6 +227,7 @@ def choose_place(prices: Mapping[str, FoldPrice], devices: Mapping[str, torch.de
     free = int(psutil.virtual_memory().available)
     if needed <= free:
         return True
+    # The smallest first: as many layers as can be had by leaving others out.
     ordered = sorted(prices.values(), key=lambda price: price.held)
     fitting = sum(_sum(ordered[: n + 1]) <= free for n in range(len(ordered)))
     raise BudgetError(

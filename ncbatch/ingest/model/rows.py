@@ -14,13 +14,7 @@ from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch
-from ncbatch.ingest.model.target import (
-    Request,
-    Target,
-    one_dtype,
-    stored_dtypes,
-    wait_for,
-)
+from ncbatch.ingest.model.target import Request, Target, one_dtype, stored_dtypes, wait_for
 from ncbatch.store.format import LayerSpec
 from ncbatch.store.ranks import Layout
 from ncbatch.store.split import Split
@@ -70,13 +64,9 @@ class RowTarget(Target):
     @property
     def continues(self) -> bool:
         """Whether this goes on with, or joins, what some process has begun."""
+        # With a writer open the layout is there: of this rank, or of one that was quicker.
         layout = self._layout if self._writer is None else self._read_layout()
         return self._mode == "resume" or (self.request.share.several and layout is not None)
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a writer."""
-        return self._writer is not None
 
     def _read_layout(self) -> Layout | None:
         """Read what several ranks have agreed on, if one has begun."""
@@ -114,6 +104,7 @@ class RowTarget(Target):
     def _mode_of_complete(self, stored: Split) -> Literal["new", "add", "done"]:
         known = [name for name in self.request.places if name in stored.layers]
         if not known:
+            # A dump drops what is no sample, so its rows can stand beside no such row.
             if stored.n_rows != stored.n_samples:
                 raise StoreError(
                     f"{self.named} has rows that are no samples: "
@@ -136,10 +127,9 @@ class RowTarget(Target):
             "leave them out, or replace the whole split with overwrite=True",
         )
 
-    def record_identity(self) -> None:
-        """Record with what the split is begun; layers that are added leave that as it is."""
-        if self._mode != "add":
-            super().record_identity()
+    def _record_identity(self) -> None:
+        if self._mode != "add":  # the split was begun, and ended, with what it says
+            super()._record_identity()
 
     def resume(self, writing: ExitStack) -> int:
         """Go on with the layers as they were begun."""
@@ -176,6 +166,8 @@ class RowTarget(Target):
 
     def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
         """Open the split, or the layers that are added to it."""
+        if self._writer is not None:
+            return
         self._specs = {
             name: LayerSpec(int(rows.shape[1]), self._dtypes[name])
             for name, rows in features.items()
@@ -192,6 +184,7 @@ class RowTarget(Target):
         return {name: spec.n_features for name, spec in self._specs.items()}
 
     def _open_writer(self) -> Writer:
+        # Layers of several dtypes can be written together only if all are as declared.
         declared = self.opened.declared_layers
         all_declared = all(
             name in declared and declared[name].dtype == spec.dtype
@@ -218,14 +211,12 @@ class RowTarget(Target):
         return to_numpy(_cast(rows, self._specs[name].dtype, name, self._writer.position))
 
     def append(
-        self,
-        features: Mapping[str, Any],
-        labels: npt.NDArray[Any],
-        decisions: torch.Tensor | None,
+        self, features: Mapping[str, Any], labels: npt.NDArray[Any], decisions: torch.Tensor | None
     ) -> None:
         """Write the rows of a batch."""
         writer = self._writer
         assert writer is not None
+        # Rows of the first batch were not received: they were needed as they are.
         rows = {
             name: values if isinstance(values, np.ndarray) else self.receive(name, values)
             for name, values in features.items()
@@ -239,6 +230,7 @@ class RowTarget(Target):
         """Refuse to skip rows that are not the ones stored: other batches would be mixed in."""
         start = self._skipped
         self._skipped += len(batch.skipped)
+        # The head's decisions would take the forward pass that skipping saves.
         if self._skipped == start or not self.request.labels_given:
             return
         stored = np.concatenate(list(self._stored_labels(start, self._skipped)))
@@ -286,17 +278,15 @@ class RowTarget(Target):
 
 
 def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor:
-    """Convert rows to the stored dtype on their device where that makes the transfer no larger.
-
-    The writer refuses what overflows only when it converts itself, so this does it too. float64 is
-    left to the writer: torch rounds it twice on the way to 16 bits.
-    """
+    """Convert rows to the stored dtype on their device where that makes the transfer no larger."""
     import torch
 
     source = str(rows.dtype).removeprefix("torch.")
     target = getattr(torch, dtype)
+    # float64 is left to the writer: torch rounds it twice on the way to 16 bits.
     if source in (dtype, "float64") or rows.dtype.itemsize < target.itemsize:
         return rows
+    # The writer refuses what overflows only when it converts itself.
     _check_overflow(rows, dtype, name, first)
     return rows.to(target)
 
@@ -309,7 +299,7 @@ def _check_overflow(rows: torch.Tensor, dtype: str, name: str, first: int) -> No
     largest = torch.finfo(target).max
     if not rows.numel() or torch.finfo(rows.dtype).max <= largest:
         return
-    least, most = rows.aminmax()
+    least, most = rows.aminmax()  # one pass and one wait for the device, unless it is bad
     if bool((least >= -largest) & (most <= largest)):
         return  # NaN does not get here: then it takes a closer look
     overflow = (torch.isinf(rows.to(target)) & torch.isfinite(rows)).any(1)

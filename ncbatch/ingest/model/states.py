@@ -134,21 +134,6 @@ class Deciding:
         return about
 
 
-class BatchLabels:
-    """Labels of a batch, brought to every device of its features once."""
-
-    def __init__(self, values: npt.NDArray[np.int64]) -> None:
-        self.values = values
-        self._copies: dict[Any, Array] = {}
-
-    def beside(self, rows: Array) -> Array:
-        """Return them in the library and on the device of `rows`."""
-        key = (type(rows), getattr(rows, "device", None))
-        if key not in self._copies:
-            self._copies[key] = _beside(rows, self.values)
-        return self._copies[key]
-
-
 @dataclass
 class LayerFold:
     """What the samples of one layer of a dump are folded into as they come.
@@ -191,6 +176,7 @@ class LayerFold:
 
     def restore(self, arrays: Arrays, position: int) -> None:
         """Go on to the same bits from what `running` returned after `position` samples."""
+        # A running state is stored as one, so that both kinds are of the same samples.
         for kind, fold in self.folds.items():
             decisions = kind == "decisions"
             fold.restore({n: array for n, array in arrays.items() if (n in DECISIONS) == decisions})
@@ -219,7 +205,7 @@ class StateTarget(Target):
         self._plan = StatePlan(self.store, request, means)
         self._folds: dict[str, LayerFold] = {}
         self._scratch = Scratch()  # layers are folded one after another
-        self._expected: BatchLabels | None = None
+        self._expected: npt.NDArray[np.int64] | None = None  # labels of the batch
         self._on_host = True
         self._deciding: Deciding | None = None
         self._position = 0
@@ -228,13 +214,9 @@ class StateTarget(Target):
         self.done = self._plan.done
 
     @property
-    def begun(self) -> bool:
-        """Whether there is something to fold into."""
-        return bool(self._folds)
-
-    @property
     def continues(self) -> bool:
         """Whether states of some process are there that is not complete."""
+        # Read anew each time: other ranks come and go.
         if self.store is None or self.request.overwrite:
             return False
         return any(
@@ -292,6 +274,7 @@ class StateTarget(Target):
                 "add the head's input to the layers, or name the head with head=",
             )
         prices = {name: self._price(name, rows, kinds[name]) for name, rows in layers.items()}
+        # All layers or none go to GPUs: labels and decisions then have one place.
         self._on_host = choose_place(prices, {name: rows.device for name, rows in layers.items()})
         self._plan.delete_replaced()
         for name, rows in layers.items():
@@ -316,13 +299,12 @@ class StateTarget(Target):
         saved = self._plan.saved.get(name)
         arrays: Arrays = {}
         if saved is not None:
-            arrays, saved = self.opened.state(self.request.split, name, self._plan.running) or (
-                {},
-                {},
-            )
+            split = self.request.split
+            arrays, _ = self.opened.state(split, name, self._plan.running) or (arrays, {})
             fold.about = saved["about"]
         k = self.opened.n_classes
         if "moments" in kinds:
+            # Without rows, at the end, the pilots tell which library and dtype it was.
             like = arrays["pilots"][:0] if like is None else like
             fold.folds["moments"] = MomentsAccumulator(
                 k, int(like.shape[1]), like=like, scratch=self._scratch
@@ -381,31 +363,37 @@ class StateTarget(Target):
         decisions: torch.Tensor | None,
     ) -> None:
         """Fold the rows of a batch into every layer that does not hold them yet."""
-        batch_labels = self._expected or self._check_labels(labels)
+        checked = self._check_labels(labels) if self._expected is None else self._expected
         self._expected = None
         for name in self._folds:
             rows = features[name]
             if rows is not None:
-                self._fold_rows(name, rows, batch_labels, decisions)
+                self._fold_rows(name, rows, checked, decisions)
         self._count(labels)
         self._save_if_due()
 
-    def _check_labels(self, labels: npt.NDArray[Any]) -> BatchLabels:
+    def _check_labels(self, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         k = self.opened.n_classes
-        return BatchLabels(checked_labels(labels, "label", k, self._position).astype(np.int64))
+        return checked_labels(labels, "label", k, self._position).astype(np.int64)
 
     def _fold_rows(
-        self, name: str, rows: torch.Tensor, labels: BatchLabels, decisions: torch.Tensor | None
+        self,
+        name: str,
+        rows: torch.Tensor,
+        labels: npt.NDArray[np.int64],
+        decisions: torch.Tensor | None,
     ) -> None:
         """Fold the rows of a batch into a layer, unless it was saved with them in it."""
         fold = self._folds[name]
         first = self._position
-        n = len(labels.values)
+        n = len(labels)
+        # Layers are saved one after another: after a kill some are ahead of others.
         if fold.position >= first + n:
             return
         if fold.position != first:
             raise self._other_batches()
         values = self._values(rows)
+        # One NaN would spoil the state of all rows, and nobody could tell which it was.
         bad = first_nonfinite_row(values)
         if bad is not None:
             raise DataError(
@@ -416,14 +404,15 @@ class StateTarget(Target):
         decided: Any = None
         if fold.awaits_head and decisions is not None:
             decided = to_numpy(decisions) if self._on_host else decisions.to(values.device)
-        fold.add(values, labels.beside(values), decided)
+        fold.add(values, _beside(values, labels), decided)
         self._unsaved += n * int(values.shape[1]) * 4
 
     def _count(self, labels: npt.NDArray[Any]) -> None:
-        """Go past samples; where a running state was stored the labels before must be those then."""
+        """Go past samples; those before a running state must be the ones folded into it."""
         self._position += len(labels)
         if not self.request.labels_given:
             return
+        # A checksum instead of the labels, which a store of moments does not have.
         self._crc = zlib.crc32(np.asarray(labels, np.int64).tobytes(), self._crc)
         for about in self._plan.saved.values():
             if int(about["position"]) == self._position and about["labels"] != self._crc:
@@ -438,6 +427,7 @@ class StateTarget(Target):
 
     def _values(self, rows: torch.Tensor) -> Array:
         """Convert rows to what is folded: float32 or float64, on the host or where they are."""
+        # 16 bits are exact in float32, and half as much to move as float64.
         wide = rows.float() if rows.dtype.itemsize < 4 else rows
         wide = wide.contiguous()
         return to_numpy(wide) if self._on_host else wide
@@ -448,6 +438,7 @@ class StateTarget(Target):
         if self._unsaved < _SAVE_RATIO * sum(fold.running_bytes for fold in self._folds.values()):
             return
         self._unsaved = 0
+        # A layer that is ahead of the batches has been saved with them in it.
         for name, fold in self._folds.items():
             if fold.position == self._position:
                 about = {
@@ -466,6 +457,7 @@ class StateTarget(Target):
         if not self._folds:  # all samples were folded before the interruption, or there are none
             for name, saved in self._plan.saved.items():
                 self._begin_layer(name, saved["holds"], None)
+        # Of several ranks one may have no samples; of one process that is a mistake.
         if not self._folds and not self.request.share.several:
             raise DataError("no sample in any batch", "at least one label that is not negative")
         if not self._folds:
@@ -506,6 +498,7 @@ class StateTarget(Target):
             for kind, arrays in states.items():
                 decided_by = fold.about if kind == "decisions" else {}
                 store.set_state(split, name, kind, arrays, about | decided_by)
+        # Last: a kill before leaves both, and what is complete counts.
         store.delete_state(split, name, self._plan.running)
 
     def _end_without_rows(self) -> None:
@@ -537,4 +530,5 @@ def _float32_roundoff() -> float:
     """Look up the unit of rounding of the operands of torch's float32 products on a GPU."""
     import torch
 
+    # TF32 keeps 10 bits after the point, bfloat16, which "medium" may take, 7.
     return {"highest": 0.0, "high": 2.0**-11}.get(torch.get_float32_matmul_precision(), 2.0**-8)

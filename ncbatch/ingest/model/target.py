@@ -81,6 +81,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_name("split", self.split)
+        # Before the model runs, and before a store is made that would remain.
         if self.dtype not in (None, *DTYPES):
             raise UsageError(f"dtype '{self.dtype}'", "one of: " + ", ".join(DTYPES))
         if self.resume and self.overwrite:
@@ -144,11 +145,6 @@ class Target(ABC):
 
     @property
     @abstractmethod
-    def begun(self) -> bool:
-        """Whether `start` was called, or is not needed any more."""
-
-    @property
-    @abstractmethod
     def continues(self) -> bool:
         """Whether this goes on with, or joins, what some process has begun."""
 
@@ -158,7 +154,10 @@ class Target(ABC):
 
     @abstractmethod
     def start(self, features: Mapping[str, torch.Tensor], writing: ExitStack) -> None:
-        """Begin to keep, once the first batch has told the widths; `writing` ends it."""
+        """Begin to keep, unless `resume` did; the first batch tells the widths.
+
+        What is entered on `writing` ends with the dump.
+        """
 
     @abstractmethod
     def receive(self, name: str, rows: torch.Tensor) -> Any:
@@ -171,10 +170,7 @@ class Target(ABC):
 
     @abstractmethod
     def append(
-        self,
-        features: Mapping[str, Any],
-        labels: npt.NDArray[Any],
-        decisions: torch.Tensor | None,
+        self, features: Mapping[str, Any], labels: npt.NDArray[Any], decisions: torch.Tensor | None
     ) -> None:
         """Keep the rows of a batch."""
 
@@ -187,12 +183,21 @@ class Target(ABC):
 
     def check_identity(self) -> None:
         """Refuse to go on with what was begun with another model or other data."""
-        if self.store is not None and self.continues:
-            _check_same(self._begun_with, self.request.identity, self.named)
+        if self.store is None or not self.continues:
+            return
+        begun = self._begun_with
+        for what, value in self.request.identity.items():
+            # What only one of both says does not count: callers may come to say more.
+            if what in begun and begun[what] != value:
+                raise StoreError(
+                    f"{self.named} was begun with {what} {begun[what]}",
+                    f"{value}, as this dump was asked for",
+                    "go on with the same model, texts and options, "
+                    "or delete the split first (ncbatch delete)",
+                )
 
-    def record_identity(self) -> None:
-        """Record with what this is begun, unless another rank has: then it must be the same."""
-        self.check_identity()
+    def _record_identity(self) -> None:
+        # Of an earlier dump that has ended the record may be there still: it is replaced.
         if not self.continues or not self._begun_with:
             self.opened.set_begun_with(self.request.split, self.kind, self.request.identity)
 
@@ -209,9 +214,9 @@ class Target(ABC):
     ) -> None:
         """After the first forward pass: settle store and head, and begin to keep."""
         self.settle(head, features, predictions)
-        if not self.begun:
-            self.start(features, writing)
-            self.record_identity()
+        self.start(features, writing)
+        self.check_identity()  # once more: of several ranks another may have begun meanwhile
+        self._record_identity()
         self.ready = True
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
@@ -245,8 +250,9 @@ class Target(ABC):
             self.n_classes = int(head.module.out_features)
         widths = {name: int(rows.shape[1]) for name, rows in features.items()}
         path = self.request.store
-        assert not isinstance(path, FeatureStore)
+        assert not isinstance(path, FeatureStore)  # or it would have been open from the start
         store = make_store(path, self.n_classes, widths, self.request.dtype or "float16")
+        # Another process may have made it while the model ran, for other classes.
         _check_classes(store, self.n_classes)
         return store
 
@@ -263,6 +269,7 @@ class Target(ABC):
             )
         weight, bias = head.classifier(k)
         stored = self.opened.classifier(layer)
+        # Compared as stored: a bfloat16 weight comes back as float32.
         if stored is not None:
             if _same(stored[0], weight) and _same(stored[1], bias):
                 return
@@ -279,31 +286,17 @@ class Target(ABC):
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """Hash the names, shapes and first values of all parameters; 12 hexadecimal digits.
-
-    It tells models and checkpoints apart without reading all weights.
-    """
+    """Hash the names, shapes and first values of all parameters; 12 hexadecimal digits."""
     import torch
 
     digest = hashlib.sha256()
+    # A few values of each tell checkpoints apart without copying all weights from a GPU.
     for name, values in model.named_parameters():
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         if values.device.type != "meta" and values.numel():
             first = values.detach().reshape(-1)[:_VALUES].cpu().contiguous()
             digest.update(first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _check_same(begun: Identity, asked: Identity, named: str) -> None:
-    """Refuse the first thing that differs; what only one of both says does not count."""
-    for what, value in asked.items():
-        if what in begun and begun[what] != value:
-            raise StoreError(
-                f"{named} was begun with {what} {begun[what]}",
-                f"{value}, as this dump was asked for",
-                "go on with the same model, texts and options, "
-                "or delete the split first (ncbatch delete)",
-            )
 
 
 def stored_dtypes(
@@ -340,16 +333,17 @@ def stored_dtypes(
     names = list(layers)
     if store is None:
         return dict.fromkeys(names, asked or default)
-    held = _held_dtypes(store, split, names, overwrite)
-    declared = {name: spec.dtype for name, spec in store.declared_layers.items() if name in names}
+    held = _held_dtypes(store, split, overwrite)
+    declared = {name: spec.dtype for name, spec in store.declared_layers.items()}
     if asked is None:
         known = declared | {name: dtype for name, (_, dtype) in held.items()}
-        common = set(known.values())
+        # What is new is stored like the others if those are alike: one call writes one dtype.
+        common = {known[name] for name in names if name in known}
         rest = common.pop() if len(common) == 1 else default
         return {name: known.get(name, rest) for name in names}
-    for name in declared:
+    for name in names:
         where, dtype = held.get(name, (None, asked))
-        if dtype != asked:
+        if name in declared and dtype != asked:
             raise UsageError(
                 f"dtype {asked} for layer '{name}'",
                 f"{dtype}, as in split '{where}' of {store.path}",
@@ -359,20 +353,18 @@ def stored_dtypes(
 
 
 def _held_dtypes(
-    store: FeatureStore, split: str, layers: list[str], overwrite: bool
-) -> dict[str, tuple[str, str]]:
+    store: FeatureStore, split: str, overwrite: bool
+) -> dict[str, tuple[str | None, str]]:
     """Find a split with rows of each layer, and their dtype; the split itself comes first."""
-    held: dict[str, tuple[str, str]] = {}
+    held: dict[str, tuple[str | None, str]] = {}
     layout = store.layout(split)
+    # Ranks that have begun but committed no row yet: the split is not among `store.splits`.
     if layout is not None:
-        held = {name: (split, spec.dtype) for name, spec in layout.layers.items() if name in layers}
+        held = {name: (split, spec.dtype) for name, spec in layout.layers.items()}
     for other in sorted(store.splits, key=lambda name: name != split):
-        if overwrite and other == split:
-            continue
         part = store.split(other)
-        for name in part.features:
-            if name in layers:
-                held.setdefault(name, (other, part.spec(name).dtype))
+        for name in () if overwrite and other == split else part.features:
+            held.setdefault(name, (other, part.spec(name).dtype))
     return held
 
 
@@ -397,17 +389,15 @@ def one_dtype(dtypes: Mapping[str, str]) -> str:
 def make_store(
     path: str | os.PathLike[str], n_classes: int, widths: Mapping[str, int], dtype: str
 ) -> FeatureStore:
-    """Make a store, or open the one that another process has made meanwhile.
-
-    A local store is made under a name of its own and takes the final one in one step, so that of
-    several processes one succeeds and the others find its store.
-    """
+    """Make a store, or open the one that another process has made meanwhile."""
     where = os.fspath(path)
     if is_remote(where):
         try:
             return FeatureStore.create(where, n_classes, widths, dtype)
         except StoreError:
             return FeatureStore.open(where)
+    # It is made under a name of its own and takes the final one in one step: of several processes
+    # one succeeds, and the others find its store.
     home = Path(where)
     partial = home.with_name(f".{home.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
@@ -449,7 +439,7 @@ def wait_for(look: Callable[[], Result | None], rank: int) -> Result:
                 "samples on one of the ranks, at least",
                 "run this rank again with resume=True when another has begun",
             )
-        time.sleep(min(0.2, PATIENCE_S))
+        time.sleep(min(0.2, PATIENCE_S))  # nothing tells of a change in a shared folder
         result = look()
     return result
 

@@ -96,9 +96,13 @@ def save_often(monkeypatch):
 
 
 def interrupt_fold(path, after, batches=None, **options):
+    """Stop a fold after some batches; running states are stored after each."""
+
     def some():
         yield from (fold_batches() if batches is None else batches)[:after]
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fold(path, some(), **options)
+    with pytest.MonkeyPatch.context() as patch:
+        save_often(patch)
+        with pytest.raises(KeyboardInterrupt):
+            fold(path, some(), **options)

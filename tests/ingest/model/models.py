@@ -12,6 +12,7 @@ import ncbatch as nc
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
+torch.set_num_threads(1)  # models of a few neurons: threads would only wait for each other
 
 
 SMALL_CHUNKS = 2**14  # 128 and 256 rows of the layers below, and the labels in blocks of 512

@@ -24,7 +24,6 @@ from tests.ingest.model.folds import (
     fold_rank,
     interrupt_fold,
     other_batches,
-    save_often,
     store_rows,
 )
 from tests.ingest.model.models import (
@@ -69,9 +68,8 @@ def test_the_order_of_ranks_does_not_matter(tmp_path):
     assert_same_states(FeatureStore.open(tmp_path / "a"), FeatureStore.open(tmp_path / "b"))
 
 
-def test_ranks_that_are_missing_are_named(tmp_path, monkeypatch, folded):
+def test_ranks_that_are_missing_are_named(tmp_path, folded):
     path = tmp_path / "s.zarr"
-    save_often(monkeypatch)
     fold_rank(path, 0, 4)
     with pytest.raises(StoreError, match="rank 0 of 4 has begun layers"):
         fold_rank(path, 0, 4)

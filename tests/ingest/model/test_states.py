@@ -280,9 +280,8 @@ def test_no_sample_at_all(tmp_path):
     "after",
     [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(4, marks=pytest.mark.slow), 6],
 )
-def test_an_interrupted_fold_goes_on_to_the_same_bits(tmp_path, monkeypatch, folded, after, place):
+def test_an_interrupted_fold_goes_on_to_the_same_bits(tmp_path, folded, after, place):
     path = tmp_path / "s.zarr"
-    save_often(monkeypatch)
     whole = fold(tmp_path / "whole.zarr") if place == "tensors" else folded
     same = assert_same_states
     if (place, after) == ("tensors", 6):
@@ -322,7 +321,6 @@ def test_a_fold_killed_between_layers_goes_on_to_the_same_bits(tmp_path, monkeyp
 
 def test_decisions_go_on_to_the_same_bits(tmp_path, monkeypatch, folded):
     path = tmp_path / "s.zarr"
-    save_often(monkeypatch)
     fold(path)
     original = FeatureStore.delete_state
     interrupt_fold(path, 2, batches=other_batches(), split="test", means="train")
@@ -341,9 +339,8 @@ def test_decisions_go_on_to_the_same_bits(tmp_path, monkeypatch, folded):
         assert_same_states(store, folded, split)
 
 
-def test_means_that_changed_are_noticed(tmp_path, monkeypatch):
+def test_means_that_changed_are_noticed(tmp_path):
     path = tmp_path / "s.zarr"
-    save_often(monkeypatch)
     fold(path)
     interrupt_fold(path, 2, batches=other_batches(), split="test", means="train")
     fold(path, fold_batches()[:3], overwrite=True)
@@ -352,9 +349,8 @@ def test_means_that_changed_are_noticed(tmp_path, monkeypatch):
     fold(path, other_batches(), "test", means="train", overwrite=True)
 
 
-def test_resume_wants_the_same_batches(tmp_path, monkeypatch, folded):
+def test_resume_wants_the_same_batches(tmp_path, folded):
     path = tmp_path / "s.zarr"
-    save_often(monkeypatch)
     interrupt_fold(path, 4)
     with pytest.raises(
         DataError, match=r"(?s)other labels among the first 3.. samples.*same order"
