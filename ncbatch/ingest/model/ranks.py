@@ -418,11 +418,11 @@ class StatePlan:
 
     def _find_saved(self) -> Iterable[tuple[str, dict[str, Any]]]:
         for name, kinds in self._stored.items():
-            if self.running not in kinds:
-                continue
-            if self._is_ready(name):  # killed after it had stored the end, before it deleted this
+            about = self._attributes(name, self.running) if self.running in kinds else {}
+            # Killed after it had stored the end, before it deleted this.
+            if about and (self._is_ready(name) or kinds >= set(about["holds"])):
                 self._delete(name, self.running)
-            elif about := self._attributes(name, self.running):
+            elif about:
                 yield name, about
 
     def _attributes(self, name: str, kind: str) -> dict[str, Any]:
