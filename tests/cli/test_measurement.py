@@ -1,4 +1,4 @@
-"""Where and how a measurement runs, from the command line: plans, clusters, kept work, devices."""
+"""Commands that measure: where and how a measurement runs; plans, clusters, kept work, devices."""
 
 import importlib.util
 import re
@@ -96,16 +96,3 @@ def test_a_gpu_that_is_asked_for_is_never_replaced_in_silence(ncbatch):
     assert "CuPy is not installed" in answer.err
     assert "ncbatch[gpu]" in answer.err
     assert "device: cpu" in good(ncbatch("measure", "run.zarr"))
-
-
-def test_finalize_completes_what_several_writers_wrote(ncbatch, tmp_path, small_chunks):
-    store = FeatureStore.create(tmp_path / "run.zarr", 5, {"fc": 6}, "float32")
-    for rank in (0, 1):
-        if rank:
-            answer = ncbatch("finalize", "run.zarr", "--split", "train")
-            assert answer.code == 1
-            assert "1" in answer.err
-        with store.writer("train", rank=rank, world_size=2, n_samples=300) as writer:
-            writer.append({"fc": TOY.X[rank::2]}, TOY.y[rank::2])
-    assert "300 samples" in good(ncbatch("finalize", "run.zarr", "--split", "train"))
-    assert "300 samples, 5 classes" in good(ncbatch("measure", "run.zarr"))

@@ -1,4 +1,4 @@
-"""``ncbatch dump`` as users call it."""
+"""Commands that fill stores, as users call them: dumps of language models, ranks completed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ncbatch as nc
-from tests.conftest import Answer, run_command
+from tests.conftest import Answer, make_toy, run_command
 from tests.ingest.language.models import K, layers_of, make_model, save_model, write_texts
 
 LAYERS = layers_of("neox")
@@ -142,6 +142,26 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "argmax for a masked model" in " ".join(done.stdout.split())
+
+
+def test_finalize_completes_what_several_writers_wrote(
+    ncbatch: Callable[..., Answer], tmp_path: Path, small_chunks: None
+) -> None:
+    toy = make_toy(300, 6)
+    store = nc.FeatureStore.create(tmp_path / "run.zarr", 5, {"fc": 6}, "float32")
+    for rank in (0, 1):
+        if rank:
+            answer = ncbatch("finalize", "run.zarr", "--split", "train")
+            assert answer.code == 1
+            assert "1" in answer.err
+        with store.writer("train", rank=rank, world_size=2, n_samples=300) as writer:
+            writer.append({"fc": toy.X[rank::2]}, toy.y[rank::2])
+    done = ncbatch("finalize", "run.zarr", "--split", "train")
+    assert done.code == 0, done.err
+    assert "300 samples" in done.out
+    measured = ncbatch("measure", "run.zarr")
+    assert measured.code == 0, measured.err
+    assert "300 samples, 5 classes" in measured.out
 
 
 @pytest.mark.slow
