@@ -124,29 +124,32 @@ class Option:
 def options_of(declaration: Callable[..., Any]) -> list[Option]:
     """Read what a dataclass or function declares: names, types, defaults, and what they mean.
 
-    A type is ``Annotated[type, "what it does", *marks]``; a function may say what its parameters do
-    in its docstring instead.
+    What an option does stands in the docstring, of a dataclass under Attributes, or in its type:
+    ``Annotated[type, "what it does", *marks]``.
     """
-    texts = _texts(inspect.getdoc(declaration) or "")
+    texts: dict[str, str] = {}
+    for part in reversed(getattr(declaration, "__mro__", (declaration,))):
+        texts |= _texts(part.__doc__ or "")
     options = []
     for parameter in inspect.signature(declaration, eval_str=True).parameters.values():
-        annotation, marks = parameter.annotation, [texts.get(parameter.name, "")]
+        annotation = parameter.annotation
+        marks: list[Any] = []
         if get_origin(annotation) is Annotated:
             annotation, *marks = get_args(annotation)
         if isinstance(annotation, ForwardRef):
             annotation = annotation.__forward_arg__
-        if not isinstance(marks[0], str):
-            marks = [texts.get(parameter.name, ""), *marks]
-        options.append(
-            Option(parameter.name, annotation, parameter.default, marks[0], tuple(marks[1:]))
-        )
+        said = [mark for mark in marks if isinstance(mark, str)]
+        text = said[0] if said else texts.get(parameter.name, "")
+        options.append(Option(parameter.name, annotation, parameter.default, text, tuple(marks)))
     return options
 
 
 def _texts(docstring: str) -> dict[str, str]:
-    """Read what a numpydoc docstring says of each parameter."""
-    section = docstring.partition("\nParameters\n----------\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^(\w.*?) :.*\n((?:    .*\n?)+)", section, re.MULTILINE)
+    """Read what a numpydoc docstring says of each parameter or attribute."""
+    docstring = inspect.cleandoc(docstring)
+    section = re.search(r"\n(?:Parameters|Attributes)\n-+\n(.*?)(?:\n\n|\Z)", docstring, re.DOTALL)
+    lines = section[1] if section else ""
+    entries = re.findall(r"^(\w.*?)(?: :.*)?\n((?:    .*(?:\n|\Z))+)", lines, re.MULTILINE)
     return {
         name: " ".join(text.split()) for names, text in entries for name in re.split(", *", names)
     }

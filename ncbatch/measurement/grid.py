@@ -89,24 +89,39 @@ class GridRequest(Declared):
     What it makes is a Zarr group: ``grid`` (class_i, class_j) of float64, and ``class`` with the ids
     of the classes that have samples. NaN where there is no value: pairs without a direction,
     coincident pairs, and the diagonal of ``log``, ``riesz`` and ``cdnv``.
+
+    Attributes
+    ----------
+    path
+        The store.
+    kind
+        What each pair of classes gets: cdnv and interference of the means, the others of their
+        directions.
+    layer
+        Layer of the class means.
+    out
+        A .zarr that does not exist yet.
+    split
+        Split of the class means.
+    weighted
+        Take m_G as the mean of samples.
+    dist_exp
+        Exponent of cdnv.
+    ddof
+        V_c of cdnv is divided by n_c - ddof.
+    memory
+        Ceiling of resident memory, such as ``8GiB``; by default what the machine has left.
     """
 
-    path: Annotated[str, "The store."]
-    kind: Annotated[
-        Literal["cosine", "distance", "log", "riesz", "cdnv", "interference"],
-        "What each pair of classes gets: cdnv and interference of the means, the others of their "
-        "directions.",
-    ]
-    layer: Annotated[str, "Layer of the class means."]
-    out: Annotated[str, "A .zarr that does not exist yet."]
-    split: Annotated[str, "Split of the class means."] = "train"
-    weighted: Annotated[bool, "Take m_G as the mean of samples."] = False
-    dist_exp: Annotated[float, "Exponent of cdnv."] = 1.0
-    ddof: Annotated[int, "V_c of cdnv is divided by n_c - ddof.", Limits(0, 1)] = 0
-    memory: Annotated[
-        str | int | None,
-        "Ceiling of resident memory, such as ``8GiB``; by default what the machine has left.",
-    ] = None
+    path: str
+    kind: Literal["cosine", "distance", "log", "riesz", "cdnv", "interference"]
+    layer: str
+    out: str
+    split: str = "train"
+    weighted: bool = False
+    dist_exp: float = 1.0
+    ddof: Annotated[int, Limits(0, 1)] = 0
+    memory: str | int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """What can be asked of `measure`, `plan` and `grid`, declared once.
 
-An option is one line here, and its use. The command line, the checks, the record in results,
+An option is a field with its sentence, and its use. The command line, the checks, the record in results,
 ``help(nc.measure)`` and docs/options.md follow; ``python -m tests.generated`` writes what is a file.
 """
 
@@ -56,103 +56,96 @@ def _class_filter(options: "Options") -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Declared):
-    """How to measure: all that values depend on. It goes to every worker."""
+    """How to measure: all that values depend on. It goes to every worker.
 
-    train: Annotated[str, "Split of the class means.", Recorded()] = "train"
-    test: Annotated[
-        str | None,
-        "Split that NC4 is measured on; by default ``test`` where it exists. Without a test split "
-        "NC4 takes the samples of `train`.",
-    ] = None
-    ood: Annotated[
-        str | None, "Split of outside data for NC5; by default ``ood`` where it exists."
-    ] = None
-    metrics: Annotated[
-        Iterable[str] | None,
-        "Names of metrics, as ``ncbatch metrics`` lists them; by default all that apply.",
-    ] = None
-    min_count: Annotated[
-        int, "Use only classes with at least so many train samples.", Limits(1), Recorded()
-    ] = 1
-    max_count: Annotated[
-        int | None, "Use only classes with at most so many train samples.", Limits(1), Recorded()
-    ] = None
-    classes: Annotated[
-        Iterable[int] | None,
-        "Use only these classes. A filter drops the samples of all other classes, in test too.",
-        Recorded("class_filter", _class_filter),
-    ] = None
-    weighted: Annotated[
-        bool,
-        "Take m_G as the mean of samples instead of the unweighted mean of class means.",
-        Recorded("global_mean", _global_mean),
-    ] = False
+    Attributes
+    ----------
+    train
+        Split of the class means.
+    test
+        Split that NC4 is measured on; by default ``test`` where it exists. Without a test split
+        NC4 takes the samples of `train`.
+    ood
+        Split of outside data for NC5; by default ``ood`` where it exists.
+    metrics
+        Names of metrics, as ``ncbatch metrics`` lists them; by default all that apply.
+    min_count
+        Use only classes with at least so many train samples.
+    max_count
+        Use only classes with at most so many train samples.
+    classes
+        Use only these classes. A filter drops the samples of all other classes, in test too.
+    weighted
+        Take m_G as the mean of samples instead of the unweighted mean of class means.
+    dist_exp
+        Exponent p of the CDNV; language-model papers use 2.
+    ddof
+        V_c is divided by n_c - ddof, S_W by N - ddof K. With 1 a class of one sample has no
+        V_c: it is left out of what reads V_c, and counted.
+    class_ddof
+        Variances over classes are divided by K - class_ddof.
+    divide_by_k
+        Divide nc1_pinv and nc1_svd by K.
+    skip_nonfinite
+        Leave out and count rows with NaN or infinities instead of refusing them.
+    precision
+        Float64 products, or products of residuals in float32 (on a GPU also TF32) folded in
+        float64, good to 1e-6 for traces.
+    null
+        Measure NC1, NC2 and spectra also for labels drawn at random from the label
+        distribution, in the same read, as ``<metric>_null``.
+    null_seed
+        Which draw of those labels.
+    per_class
+        Give results per class too, over the dim ``class`` (.zarr, .nc).
+    ncc
+        Who seeks the nearest class mean; the decisions are the same.
+    device
+        Where to compute; ``auto`` takes the GPU when CuPy and one work.
+    """
+
+    train: Annotated[str, Recorded()] = "train"
+    test: str | None = None
+    ood: str | None = None
+    metrics: Iterable[str] | None = None
+    min_count: Annotated[int, Limits(1), Recorded()] = 1
+    max_count: Annotated[int | None, Limits(1), Recorded()] = None
+    classes: Annotated[Iterable[int] | None, Recorded("class_filter", _class_filter)] = None
+    weighted: Annotated[bool, Recorded("global_mean", _global_mean)] = False
+    # Greater exponents of distances leave the range of float64 on ordinary data.
     dist_exp: Annotated[
-        float,
-        "Exponent p of the CDNV; language-model papers use 2.",
-        # Greater exponents of distances leave the range of float64 on ordinary data.
-        Limits(0, 16),
-        Recorded(tell=lambda options: float(options.dist_exp)),
+        float, Limits(0, 16), Recorded(tell=lambda options: float(options.dist_exp))
     ] = 1.0
-    ddof: Annotated[
-        int,
-        "V_c is divided by n_c - ddof, S_W by N - ddof K. With 1 a class of one sample has no V_c: "
-        "it is left out of what reads V_c, and counted.",
-        Limits(0, 1),
-        Recorded(),
-    ] = 0
-    class_ddof: Annotated[
-        int, "Variances over classes are divided by K - class_ddof.", Limits(0, 1), Recorded()
-    ] = 1
+    ddof: Annotated[int, Limits(0, 1), Recorded()] = 0
+    class_ddof: Annotated[int, Limits(0, 1), Recorded()] = 1
     divide_by_k: Annotated[
-        bool,
-        "Divide nc1_pinv and nc1_svd by K.",
-        Recorded("nc1_division", lambda options: "by K" if options.divide_by_k else "none"),
+        bool, Recorded("nc1_division", lambda options: "by K" if options.divide_by_k else "none")
     ] = True
-    skip_nonfinite: Annotated[
-        bool,
-        "Leave out and count rows with NaN or infinities instead of refusing them.",
-        Recorded(tell=lambda options: int(options.skip_nonfinite)),
-    ] = False
-    precision: Annotated[
-        Literal["exact", "fp32", "tf32"],
-        "Float64 products, or products of residuals in float32 (on a GPU also TF32) folded in "
-        "float64, good to 1e-6 for traces.",
-        Recorded(),
-    ] = "exact"
-    null: Annotated[
-        bool,
-        "Measure NC1, NC2 and spectra also for labels drawn at random from the label distribution, "
-        "in the same read, as ``<metric>_null``.",
-    ] = False
+    skip_nonfinite: Annotated[bool, Recorded(tell=lambda options: int(options.skip_nonfinite))] = (
+        False
+    )
+    precision: Annotated[Literal["exact", "fp32", "tf32"], Recorded()] = "exact"
+    null: bool = False
     null_seed: Annotated[
-        int,
-        "Which draw of those labels.",
-        Recorded(tell=lambda o: o.null_seed if o.null else "no null", binds=False),
+        int, Recorded(tell=lambda o: o.null_seed if o.null else "no null", binds=False)
     ] = 0
-    per_class: Annotated[
-        bool, "Give results per class too, over the dim ``class`` (.zarr, .nc)."
-    ] = False
-    ncc: Annotated[
-        Literal["exact", "faiss"],
-        "Who seeks the nearest class mean; the decisions are the same.",
-        Recorded(binds=False),
-    ] = "exact"
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        "Where to compute; ``auto`` takes the GPU when CuPy and one work.",
-    ] = "auto"
+    per_class: bool = False
+    ncc: Annotated[Literal["exact", "faiss"], Recorded(binds=False)] = "exact"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest(Options):
-    """What `plan` may be asked: how to measure, and what there is to do it with."""
+    """What `plan` may be asked: how to measure, and what there is to do it with.
 
-    memory: Annotated[
-        str | int | None,
-        "Ceiling of resident memory of each worker, such as ``8GiB``; by default what the machine "
-        "has left, shared by its workers.",
-    ] = None
+    Attributes
+    ----------
+    memory
+        Ceiling of resident memory of each worker, such as ``8GiB``; by default what the machine
+        has left, shared by its workers.
+    """
+
+    memory: str | int | None = None
     cluster: Annotated[
         "str | os.PathLike[str] | Client | None",
         "Where tasks run: ``sync`` (a plain loop in this process), ``threads``, ``processes``, "
@@ -168,24 +161,25 @@ class PlanRequest(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest(PlanRequest):
-    """What `measure` may be asked."""
+    """What `measure` may be asked.
 
-    state: Annotated[
-        str | os.PathLike[str] | None,
-        "A directory that keeps finished work: the same call goes on after a crash to the same "
-        "bits, and other metrics of the same states read nothing again. Workers must reach it.",
-    ] = None
+    Attributes
+    ----------
+    state
+        A directory that keeps finished work: the same call goes on after a crash to the same
+        bits, and other metrics of the same states read nothing again. Workers must reach it.
+    collapse_below
+        Collapse sets in at the first layer, in order of depth, whose nc1_cdnv is under this; by
+        default 0.1 where `dist_exp` is 1.
+    """
+
+    state: str | os.PathLike[str] | None = None
     update: Annotated[
         "xr.Dataset | str | os.PathLike[str] | None",
         "Earlier results, .zarr or .nc. What they hold of the same data by the same version is "
         "taken from there, the rest is measured, and the result is the union of both.",
     ] = None
-    collapse_below: Annotated[
-        float | None,
-        "Collapse sets in at the first layer, in order of depth, whose nc1_cdnv is under this; by "
-        "default 0.1 where `dist_exp` is 1.",
-        Limits(0),
-    ] = None
+    collapse_below: Annotated[float | None, Limits(0)] = None
 
 
 def records(declaration: type[Options] = Options) -> dict[str, Recorded]:
