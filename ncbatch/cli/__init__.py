@@ -47,7 +47,7 @@ for _command in (
 
 
 def main() -> None:
-    """Run the command line; errors that users cause become one or two lines and exit code 1 or 2."""
+    """Run the command line; errors of users become one or two lines and exit code 1 or 2."""
     # A terminal may lack a letter; what stands in for one has no such method.
     with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

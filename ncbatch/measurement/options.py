@@ -1,7 +1,8 @@
 """What can be asked of `measure`, `plan` and `grid`, declared once.
 
-An option is a field with its sentence, and its use. The command line, the checks, the record in results,
-``help(nc.measure)`` and docs/options.md follow; ``python -m tests.generated`` writes what is a file.
+An option is a field with its sentence, and its use. The command line, the checks, the record in
+results, ``help(nc.measure)`` and docs/options.md follow; ``python -m tests.generated`` writes what
+is a file.
 """
 
 # Without `from __future__ import annotations`: the annotations are read as the objects they are.
@@ -204,8 +205,9 @@ def conventions(options: Options) -> Attributes:
 
 # Conventions of papers, as arguments of `measure`.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The notebook that Papyan, Han & Donoho published: the unweighted mean of class means, covariances
-    # over N, NC1 not divided by K, torch.std over classes, and everything on the training samples.
+    # The notebook that Papyan, Han & Donoho published: the unweighted mean of class means,
+    # covariances over N, NC1 not divided by K, torch.std over classes, and everything on the
+    # training samples.
     "papyan2020": {
         "weighted": False,
         "dist_exp": 1.0,
