@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
 import ncbatch as nc
-from ncbatch.results.files import metric_names
+from ncbatch.results.dataset import metric_names
 from ncbatch.results.tables import notes, result_tables
 
 N_CLASSES, N_TRAIN, N_PATCHES, WIDTH, BATCH = 10, 1297, 500, 256, 163

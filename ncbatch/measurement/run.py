@@ -27,18 +27,18 @@ from ncbatch.measurement.layers import Layer, StoreLike, open_stores
 from ncbatch.measurement.options import MeasureRequest, PlanRequest, check_device, conventions
 from ncbatch.measurement.samples import Mode
 from ncbatch.measurement.steps import choose_mode, choose_tasks, job_of, wanted_metrics
-from ncbatch.measurement.update import At, Saved
+from ncbatch.measurement.update import Saved
 from ncbatch.metrics.catalogue import CATALOGUE
 from ncbatch.metrics.metric import Metric
 from ncbatch.results.dataset import (
     Cell,
+    Place,
     StoreNotes,
     coordinates,
     notes_of,
     to_dataset,
     with_collapse,
 )
-from ncbatch.store.place import absolute
 from ncbatch.version import __version__
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _folders(needed: int, state: Path | None) -> Iterator[Callable[[About], Path
 
 def arrange(
     tasks: list[Layer],
-    measured: Mapping[At, Cell],
+    measured: Mapping[Place, Cell],
     metrics: list[Metric],
     device: str,
     saved: Saved | None = None,
@@ -241,14 +241,12 @@ def arrange(
     stores = list(dict.fromkeys(task.name for task in tasks))
     layers = list(dict.fromkeys(task.layer for task in tasks))
     notes = {task.name: StoreNotes.of(task.store) for task in tasks}
-    ids = {task.name: task.store.id for task in tasks}
-    paths = {task.name: absolute(task.store.path) for task in tasks}
     attributes = conventions(tasks[0].options)
     cells = dict(measured)
     if saved is not None:
         cells, stores = saved.union(tasks, measured)
         layers = list(dict.fromkeys([*saved.layers, *layers]))
-        notes, ids, paths = saved.notes | notes, saved.ids | ids, saved.paths | paths
+        notes = saved.notes | notes
         names = dict.fromkeys([*saved.metrics, *(metric.name for metric in metrics)])
         metrics = [metric for name, metric in CATALOGUE.items() if name in names]
         if attributes["null_seed"] == "no null":
@@ -257,8 +255,8 @@ def arrange(
         cells, stores, layers, metrics,
         {
             "ncbatch_version": __version__, "date": now, "device": device,
-            "store_id": json.dumps({store: ids[store] for store in stores}),
-            "store_path": json.dumps({store: paths[store] for store in stores}),
+            "store_id": json.dumps({store: notes[store].id for store in stores}),
+            "store_path": json.dumps({store: notes[store].path for store in stores}),
             **attributes, "notes": "\n".join(notes_of(cells)),
         },
         coordinates(notes, stores, layers),

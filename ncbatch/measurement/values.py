@@ -100,16 +100,12 @@ def cell_of(layer: Layer, names: tuple[str, ...], *states: Any) -> Cell:
     statistics = _complete(layer, measured, results)
     cell = _values(layer, statistics)
     if measured.null is not None:
-        cell.yardsticks |= _null_values(layer, replace(measured.null, pairs=null_pairs))
+        cell.values |= _null_values(layer, replace(measured.null, pairs=null_pairs))
     view = ClassView(statistics, measured.classes, layer.store.n_classes)
-    cell.deciles = view.deciles()
-    cell.bins = view.bins()
-    cell.tops = view.tops()
+    cell.vectors = view.deciles() | view.bins() | view.tops()
     if layer.options.per_class:
-        cell.classes = view.classes()
-    if cell.notes:
-        cell.texts["warnings"] = "\n".join(cell.notes)
-    cell.counts["n_rows_skipped"] = float(skipped)
+        cell.vectors |= view.classes()
+    cell.values["n_rows_skipped"] = float(skipped)
     return cell
 
 
@@ -187,7 +183,7 @@ def _values(layer: Layer, statistics: Statistics) -> Cell:
         cell.texts["nc4_split"] = layer.decided.name
         cell.texts["nc4_classifier"] = layer.decided.decider
         if statistics.decisions is not None:
-            cell.counts["n_decided"] = float(statistics.decisions.samples.sum())
+            cell.values["n_decided"] = float(statistics.decisions.samples.sum())
     for metric in layer.metrics:
         try:
             cell.values[metric.name] = metric.compute(statistics)
@@ -198,16 +194,16 @@ def _values(layer: Layer, statistics: Statistics) -> Cell:
         for kind, compute in (("floor", metric.floor), ("random", metric.random)):
             value = None if compute is None else _yardstick(compute, statistics)
             if value is not None:
-                cell.yardsticks[f"{metric.name}_{kind}"] = value
+                cell.values[f"{metric.name}_{kind}"] = value
     for reason_text, names in layer.missing.items():
         cell.reasons |= dict.fromkeys(names, reason_text)
-    cell.counts |= _counts(layer, statistics)
+    cell.values |= _counts(layer, statistics)
     rounding = _ROUNDING.get(layer.options.precision)
-    if "rank" in cell.counts and rounding is not None:
+    if "rank" in cell.values and rounding is not None:
         # The pseudo-inverse divides by the smallest eigenvalue that counts.
-        error = rounding / max(cell.counts["smallest_ratio"], rounding)
+        error = rounding / max(cell.values["smallest_ratio"], rounding)
         if error > _PROMISED_ERROR:
-            cell.notes.append(
+            cell.texts["warnings"] = (
                 f"{layer.where}: products in {layer.options.precision} leave nc1_pinv and nc1_svd "
                 f"an error of up to {error:.0e} here; --precision exact has none"
             )

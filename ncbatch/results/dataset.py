@@ -1,229 +1,38 @@
-"""Cells: the results of a layer of a store, and their arrangement as an xarray Dataset and back."""
+"""Cells: the results of a layer of a store, arranged as a Dataset with coordinates, and back."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from ncbatch.metrics.metric import Metric
-from ncbatch.store.feature_store import FeatureStore
+from ncbatch.store.place import absolute
 
-# Sweeps: what is known of the stores and layers of a run, and the depth at which collapse sets in.
+if TYPE_CHECKING:
+    from ncbatch.metrics.metric import Metric
+    from ncbatch.store.feature_store import FeatureStore
 
+Place: TypeAlias = tuple[str, str]  # a store's name, and a layer of it
 
-# V < 0.1 d^2: the radius of a class is under a third of its distance to another, so that by Chebyshev's
-# inequality at most 4 V / d^2 of its samples, four in ten, can be beyond the middle, whatever their law.
+KIND = "ncbatch results"
+# V < 0.1 d^2: the radius of a class is under a third of its distance to another, so that by
+# Chebyshev's inequality at most 4 V / d^2 of its samples, four in ten, can be beyond the middle,
+# whatever their law.
 COLLAPSE_BELOW = 0.1
+# More layers than these are not named one by one.
+_MOST_NAMED = 4
 _WORDS = {"epoch": "epoch"} | dict.fromkeys(("step", "checkpoint", "ckpt", "iteration"), "step")
 _NAMED = re.compile(
     rf"(?<![a-z])({'|'.join(_WORDS)})s?[-_=]?(\d+)(?![\da-z])", re.IGNORECASE | re.ASCII
 )
 _RECORDED = "recorded"
-
-
-@dataclass(frozen=True)
-class StoreNotes:
-    """What is known of a store.
-
-    Attributes
-    ----------
-    model : str or None
-        The model that made its features.
-    step : int or None
-        The training step of it.
-    unit : str
-        What the step counts: ``step`` or ``epoch``.
-    source : str
-        ``recorded``, or ``name`` when the step was read off the store's name.
-    depths : dict of str to float
-        For layers, the share of the model's blocks that come before.
-    """
-
-    model: str | None = None
-    step: int | None = None
-    unit: str = "step"
-    source: str = _RECORDED
-    depths: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, store: FeatureStore) -> StoreNotes:
-        """Find what a store records, or else what its name shows of the step."""
-        depths = {
-            layer: float(notes["depth"])
-            for layer, notes in store.layer_notes.items()
-            if "depth" in notes
-        }
-        if store.step is not None:
-            return cls(store.model, store.step, depths=depths)
-        named = step_in_name(store.path)
-        if named is None:
-            return cls(store.model, depths=depths)
-        return cls(store.model, named[0], named[1], "name", depths)
-
-
-def step_in_name(path: str) -> tuple[int, str] | None:
-    """Read a step off a path's last part, or the one before it.
-
-    Returns
-    -------
-    (int, str) or None
-        The number, and what it counts.
-
-    Examples
-    --------
-    >>> step_in_name("runs/step-1000.zarr")
-    (1000, 'step')
-    >>> step_in_name("runs/epoch3/features.zarr")
-    (3, 'epoch')
-    >>> step_in_name("runs/resnet18.zarr")
-    """
-    parts = [part for part in re.split(r"[/\\]", path) if part]
-    for part in reversed(parts[-2:]):
-        found = _NAMED.findall(part)
-        if found:
-            word, number = found[-1]
-            return int(number), _WORDS[word.lower()]
-    return None
-
-
-def coordinates(
-    notes: Mapping[str, StoreNotes], stores: Sequence[str], layers: Sequence[str]
-) -> dict[str, Any]:
-    """Give the coordinates ``step`` and ``model`` (store), ``depth`` (store, layer), where known.
-
-    Steps read off names are left out where they count another thing than the steps of other
-    stores: a coordinate never mixes epochs and steps.
-    """
-    known = [notes.get(store, StoreNotes()) for store in stores]
-    found: dict[str, Any] = {}
-    stepped = {
-        store: note for store, note in zip(stores, known, strict=True) if note.step is not None
-    }
-    units = {note.unit for note in stepped.values()}
-    if len(units) > 1:
-        stepped = {store: note for store, note in stepped.items() if note.unit == "step"}
-    if stepped:
-        steps = [stepped[store].step if store in stepped else None for store in stores]
-        values: Any = (
-            np.array(steps, np.int64)
-            if None not in steps
-            else np.array([math.nan if step is None else step for step in steps])
-        )
-        unit = next(iter(stepped.values())).unit
-        about = {
-            "long_name": f"training {unit}", "units": unit,
-            "source": json.dumps({store: note.source for store, note in stepped.items()}),
-        }  # fmt: skip
-        found["step"] = ("store", values, about)
-    if any(note.model is not None for note in known):
-        models = [note.model or "" for note in known]
-        found["model"] = ("store", models, {"long_name": "model that made the features"})
-    depths = [[note.depths.get(layer, math.nan) for layer in layers] for note in known]
-    if depths and not np.isnan(depths).all():
-        about = {
-            "long_name": "share of the model's blocks that come before the layer",
-            "units": "1",
-        }
-        found["depth"] = (("store", "layer"), np.array(depths), about)
-    return found
-
-
-def notes_in(dataset: xr.Dataset) -> dict[str, StoreNotes]:
-    """Take the coordinates of a Dataset apart into what is known of each store."""
-    found = {}
-    source: dict[str, str] = {}
-    if "step" in dataset.coords:
-        source = json.loads(dataset["step"].attrs["source"])
-    for store in dataset["store"].values.tolist():
-        at = dataset.sel(store=store)
-        model = str(at["model"].values) if "model" in dataset.coords else ""
-        depths = {}
-        if "depth" in dataset.coords:
-            pairs = zip(at["layer"].values.tolist(), at["depth"].values.tolist(), strict=True)
-            depths = {layer: depth for layer, depth in pairs if not math.isnan(depth)}
-        step = int(at["step"]) if store in source else None
-        unit = str(dataset["step"].attrs["units"]) if store in source else "step"
-        found[store] = StoreNotes(model or None, step, unit, source.get(store, _RECORDED), depths)
-    return found
-
-
-def with_collapse(dataset: xr.Dataset, below: float | None) -> xr.Dataset:
-    """Add the first layer of each store, in order of depth, whose CDNV is under a threshold.
-
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        Results; without ``nc1_cdnv`` it is given back as it is.
-    below : float, optional
-        The threshold of ``nc1_cdnv``; `COLLAPSE_BELOW` by default, where the exponent is 1.
-
-    Returns
-    -------
-    xarray.Dataset
-        With the coordinate ``collapse_layer`` (store), empty where there is none, and the variable
-        ``collapse_depth`` (store), NaN where there is none or depths are unknown; layers are taken in their order then.
-    """
-    if "nc1_cdnv" not in dataset:
-        return dataset
-    scale_free = float(dataset.attrs.get("dist_exp", 1.0)) == 1.0
-    limit = COLLAPSE_BELOW if below is None and scale_free else below
-    places, depths, reasons = [], [], {}
-    for store in dataset["store"].values.tolist():
-        layer, depth, reason = _first_below(dataset.sel(store=store), limit)
-        places.append(layer)
-        depths.append(depth)
-        if reason:
-            reasons[store] = reason
-    about: dict[str, Any] = {"role": "sweep"}
-    if limit is not None:
-        about["threshold"] = float(limit)
-    if reasons:
-        about["undefined"] = "; ".join(f"{store}: {why}" for store, why in reasons.items())
-    text = "layer at which collapse sets in: the first whose nc1_cdnv is under the threshold"
-    # A name is no number: as a coordinate it is in nobody's way who computes with the variables.
-    dataset = dataset.assign_coords(
-        collapse_layer=("store", np.array(places, dtype=str), {"long_name": text, **about})
-    )
-    long_name = "depth at which collapse sets in"
-    return dataset.assign(
-        collapse_depth=("store", np.array(depths), {"long_name": long_name, "units": "1", **about})
-    )
-
-
-def _first_below(found: xr.Dataset, limit: float | None) -> tuple[str, float, str]:
-    """Give a store's first layer under the limit, its depth, and why either is missing."""
-    layers, values = found["layer"].values.tolist(), found["nc1_cdnv"].values
-    measured = [i for i in range(len(layers)) if not math.isnan(values[i])]
-    if limit is None:
-        exponent = f"{float(found.attrs['dist_exp']):g}"
-        return "", math.nan, f"no threshold: the CDNV of exponent {exponent} depends on the scale"
-    if not measured:
-        return "", math.nan, "nc1_cdnv has no value"
-    depths = found["depth"].values if "depth" in found.coords else np.full(len(layers), math.nan)
-    known = not np.isnan(depths[measured]).any()
-    order = sorted(measured, key=lambda i: float(depths[i])) if known else measured
-    first = next((i for i in order if values[i] < limit), None)
-    if first is None:
-        least = min(measured, key=lambda i: float(values[i]))
-        return "", math.nan, (
-            f"no layer under {limit:g}, least nc1_cdnv {values[least]:.3g} at {layers[least]}"
-        )  # fmt: skip
-    if not known:
-        return layers[first], math.nan, "depths are not recorded, layers taken in their order"
-    return layers[first], float(depths[first]), ""
-
-
-KIND = "ncbatch results"
-# More layers than these are not named one by one.
-_MOST_NAMED = 4
 
 # Suffixes of yardsticks, with what they are.
 YARDSTICKS: Mapping[str, str] = {
@@ -250,16 +59,22 @@ DECILES: Mapping[str, str] = {
     for name, meaning in CLASSES.items()
     if name != "class_nearest"
 }
-# What is given per bin of the cosine, and for the most confusable pairs of classes.
-BINS: Mapping[str, str] = {"cosine_histogram": "pairs of classes per bin of cos(u_i, u_j)"}
-TOPS: Mapping[str, str] = {
-    "top_cosine": "greatest cosines between class means",
-    "top_cosine_i": "first class of the pair of top_cosine",
-    "top_cosine_j": "second class of the pair of top_cosine",
-    "top_cdnv": "greatest class-distance normalised variances",
-    "top_cdnv_i": "first class of the pair of top_cdnv",
-    "top_cdnv_j": "second class of the pair of top_cdnv",
+# What has a dimension beside store and layer, by its name.
+VECTORS: Mapping[str, Mapping[str, str]] = {
+    "decile": DECILES,
+    "class": CLASSES,
+    "bin": {"cosine_histogram": "pairs of classes per bin of cos(u_i, u_j)"},
+    "top": {
+        "top_cosine": "greatest cosines between class means",
+        "top_cosine_i": "first class of the pair of top_cosine",
+        "top_cosine_j": "second class of the pair of top_cosine",
+        "top_cdnv": "greatest class-distance normalised variances",
+        "top_cdnv_i": "first class of the pair of top_cdnv",
+        "top_cdnv_j": "second class of the pair of top_cdnv",
+    },
 }
+# The roles of variables that have no dimension beside store and layer.
+_SCALARS = ("metric", "yardstick", "provenance")
 # What is counted per (store, layer), with what it means.
 COUNTS: Mapping[str, str] = {
     "n_samples": "samples of the classes used, in train",
@@ -279,22 +94,45 @@ COUNTS: Mapping[str, str] = {
 
 @dataclass
 class Cell:
-    """The results of one layer of one store."""
+    """The results of one layer of one store.
+
+    Attributes
+    ----------
+    values : dict of str to float
+        Of metrics, their yardsticks and what is counted, by the names of variables.
+    vectors : dict of str to array
+        What is given per class, per decile of classes, per bin, or for the top pairs.
+    reasons : dict of str to str
+        Why a metric has no value.
+    texts : dict of str to str
+        Of what, how and when it was measured; of ``remarks`` and ``warnings`` every line is one.
+    """
 
     values: dict[str, float] = field(default_factory=dict)
-    yardsticks: dict[str, float] = field(default_factory=dict)
-    deciles: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    classes: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    bins: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    tops: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    vectors: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+
+    def lines(self, name: str) -> list[str]:
+        """Return the lines of a text."""
+        return [line for line in self.texts.get(name, "").splitlines() if line]
+
+    def merged(self, later: Cell) -> Cell:
+        """Return what was measured of the same data at two times; the later one wins."""
+        values = self.values | later.values
+        reasons = {
+            name: why for name, why in (self.reasons | later.reasons).items() if name not in values
+        }
+        texts = self.texts | later.texts
+        for name in ("remarks", "warnings"):
+            lines = dict.fromkeys([*self.lines(name), *later.lines(name)])
+            if lines:
+                texts[name] = "\n".join(lines)
+        return Cell(values, self.vectors | later.vectors, reasons, texts)
 
 
 def to_dataset(
-    cells: Mapping[tuple[str, str], Cell],
+    cells: Mapping[Place, Cell],
     stores: Sequence[str],
     layers: Sequence[str],
     metrics: Iterable[Metric],
@@ -316,109 +154,94 @@ def to_dataset(
     coordinates : mapping, optional
         More coordinates, over ``store`` or over both dims.
     """
-
-    def grid(pick: str, name: str) -> tuple[tuple[str, str], Any]:
-        values = np.full((len(stores), len(layers)), math.nan)
-        for (store, layer), cell in cells.items():
-            found = getattr(cell, pick).get(name, math.nan)
-            values[stores.index(store), layers.index(layer)] = found
-        return ("store", "layer"), values
-
+    rows = [stores.index(store) for store, _ in cells]
+    columns = [layers.index(layer) for _, layer in cells]
+    names = set[str]().union(*(cell.values for cell in cells.values()))
+    # A cell at a time, which is twice as fast as a name at a time; None becomes NaN.
+    table = np.array([list(map(cell.values.get, names)) for cell in cells.values()], np.float64)
+    scalars = dict(zip(names, table.T, strict=True))
+    lengths = _lengths(cells)
     variables: dict[str, Any] = {}
-    for metric in metrics:
-        about = {
-            "long_name": metric.long_name,
-            "units": metric.units,
-            "formula": metric.formula,
-            "source": metric.source,
-            "role": "metric",
-        }
-        reasons = {
-            f"{store}/{layer}": cell.reasons[metric.name]
-            for (store, layer), cell in cells.items()
-            if metric.name in cell.reasons
-        }
-        if reasons:
-            about["undefined"] = _joined(reasons)
-        variables[metric.name] = (*grid("values", metric.name), about)
-        for suffix, meaning in YARDSTICKS.items():
-            name = f"{metric.name}_{suffix}"
-            if any(name in cell.yardsticks for cell in cells.values()):
-                about = {"long_name": f"{meaning} {metric.long_name}", "units": metric.units}
-                variables[name] = (*grid("yardsticks", name), {**about, "role": "yardstick"})
-    for name, meaning in COUNTS.items():
-        if any(name in cell.counts for cell in cells.values()):
-            about = {"long_name": meaning, "units": "1", "role": "provenance"}
-            variables[name] = (*grid("counts", name), about)
-    variables |= _vectors(cells, stores, layers, "deciles", "decile", DECILES)
-    variables |= _vectors(cells, stores, layers, "classes", "class", CLASSES)
-    variables |= _vectors(cells, stores, layers, "bins", "bin", BINS)
-    variables |= _vectors(cells, stores, layers, "tops", "top", TOPS)
+    for name, about in _descriptions(metrics):
+        dimension = about["role"]
+        if dimension in VECTORS:
+            if name in lengths:
+                length = max(lengths.get(other, 0) for other in VECTORS[dimension])
+                grid = np.full((len(stores), len(layers), length), math.nan)
+                for row, column, cell in zip(rows, columns, cells.values(), strict=True):
+                    vector = cell.vectors.get(name, ())
+                    grid[row, column, : len(vector)] = vector
+                variables[name] = (("store", "layer", dimension), grid, about)
+        elif dimension == "metric" or name in scalars:
+            grid = np.full((len(stores), len(layers)), math.nan)
+            grid[rows, columns] = scalars.get(name, math.nan)
+            if dimension == "metric":
+                about |= _undefined(cells, name)
+            variables[name] = (("store", "layer"), grid, about)
     axes: dict[str, Any] = {"store": list(stores), "layer": list(layers), **(coordinates or {})}
-    if any(cell.deciles for cell in cells.values()):
+    if lengths.keys() & DECILES.keys():
         axes["decile"] = np.arange(1, 11)
     if "cosine_histogram" in variables:
-        edges = np.linspace(-1.0, 1.0, variables["cosine_histogram"][1].shape[-1] + 1)
+        edges = np.linspace(-1.0, 1.0, lengths["cosine_histogram"] + 1)
         axes["bin"] = 0.5 * (edges[1:] + edges[:-1])
-    return xr.Dataset(
-        variables,
-        coords=axes,
-        attrs={"kind": KIND, **attributes, **_per_cell(cells)},
-    )
+    return xr.Dataset(variables, axes, {"kind": KIND, **attributes, **_texts(cells)})
 
 
-def _vectors(
-    cells: Mapping[tuple[str, str], Cell],
-    stores: Sequence[str],
-    layers: Sequence[str],
-    pick: str,
-    dimension: str,
-    meanings: Mapping[str, str],
-) -> dict[str, Any]:
-    """Arrange what cells hold per class, or per decile, over dims (store, layer, dimension)."""
-    variables: dict[str, Any] = {}
-    length = max(
-        (len(v) for cell in cells.values() for v in getattr(cell, pick).values()), default=0
-    )
-    for name, meaning in meanings.items():
-        if any(name in getattr(cell, pick) for cell in cells.values()):
-            values = np.full((len(stores), len(layers), length), math.nan)
-            for (store, layer), cell in cells.items():
-                found = getattr(cell, pick).get(name, np.empty(0))
-                values[stores.index(store), layers.index(layer), : len(found)] = found
-            about = {"long_name": meaning, "units": "1", "role": dimension}
-            variables[name] = (("store", "layer", dimension), values, about)
-    return variables
+def _descriptions(metrics: Iterable[Metric]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield every variable that results can have, in order, with its attributes."""
+    for metric in metrics:
+        yield (
+            metric.name,
+            {
+                "long_name": metric.long_name,
+                "units": metric.units,
+                "formula": metric.formula,
+                "source": metric.source,
+                "role": "metric",
+            },
+        )
+        for suffix, meaning in YARDSTICKS.items():
+            about = {"long_name": f"{meaning} {metric.long_name}", "units": metric.units}
+            yield f"{metric.name}_{suffix}", {**about, "role": "yardstick"}
+    for role, meanings in {"provenance": COUNTS, **VECTORS}.items():
+        for name, meaning in meanings.items():
+            yield name, {"long_name": meaning, "units": "1", "role": role}
 
 
-def _per_cell(cells: Mapping[tuple[str, str], Cell]) -> dict[str, str]:
-    """Write what differs between cells as JSON texts, since attributes must be flat."""
+def _lengths(cells: Mapping[Place, Cell]) -> dict[str, int]:
+    """Find the greatest length of every vector."""
+    lengths: dict[str, int] = {}
+    for cell in cells.values():
+        for name, vector in cell.vectors.items():
+            lengths[name] = max(lengths.get(name, 0), len(vector))
+    return lengths
+
+
+def _undefined(cells: Mapping[Place, Cell], name: str) -> dict[str, str]:
+    """Write why a metric has no value as one text, which `_reasons_in` takes apart."""
+    reasons = [
+        f"{store}/{layer}: {cell.reasons[name].replace('; ', ', ')}"
+        for (store, layer), cell in cells.items()
+        if name in cell.reasons
+    ]
+    return {"undefined": "; ".join(reasons)} if reasons else {}
+
+
+def _texts(cells: Mapping[Place, Cell]) -> dict[str, str]:
+    """Write what differs between cells as JSON, since attributes must be flat."""
     nested: dict[str, dict[str, dict[str, Any]]] = {}
     for (store, layer), cell in cells.items():
-        for name, value in {**cell.texts, **cell.counts}.items():
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
+        counts = {
+            name: int(value) if value.is_integer() else value
+            for name, value in cell.values.items()
+            if name in COUNTS
+        }
+        for name, value in {**cell.texts, **counts}.items():
             nested.setdefault(name, {}).setdefault(store, {})[layer] = value
     return {name: json.dumps(by_store) for name, by_store in nested.items()}
 
 
-def metric_names(dataset: xr.Dataset) -> list[str]:
-    """Name the metrics among a result's variables, in order."""
-    return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") == "metric"]
-
-
-def column_names(dataset: xr.Dataset) -> list[str]:
-    """Name the metrics and their yardsticks, in order."""
-    roles = ("metric", "yardstick")
-    return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") in roles]
-
-
-def _joined(reasons: Mapping[str, str]) -> str:
-    """Write reasons by place as one text, which `_reasons_of` takes apart."""
-    return "; ".join(f"{at}: {why.replace('; ', ', ')}" for at, why in reasons.items())
-
-
-def cells_of(dataset: xr.Dataset) -> dict[tuple[str, str], Cell]:
+def cells_of(dataset: xr.Dataset) -> dict[Place, Cell]:
     """Take a Dataset apart into the cells that `to_dataset` arranged.
 
     Parameters
@@ -431,87 +254,88 @@ def cells_of(dataset: xr.Dataset) -> dict[tuple[str, str], Cell]:
     dict of (store, layer) to Cell
         Of those that were measured.
     """
-    texts = _texts_of(dataset)
-    measured = [
-        (store, layer) for store, found in texts.get("fingerprint", {}).items() for layer in found
-    ]
-    cells = {at: Cell(notes=[]) for at in measured}
-    picks = {"metric": "values", "yardstick": "yardsticks", "provenance": "counts"}
-    vectors = {"decile": "deciles", "class": "classes", "bin": "bins", "top": "tops"}
+    texts = _texts_in(dataset)
+    cells = {
+        (store, layer): Cell()
+        for store, by_layer in texts.get("fingerprint", {}).items()
+        for layer in by_layer
+    }
+    stores: list[str] = dataset["store"].values.tolist()
+    layers: list[str] = dataset["layer"].values.tolist()
+    rows = [stores.index(store) for store, _ in cells]
+    columns = [layers.index(layer) for _, layer in cells]
     for name, variable in dataset.data_vars.items():
         role = variable.attrs.get("role")
-        if role not in picks and role not in vectors:
+        if role not in _SCALARS and role not in VECTORS:
             continue
-        for (store, layer), cell in cells.items():
-            found = dataset[name].sel(store=store, layer=layer).values
-            if role in picks and not math.isnan(found):
-                getattr(cell, picks[role])[str(name)] = float(found)
-            elif role in vectors and not np.isnan(found).all():
-                getattr(cell, vectors[role])[str(name)] = found
-        if role == "metric":
-            for (store, layer), why in _reasons_of(variable, measured).items():
-                cells[store, layer].reasons[str(name)] = why
+        values = variable.transpose("store", "layer", ...).values[rows, columns]
+        known = ~np.isnan(values) if role in _SCALARS else ~np.isnan(values).all(axis=-1)
+        for cell, value, holds in zip(cells.values(), values, known, strict=True):
+            if holds and role in _SCALARS:
+                cell.values[str(name)] = float(value)
+            elif holds:
+                cell.vectors[str(name)] = value
+        for at, why in _reasons_in(variable, cells):
+            cells[at].reasons[str(name)] = why
     for name, by_store in texts.items():
         for store, by_layer in by_store.items():
             for layer, text in by_layer.items():
                 if name not in COUNTS and (store, layer) in cells:
                     cells[store, layer].texts[name] = str(text)
-    for cell in cells.values():
-        cell.notes += [line for line in cell.texts.get("warnings", "").splitlines() if line]
     return cells
 
 
-def _texts_of(dataset: xr.Dataset) -> dict[str, dict[str, dict[str, Any]]]:
+def _texts_in(dataset: xr.Dataset) -> dict[str, dict[str, dict[str, Any]]]:
     """Find the attributes that hold a value per store and layer."""
-    found = {}
-    for name, text in dataset.attrs.items():
-        if isinstance(text, str) and text.startswith("{"):
-            nested = json.loads(text)
-            if all(isinstance(by_layer, dict) for by_layer in nested.values()):
-                found[str(name)] = nested
-    return found
+    nested = {
+        str(name): json.loads(text)
+        for name, text in dataset.attrs.items()
+        if isinstance(text, str) and text.startswith("{")
+    }
+    return {
+        name: by_store
+        for name, by_store in nested.items()
+        if all(isinstance(by_layer, dict) for by_layer in by_store.values())
+    }
 
 
-def _reasons_of(
-    variable: xr.DataArray, places: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], str]:
-    """Take the text of `_joined` apart."""
+def _reasons_in(variable: xr.DataArray, places: Iterable[Place]) -> Iterator[tuple[Place, str]]:
+    """Take the text of `_undefined` apart."""
     by_name = {f"{store}/{layer}": (store, layer) for store, layer in places}
-    found = {}
     for part in str(variable.attrs.get("undefined", "")).split("; "):
-        at = next((at for at in by_name if part.startswith(f"{at}: ")), None)
-        if at is not None:
-            found[by_name[at]] = part.removeprefix(f"{at}: ")
-    return found
+        # Names may hold colons too: the one that is known counts.
+        ends = [match.start() for match in re.finditer(": ", part)]
+        end = next((end for end in ends if part[:end] in by_name), None)
+        if end is not None:
+            yield by_name[part[:end]], part[end + 2 :]
 
 
-def merged(earlier: Cell, later: Cell) -> Cell:
-    """Add to a cell what an earlier measurement of the same data gave beside it."""
-    whole = Cell(notes=list(dict.fromkeys([*earlier.notes, *later.notes])))
-    for pick in ("values", "yardsticks", "deciles", "classes", "bins", "tops", "counts", "texts"):
-        setattr(whole, pick, {**getattr(earlier, pick), **getattr(later, pick)})
-    reasons = {**earlier.reasons, **later.reasons}
-    whole.reasons = {name: why for name, why in reasons.items() if name not in whole.values}
-    for name in ("remarks", "warnings"):
-        lines = [x for c in (earlier, later) for x in c.texts.get(name, "").splitlines() if x]
-        if lines:
-            whole.texts[name] = "\n".join(dict.fromkeys(lines))
-    return whole
+def metric_names(dataset: xr.Dataset) -> list[str]:
+    """Name the metrics among a result's variables, in order."""
+    return _names(dataset, "metric")
 
 
-def notes_of(cells: Mapping[tuple[str, str], Cell]) -> list[str]:
+def column_names(dataset: xr.Dataset) -> list[str]:
+    """Name the metrics and their yardsticks, in order."""
+    return _names(dataset, "metric", "yardstick")
+
+
+def _names(dataset: xr.Dataset, *roles: str) -> list[str]:
+    return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") in roles]
+
+
+def notes_of(cells: Mapping[Place, Cell]) -> list[str]:
     """Say once what is left out, or taken from elsewhere, at which layers; then the warnings."""
-    places: dict[str, list[str]] = {}
+    layers_of: dict[str, dict[str, None]] = {}
     for (_, layer), cell in cells.items():
-        for line in filter(None, cell.texts.get("remarks", "").splitlines()):
-            layers = places.setdefault(line, [])
-            if layer not in layers:
-                layers.append(layer)
-    said = []
-    for line, layers in places.items():
+        for line in cell.lines("remarks"):
+            layers_of.setdefault(line, {})[layer] = None
+    lines = []
+    for line, layers in layers_of.items():
         why, _, what = line.partition(": ")
-        said.append(f"{why} for {named_layers(layers)}: {what}")
-    return said + list(dict.fromkeys(note for cell in cells.values() for note in cell.notes))
+        lines.append(f"{why} for {named_layers(list(layers))}: {what}")
+    warnings = [line for cell in cells.values() for line in cell.lines("warnings")]
+    return lines + list(dict.fromkeys(warnings))
 
 
 def named_layers(layers: Sequence[str]) -> str:
@@ -527,3 +351,210 @@ def named_layers(layers: Sequence[str]) -> str:
     if len(layers) > _MOST_NAMED:
         return f"layers {layers[0]}, {layers[1]}, ..., {layers[-1]} ({len(layers)} in all)"
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+
+
+# Sweeps: what is known of the stores and layers of a run, and the depth at which collapse sets in.
+
+
+@dataclass(frozen=True)
+class StoreNotes:
+    """What is known of a store.
+
+    Attributes
+    ----------
+    path, id : str
+        Where it is, wherever a process runs, and which it is.
+    model : str or None
+        The model that made its features.
+    step : int or None
+        The training step of it.
+    unit : str
+        What the step counts: ``step`` or ``epoch``.
+    source : str
+        ``recorded``, or ``name`` when the step was read off the store's name.
+    depths : dict of str to float
+        For layers, the share of the model's blocks that come before.
+    """
+
+    path: str = ""
+    id: str = ""
+    model: str | None = None
+    step: int | None = None
+    unit: str = "step"
+    source: str = _RECORDED
+    depths: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, store: FeatureStore) -> StoreNotes:
+        """Find what a store records, or else what its name shows of the step."""
+        depths = {
+            layer: float(notes["depth"])
+            for layer, notes in store.layer_notes.items()
+            if "depth" in notes
+        }
+        notes = cls(absolute(store.path), store.id, store.model, store.step, depths=depths)
+        named = step_in_name(store.path) if store.step is None else None
+        if named is None:
+            return notes
+        return replace(notes, step=named[0], unit=named[1], source="name")
+
+
+def step_in_name(path: str) -> tuple[int, str] | None:
+    """Read a step off a path's last part, or the one before it.
+
+    Returns
+    -------
+    (int, str) or None
+        The number, and what it counts.
+
+    Examples
+    --------
+    >>> step_in_name("runs/step-1000.zarr")
+    (1000, 'step')
+    >>> step_in_name("runs/epoch3/features.zarr")
+    (3, 'epoch')
+    >>> step_in_name("runs/resnet18.zarr")
+    """
+    parts = [part for part in re.split(r"[/\\]", path) if part]
+    for part in reversed(parts[-2:]):
+        steps = _NAMED.findall(part)
+        if steps:
+            word, number = steps[-1]
+            return int(number), _WORDS[word.lower()]
+    return None
+
+
+def coordinates(
+    notes: Mapping[str, StoreNotes], stores: Sequence[str], layers: Sequence[str]
+) -> dict[str, Any]:
+    """Make the coordinates ``step`` and ``model`` (store), ``depth`` (store, layer), where known.
+
+    Steps read off names are left out where they count another thing than the steps of other
+    stores: a coordinate never mixes epochs and steps.
+    """
+    known = [notes.get(store, StoreNotes()) for store in stores]
+    coords: dict[str, Any] = {}
+    stepped = {
+        store: note for store, note in zip(stores, known, strict=True) if note.step is not None
+    }
+    if len({note.unit for note in stepped.values()}) > 1:
+        stepped = {store: note for store, note in stepped.items() if note.unit == "step"}
+    if stepped:
+        steps = [stepped[store].step if store in stepped else math.nan for store in stores]
+        unit = next(iter(stepped.values())).unit
+        coords["step"] = (
+            "store",
+            np.array(steps, np.int64 if len(stepped) == len(stores) else np.float64),
+            {
+                "long_name": f"training {unit}",
+                "units": unit,
+                "source": json.dumps({store: note.source for store, note in stepped.items()}),
+            },
+        )
+    if any(note.model is not None for note in known):
+        models = [note.model or "" for note in known]
+        coords["model"] = ("store", models, {"long_name": "model that made the features"})
+    depths = [[note.depths.get(layer, math.nan) for layer in layers] for note in known]
+    if depths and not np.isnan(depths).all():
+        about = {
+            "long_name": "share of the model's blocks that come before the layer",
+            "units": "1",
+        }
+        coords["depth"] = (("store", "layer"), np.array(depths), about)
+    return coords
+
+
+def notes_in(dataset: xr.Dataset) -> dict[str, StoreNotes]:
+    """Read what is known of each store off a Dataset's coordinates and attributes."""
+    paths, ids = (json.loads(dataset.attrs[name]) for name in ("store_path", "store_id"))
+    coords = {str(name): coord.values.tolist() for name, coord in dataset.coords.items()}
+    about = dataset["step"].attrs if "step" in coords else {"source": "{}"}
+    sources: dict[str, str] = json.loads(about["source"])
+    notes = {}
+    for i, store in enumerate(coords["store"]):
+        depths = coords["depth"][i] if "depth" in coords else [math.nan] * len(coords["layer"])
+        note = StoreNotes(
+            paths[store],
+            ids[store],
+            coords["model"][i] or None if "model" in coords else None,
+            depths={
+                layer: depth
+                for layer, depth in zip(coords["layer"], depths, strict=True)
+                if not math.isnan(depth)
+            },
+        )
+        if store in sources:
+            step = int(coords["step"][i])
+            note = replace(note, step=step, unit=str(about["units"]), source=sources[store])
+        notes[store] = note
+    return notes
+
+
+def with_collapse(dataset: xr.Dataset, below: float | None) -> xr.Dataset:
+    """Add the first layer of each store, in order of depth, whose CDNV is under a threshold.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        Results; without ``nc1_cdnv`` it is given back as it is.
+    below : float, optional
+        The threshold of ``nc1_cdnv``; `COLLAPSE_BELOW` by default, where the exponent is 1.
+
+    Returns
+    -------
+    xarray.Dataset
+        With the coordinate ``collapse_layer`` (store), empty where there is none, and the variable
+        ``collapse_depth`` (store), NaN where there is none or depths are unknown; layers are taken
+        in their order then.
+    """
+    if "nc1_cdnv" not in dataset:
+        return dataset
+    exponent = float(dataset.attrs.get("dist_exp", 1.0))
+    limit = COLLAPSE_BELOW if below is None and exponent == 1.0 else below
+    layers = dataset["layer"].values.tolist()
+    values = dataset["nc1_cdnv"].values
+    depths = dataset["depth"].values if "depth" in dataset.coords else np.full_like(values, np.nan)
+    firsts = []
+    for i in range(len(values)):
+        if limit is None:
+            reason = f"no threshold: the CDNV of exponent {exponent:g} depends on the scale"
+            firsts.append(("", math.nan, reason))
+        else:
+            firsts.append(_first_below(layers, values[i], depths[i], limit))
+    names, places, reasons = zip(*firsts, strict=True)
+    about: dict[str, Any] = {"role": "sweep"}
+    if limit is not None:
+        about["threshold"] = float(limit)
+    if any(reasons):
+        stores = dataset["store"].values.tolist()
+        parts = [f"{s}: {why}" for s, why in zip(stores, reasons, strict=True) if why]
+        about["undefined"] = "; ".join(parts)
+    text = "layer at which collapse sets in: the first whose nc1_cdnv is under the threshold"
+    # A name is no number: as a coordinate it is in nobody's way who computes with the variables.
+    dataset = dataset.assign_coords(
+        collapse_layer=("store", np.array(names, dtype=str), {"long_name": text, **about})
+    )
+    about = {"long_name": "depth at which collapse sets in", "units": "1", **about}
+    return dataset.assign(collapse_depth=("store", np.array(places), about))
+
+
+def _first_below(
+    layers: Sequence[str],
+    values: npt.NDArray[np.float64],
+    depths: npt.NDArray[np.float64],
+    limit: float,
+) -> tuple[str, float, str]:
+    """Return a store's first layer under the limit, its depth, and why either is missing."""
+    measured = np.flatnonzero(~np.isnan(values))
+    if not len(measured):
+        return "", math.nan, "nc1_cdnv has no value"
+    known = not np.isnan(depths[measured]).any()
+    order = measured[np.argsort(depths[measured], kind="stable")] if known else measured
+    first = next((i for i in order if values[i] < limit), None)
+    if first is None:
+        least = measured[np.argmin(values[measured])]
+        nearest = f"least nc1_cdnv {values[least]:.3g} at {layers[least]}"
+        return "", math.nan, f"no layer under {limit:g}, {nearest}"
+    if not known:
+        return layers[first], math.nan, "depths are not recorded, layers taken in their order"
+    return layers[first], float(depths[first]), ""

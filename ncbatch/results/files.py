@@ -7,20 +7,20 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import dask
 import xarray as xr
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from ncbatch.arrays.atomic import replacing
 from ncbatch.errors import OutputError
-from ncbatch.results.dataset import KIND, column_names, metric_names
+from ncbatch.results.dataset import KIND, column_names
 from ncbatch.store.format import ATTRIBUTE
-
-__all__ = [
-    "ENDINGS", "check_output", "column_names", "load_results", "metric_names", "save_results",
-]  # fmt: skip
 
 ENDINGS = (".zarr", ".nc", ".csv", ".json")
 
@@ -52,8 +52,8 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         raise OutputError(
             f"folder '{parent}' cannot be written to: {error.strerror}", "", "choose another --out"
         ) from error
-    if target.suffix == ".zarr" and target.exists():
-        if not _is_result(target):
+    if target.suffix == ".zarr":
+        if target.exists() and not _is_result(target):
             raise OutputError(
                 f"'{target}' exists and holds no results",
                 "a free path, or earlier results to replace",
@@ -108,36 +108,56 @@ def _is_result(target: Path) -> bool:
 
 
 def _write_zarr(dataset: xr.Dataset, path: Path) -> None:
+    # Into memory first: a thread's turn for each of a thousand small files takes longer than all.
+    files: dict[str, Buffer] = {}
     with warnings.catch_warnings():
         # zarr 3.0 warns that its string type is young; zarr and xarray both read it back.
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification")
-        dataset.to_zarr(path, zarr_format=3, consolidated=False)
+        dataset.to_zarr(MemoryStore(files), zarr_format=3, consolidated=False)
+    for name, content in files.items():
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.to_bytes())
 
 
 def _write_netcdf(dataset: xr.Dataset, path: Path) -> None:
-    dataset.to_netcdf(str(path), engine="h5netcdf")
+    # Else xarray loads distributed, only to ask whether a cluster of it runs.
+    with dask.config.set(scheduler="synchronous"):
+        # Coordinates first: a dimension that gets its values later is attached anew everywhere.
+        dataset[[]].assign(dataset.data_vars).to_netcdf(str(path), engine="h5netcdf")
 
 
-def _rows(dataset: xr.Dataset) -> Iterator[tuple[str, str, dict[str, float | None]]]:
-    names = column_names(dataset)
-    for store in dataset["store"].values.tolist():
-        for layer in dataset["layer"].values.tolist():
-            found = dataset.sel(store=store, layer=layer)
-            values = {name: float(found[name]) for name in names}
-            yield store, layer, {n: None if math.isnan(v) else v for n, v in values.items()}
+def _lines(dataset: xr.Dataset) -> Iterator[tuple[str, str, tuple[float | None, ...]]]:
+    """Yield every store and layer with its values, None where there is none."""
+    columns = []
+    for name in column_names(dataset):
+        grid = dataset[name].transpose("store", "layer").values.ravel().tolist()
+        columns.append([None if math.isnan(value) else value for value in grid])
+    places = product(dataset["store"].values.tolist(), dataset["layer"].values.tolist())
+    for (store, layer), values in zip(places, zip(*columns, strict=True), strict=True):
+        yield store, layer, values
 
 
 def _write_csv(dataset: xr.Dataset, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["store", "layer", *column_names(dataset)])
-        for store, layer, values in _rows(dataset):
-            cells = ["" if v is None else repr(v) for v in values.values()]
-            writer.writerow([store, layer, *cells])
+        # Floats are written so that they round-trip, None as an empty cell.
+        writer.writerows([store, layer, *values] for store, layer, values in _lines(dataset))
 
 
 def _write_json(dataset: xr.Dataset, path: Path) -> None:
-    nested: dict[str, dict[str, dict[str, float | None]]] = {}
-    for store, layer, values in _rows(dataset):
-        nested.setdefault(store, {})[layer] = values
-    path.write_text(json.dumps(nested, indent=1) + "\n", encoding="utf-8")
+    # Laid out as by json.dumps(indent=1), which would leave its compiled encoder for it.
+    names = column_names(dataset)
+    nested: dict[str, dict[str, str]] = {}
+    for store, layer, values in _lines(dataset):
+        text = json.dumps(dict(zip(names, values, strict=True)), separators=(",\n   ", ": "))
+        nested.setdefault(store, {})[layer] = f"{{\n   {text[1:-1]}\n  }}"
+    stores = {store: _json_object(by_layer, 2) for store, by_layer in nested.items()}
+    path.write_text(_json_object(stores, 1) + "\n", encoding="utf-8")
+
+
+def _json_object(texts: Mapping[str, str], depth: int) -> str:
+    """Join values that are JSON already."""
+    lines = [f"{' ' * depth}{json.dumps(name)}: {text}" for name, text in texts.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{' ' * (depth - 1)}}}"

@@ -21,15 +21,164 @@ from ncbatch.results.dataset import YARDSTICKS, metric_names, named_layers
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.states import PART, RUNNING
 
-# Tables that compare stores: checkpoints and models side by side, a metric at a time.
-
-
 # With more metrics than this, of several layers, one of each kind is printed.
 _MOST_GRIDS = 8
-_HEADLINES = (
-    "nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc2_norm_cv", "nc3_dual_err", "nc4_agree",
-    "nc5_ood_dev", "spec_rankme",
-)  # fmt: skip
+_HEADLINES = [
+    "nc1_pinv",
+    "nc1_cdnv",
+    "nc2_etf_err",
+    "nc2_norm_cv",
+    "nc3_dual_err",
+    "nc4_agree",
+    "nc5_ood_dev",
+    "spec_rankme",
+]
+# With more layers than this, layers become lines and metrics columns.
+_MOST_COLUMNS = 5
+_NUMBER_WIDTH = len("-1.2346e-300")
+_LEFT_OUT = {
+    "n_rows_skipped": "rows with values that are not finite were left out",
+    "n_classes_filtered": "classes were left out by a filter",
+    "n_coincident_pairs": "pairs of classes with equal means were left out of ratios",
+    "n_coincident_directions": "pairs of classes with equal directions were left out of logarithms",
+    "n_means_without_direction": "class means equal to m_G were left out of cosines",
+    "n_classes_without_variance": ("classes of one sample, without V_c of ddof 1, were left out"),
+}
+
+
+def open_console() -> Console:
+    """Open the console that tables are printed to."""
+    console = Console(markup=False, emoji=False)  # layer names may hold brackets and colons
+    if not console.is_terminal:  # never cut a table there
+        console.width = max(console.width, 1000)
+    return console
+
+
+def show(console: Console, parts: Sequence[RenderableType]) -> None:
+    """Print tables and texts one after another."""
+    for part in parts:
+        console.print(part)
+
+
+# Results of one store.
+
+
+def result_tables(dataset: xr.Dataset, width: int = 100) -> list[RenderableType]:
+    """Lay out results as tables: of one store by metric, or by kind where layers are many.
+
+    Of several stores the values of a metric stand side by side; see `comparison`.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        From `ncbatch.measure`.
+    width : int, optional
+        Columns of the terminal; where layers are lines, metrics that need more get a table more.
+    """
+    if dataset.sizes["store"] > 1:
+        return comparison(dataset, width)
+    names = metric_names(dataset)
+    title = _titles(dataset)[0]
+    if dataset.sizes["layer"] <= _MOST_COLUMNS:
+        return [_by_metric(dataset, names, title)]
+    layers = [str(layer) for layer in dataset["layer"].values.tolist()]
+    tables: list[RenderableType] = [Text(title, style="bold")]
+    for place in dict.fromkeys(CATALOGUE[name].place for name in names):
+        chosen = [name for name in names if CATALOGUE[name].place == place]
+        parts = fitting(
+            ["layer", *layers], chosen, width, lambda name: max(len(name), _NUMBER_WIDTH)
+        )
+        for part in parts:
+            table = Table(title=place, title_justify="left")
+            values = {name: dataset[name].values[0] for name in part}
+            tables.append(_filled(table, "layer", layers, values))
+    return tables
+
+
+def _by_metric(dataset: xr.Dataset, names: Sequence[str], title: str) -> Table:
+    """Lay out metrics as lines; a single layer's values stand beside their yardsticks."""
+    layers = [str(layer) for layer in dataset["layer"].values.tolist()]
+    suffixes = [
+        suffix
+        for suffix in YARDSTICKS
+        if len(layers) == 1 and any(f"{name}_{suffix}" in dataset for name in names)
+    ]
+    table = Table("metric", "what it is", title=title, title_justify="left")
+    for column in [*layers, *suffixes]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in names:
+        cells = [number(value) for value in dataset[name].values[0]]
+        for suffix in suffixes:
+            yardstick = f"{name}_{suffix}"
+            cells.append(number(dataset[yardstick].values[0, 0]) if yardstick in dataset else "")
+        table.add_row(name, str(dataset[name].attrs.get("long_name", "")), *cells)
+    return table
+
+
+def _filled(
+    table: Table, corner: str, lines: Sequence[str], values: Mapping[str, npt.NDArray[np.float64]]
+) -> Table:
+    """Fill a table with columns of numbers, a line each."""
+    # One row of cells that hold all lines: rich needs a third of the time that many rows take.
+    table.add_column(corner, no_wrap=True)
+    for column in values:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("\n".join(lines), *("\n".join(map(number, column)) for column in values.values()))
+    return table
+
+
+def _titles(dataset: xr.Dataset) -> list[str]:
+    """Say of how many samples and classes each store's results are, and of which step."""
+    coords = dataset.coords
+    counts = ("n_samples", "n_classes", "n_classes_unseen")
+    columns = [dataset[name].max("layer").values.tolist() for name in counts]
+    titles = []
+    for i, (n, k, unseen) in enumerate(zip(*columns, strict=True)):
+        facts = [f"{int(n):,} samples", f"{int(k):,} classes"]
+        if unseen:
+            facts.append(f"{int(unseen):,} unseen")
+        if "model" in coords and (model := str(coords["model"].values[i])):
+            facts.append(f"model {model}")
+        if "step" in coords and not np.isnan(step := coords["step"].values[i]):
+            facts.append(f"{coords['step'].attrs.get('units', 'step')} {int(step):,}")
+        titles.append(f"{coords['store'].values[i]}: {', '.join(facts)}")
+    return titles
+
+
+def number(value: float) -> str:
+    """Write a value; nothing where there is none."""
+    return "" if math.isnan(value) else f"{value:.5g}"
+
+
+def fitting(
+    head: Sequence[str], names: Sequence[str], width: int, need: Callable[[str], int]
+) -> list[list[str]]:
+    """Part columns so that a table of each part fits the terminal, its first column included.
+
+    Parameters
+    ----------
+    head : sequence of str
+        The entries of the first column.
+    names : sequence of str
+        The other columns.
+    width : int
+        Columns of the terminal.
+    need : callable
+        How wide a column is.
+    """
+    parts: list[list[str]] = []
+    room = 0
+    for name in names:
+        needed = need(name) + 3
+        if room < needed:
+            parts.append([])
+            room = width - max(map(len, head)) - 4
+        parts[-1].append(name)
+        room -= needed
+    return parts
+
+
+# Results of several stores: checkpoints and models side by side, a metric at a time.
 
 
 def comparison(dataset: xr.Dataset, width: int) -> list[RenderableType]:
@@ -42,25 +191,21 @@ def comparison(dataset: xr.Dataset, width: int) -> list[RenderableType]:
     width : int
         Columns of the terminal.
     """
-    dataset = dataset.isel(store=order(dataset))
-    labels = labels_of(dataset)
-    names = metric_names(dataset)
-    lines: list[RenderableType] = [
-        Text(f"{store}: {summary(dataset.sel(store=store))}", style="bold")
-        for store in dataset["store"].values.tolist()
-    ]
-    layers = [str(layer) for layer in dataset["layer"].values.tolist()]
+    ordered = dataset.isel(store=order(dataset))
+    labels = labels_of(ordered)
+    names = metric_names(ordered)
+    lines: list[RenderableType] = [Text(title, style="bold") for title in _titles(ordered)]
+    layers = [str(layer) for layer in ordered["layer"].values.tolist()]
     if len(layers) == 1:
-        values = {name: dataset[name].values[:, 0] for name in names}
-        return [*lines, *_tables(f"layer {layers[0]}", "metric", names, labels, values, width)]
+        columns = np.array([ordered[name].values[:, 0] for name in names]).T
+        by_store = dict(zip(labels, columns, strict=True))
+        return [*lines, *_tables(f"layer {layers[0]}", "metric", names, by_store, width)]
     shown = names if len(names) <= _MOST_GRIDS else [n for n in _HEADLINES if n in names]
     for name in shown:
-        title = f"{name}: {dataset[name].attrs.get('long_name', '')}"
-        grid = dataset[name].values
-        by_store = {label: grid[i] for i, label in enumerate(labels)}
-        by_layer = {layer: grid[:, j] for j, layer in enumerate(layers)}
-        across = _tables(title, "", labels, layers, by_store, width)
-        down = _tables(title, "", layers, labels, by_layer, width)
+        title = f"{name}: {ordered[name].attrs.get('long_name', '')}"
+        grid = ordered[name].values
+        across = _tables(title, "", labels, dict(zip(layers, grid.T, strict=True)), width)
+        down = _tables(title, "", layers, dict(zip(labels, grid, strict=True)), width)
         lines += across if len(across) <= len(down) else down
     if len(shown) < len(names):
         lines.append(
@@ -95,19 +240,6 @@ def labels_of(dataset: xr.Dataset) -> list[str]:
     return [f"{unit} {int(step):,}" for step in steps]
 
 
-def summary(found: xr.Dataset) -> str:
-    """Say of how many samples and classes a store's results are, and of which step."""
-    n, k = found["n_samples"].max(), found["n_classes"].max()
-    unseen = int(found["n_classes_unseen"].max())
-    said = [f"{int(n):,} samples", f"{int(k):,} classes"]
-    said += [f"{unseen:,} unseen"] if unseen else []
-    if "model" in found.coords and str(found["model"].values):
-        said.append(f"model {found['model'].values}")
-    if "step" in found.coords and not math.isnan(float(found["step"])):
-        said.append(f"{found['step'].attrs.get('units', 'step')} {int(found['step']):,}")
-    return ", ".join(said)
-
-
 def collapse_lines(dataset: xr.Dataset) -> list[str]:
     """Say of every store at which layer collapse sets in, where there are several layers."""
     if "collapse_layer" not in dataset.coords or dataset.sizes["layer"] < 2:
@@ -116,77 +248,36 @@ def collapse_lines(dataset: xr.Dataset) -> list[str]:
     reasons = dict(
         part.split(": ", 1) for part in str(about.get("undefined", "")).split("; ") if ": " in part
     )
+    names = dataset["store"].values.tolist()
+    layers = dataset["collapse_layer"].values.tolist()
+    depths = dataset["collapse_depth"].values.tolist()
     lines = []
     for i in order(dataset):
-        found = dataset.isel(store=i)
-        store, layer = str(found["store"].values), str(found["collapse_layer"].values)
-        depth = float(found["collapse_depth"])
-        if not layer:
-            lines.append(f"{store}: collapse sets in nowhere: {reasons.get(store, '')}")
+        if not layers[i]:
+            lines.append(f"{names[i]}: collapse sets in nowhere: {reasons.get(names[i], '')}")
             continue
-        at = f"depth {depth:.3g}" if not math.isnan(depth) else "no depths recorded"
+        where = "no depths recorded" if math.isnan(depths[i]) else f"depth {depths[i]:.3g}"
         limit = f"the first nc1_cdnv under {about['threshold']:g}"
-        lines.append(f"{store}: collapse sets in at {layer}, {limit} ({at})")
+        lines.append(f"{names[i]}: collapse sets in at {layers[i]}, {limit} ({where})")
     return lines
-
-
-def number(value: float) -> str:
-    """Write a value; nothing where there is none."""
-    return "" if math.isnan(value) else f"{value:.5g}"
-
-
-def fitting(
-    head: Sequence[str], names: Sequence[str], width: int, need: Callable[[str], int]
-) -> list[list[str]]:
-    """Part columns so that a table of each part fits the terminal, its first column included.
-
-    Parameters
-    ----------
-    head : sequence of str
-        The entries of the first column.
-    names : sequence of str
-        The other columns.
-    width : int
-        Columns of the terminal.
-    need : callable
-        How wide a column is.
-    """
-    parts: list[list[str]] = []
-    room = 0
-    for name in names:
-        wide = need(name) + 3
-        if room < wide:
-            parts.append([])
-            room = width - max(map(len, head)) - 4
-        parts[-1].append(name)
-        room -= wide
-    return parts
 
 
 def _tables(
     title: str,
     corner: str,
     lines: Sequence[str],
-    columns: Sequence[str],
-    values: Mapping[str, npt.NDArray[np.float64]],
+    columns: Mapping[str, npt.NDArray[np.float64]],
     width: int,
 ) -> list[RenderableType]:
-    """Lay out values by line and column, in as many tables as the terminal needs."""
-    texts = {
-        column: [number(float(values[line][j])) for line in lines]
-        for j, column in enumerate(columns)
+    """Lay out columns of numbers, a line each, in as many tables as the terminal needs."""
+    widths = {
+        name: max(len(name), *(len(number(value)) for value in values))
+        for name, values in columns.items()
     }
-    parts = fitting([corner, *lines], columns, width, lambda c: max(len(c), *map(len, texts[c])))
-    found: list[RenderableType] = [Text(title, style="italic")]  # a table's own would wrap
-    for part in parts:
-        table = Table()
-        table.add_column(corner, no_wrap=True)
-        for column in part:
-            table.add_column(column, justify="right", no_wrap=True)
-        for i, line in enumerate(lines):
-            table.add_row(line, *(texts[column][i] for column in part))
-        found.append(table)
-    return found
+    tables: list[RenderableType] = [Text(title, style="italic")]  # a table's own would wrap
+    for part in fitting([corner, *lines], list(columns), width, widths.__getitem__):
+        tables.append(_filled(Table(), corner, lines, {name: columns[name] for name in part}))
+    return tables
 
 
 # Listings for a person at a terminal: what is in a store.
@@ -195,28 +286,32 @@ def _tables(
 def info_tables(store: FeatureStore) -> list[RenderableType]:
     """Lay out what is in a store: splits, layers, sizes and classifiers."""
     head = f"{store.path}: format 1, id {store.id}, K = {store.n_classes} classes"
-    table = Table("split", "layer", "samples", "features", "dtype", "bytes", "rows per chunk", "")
+    columns = ["split", "layer", "samples", "features", "dtype", "bytes", "rows per chunk", ""]
+    table = Table(*columns)
     for name in store.splits:
         split = store.split(name)
-        state = "" if split.finalized else "being written, or interrupted"
-        n = f"{split.n_samples:,}" + (
-            "" if split.n_rows == split.n_samples or not split.finalized
-            else f" of {split.n_rows:,} rows"
-        )  # fmt: skip
+        samples = f"{split.n_samples:,}"
+        if split.finalized and split.n_rows != split.n_samples:
+            samples += f" of {split.n_rows:,} rows"
         for layer in split.layers:
-            spec, array = split.spec(layer), split.feature(layer)
-            marks = [state] if state else []
-            if layer in store.classifiers:
-                marks.append("classifier")
-            if split.head == layer:
-                marks.append("predictions")
-            size = format_bytes(split.n_rows * spec.row_bytes)
+            spec = split.spec(layer)
+            marks = {
+                "being written, or interrupted": not split.finalized,
+                "classifier": layer in store.classifiers,
+                "predictions": split.head == layer,
+            }
             table.add_row(
-                name, layer, n, f"{spec.n_features:,}", spec.dtype, size,
-                f"{array.chunks[0]:,}", ", ".join(marks),
-            )  # fmt: skip
+                name,
+                layer,
+                samples,
+                f"{spec.n_features:,}",
+                spec.dtype,
+                format_bytes(split.n_rows * spec.row_bytes),
+                f"{split.feature(layer).chunks[0]:,}",
+                ", ".join(mark for mark, holds in marks.items() if holds),
+            )
         for layer in split.incomplete_layers:
-            table.add_row(name, layer, "", "", "", "", "", "incomplete: write it again")
+            table.add_row(name, layer, *[""] * 5, "incomplete: write it again")
     for name in store.state_splits:
         kinds = store.state_kinds(name)
         for layer, kind in kinds:
@@ -224,141 +319,67 @@ def info_tables(store: FeatureStore) -> list[RenderableType]:
                 table.add_row(name, layer, *_state_row(store, name, layer, kind))
         for layer in dict.fromkeys(layer for layer, _ in kinds):
             for text in _unmerged(kinds, layer):
-                table.add_row(name, layer, "", "", "", "", "", text)
-    return [*(Text(line) for line in (head, *_recorded(store))), table]
+                table.add_row(name, layer, *[""] * 5, text)
+    recorded = [f"model {store.model}"] if store.model is not None else []
+    if store.step is not None:
+        recorded.append(f"step {store.step:,}")
+    lines = [head, ", ".join(recorded)] if recorded else [head]
+    return [*map(Text, lines), table]
 
 
-def _state_row(store: FeatureStore, split: str, layer: str, kind: str) -> tuple[str, ...]:
-    """Give the cells of a state; of its arrays only the counts are read."""
+def _state_row(store: FeatureStore, split: str, layer: str, kind: str) -> Iterator[str]:
+    """Yield the cells of a state; of its arrays only the counts are read."""
     arrays = store.state_arrays(split, layer, kind) or {}
     counts = next((arrays[name] for name in ("count", "samples") if name in arrays), None)
-    mean, size = arrays.get("mean"), sum(int(array.nbytes) for array in arrays.values())
-    return (
-        "" if counts is None else f"{int(np.asarray(counts[:]).sum()):,}",
-        "" if mean is None else f"{mean.shape[1]:,}",
-        "" if mean is None else str(mean.dtype), format_bytes(size), "",
-        f"{kind}, without the samples" if layer not in _feature_layers(store, split) else kind,
-    )  # fmt: skip
+    mean = arrays.get("mean")
+    has_samples = split in store.splits and layer in store.split(split).layers
+    yield "" if counts is None else f"{int(np.asarray(counts[:]).sum()):,}"
+    yield "" if mean is None else f"{mean.shape[1]:,}"
+    yield "" if mean is None else str(mean.dtype)
+    yield format_bytes(sum(int(array.nbytes) for array in arrays.values()))
+    yield ""
+    yield kind if has_samples else f"{kind}, without the samples"
 
 
-def _unmerged(kinds: list[tuple[str, str]], layer: str) -> Iterator[str]:
+def _unmerged(kinds: Sequence[tuple[str, str]], layer: str) -> Iterator[str]:
     """Say what processes that folded a layer have left, and what is to be done with it."""
-    for prefix, what in (
+    for prefix, task in (
         (PART, "to be merged: 'ncbatch finalize'"),
         (RUNNING, "being folded, or interrupted: 'ncbatch dump --resume'"),
     ):
-        own = [
-            kind.removeprefix(prefix) for each, kind in kinds if each == layer and prefix in kind
-        ]
-        ranks = sorted(int(rank) for rank in own if rank.isdecimal())
+        names = [kind.removeprefix(prefix) for of, kind in kinds if of == layer and prefix in kind]
+        ranks = sorted(int(rank) for rank in names if rank.isdecimal())
         if ranks:
-            said = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-            yield f"{prefix.removesuffix('-')} of {said}, {what}"
+            who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+            yield f"{prefix.removesuffix('-')} of {who}, {task}"
 
 
-def _feature_layers(store: FeatureStore, split: str) -> list[str]:
-    return store.split(split).layers if split in store.splits else []
-
-
-def _recorded(store: FeatureStore) -> list[str]:
-    """Say which model and step the features are of, where that is recorded."""
-    found = [
-        f"model {store.model}" if store.model is not None else "",
-        f"step {store.step:,}" if store.step is not None else "",
-    ]
-    return [", ".join(filter(None, found))] if any(found) else []
-
-
-# How commands print.
-
-
-def open_console() -> Any:
-    """Open the console that tables are printed to."""
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False)  # layer names may hold brackets and colons
-    if not console.is_terminal:  # never cut a table there
-        console.width = max(console.width, 1000)
-    return console
-
-
-def show(console: Any, parts: list[Any]) -> None:
-    """Print tables and texts one after another."""
-    for part in parts:
-        console.print(part)
-
-
-# With more layers than this, layers become lines and metrics columns.
-_WIDE = 5
-_NUMBER = len("-1.2346e-300")
-_LEFT_OUT = (
-    ("n_rows_skipped", "rows with values that are not finite were left out"),
-    ("n_classes_filtered", "classes were left out by a filter"),
-    ("n_coincident_pairs", "pairs of classes with equal means were left out of ratios"),
-    (
-        "n_coincident_directions",
-        "pairs of classes with equal directions were left out of logarithms",
-    ),
-    ("n_means_without_direction", "class means equal to m_G were left out of cosines"),
-    ("n_classes_without_variance", "classes of one sample, without V_c of ddof 1, were left out"),
-)
-
-
-def result_tables(dataset: xr.Dataset, width: int = 100) -> list[RenderableType]:
-    """Lay out results as tables: of one store by metric, or by kind where layers are many.
-
-    Of several stores the values of a metric stand side by side; see `comparison`.
-
-    Parameters
-    ----------
-    dataset : xarray.Dataset
-        From `ncbatch.measure`.
-    width : int, optional
-        Columns of the terminal; where layers are lines, metrics that need more get a table more.
-    """
-    if dataset.sizes["store"] > 1:
-        return comparison(dataset, width)
-    tables: list[RenderableType] = []
-    names = metric_names(dataset)
-    for store in dataset["store"].values.tolist():
-        found = dataset.sel(store=store)
-        if dataset.sizes["layer"] <= _WIDE:
-            tables.append(_by_metric(found, names, f"{store}: {summary(found)}"))
-            continue
-        places = dict.fromkeys(CATALOGUE[name].place for name in names)
-        layers = [str(layer) for layer in found["layer"].values.tolist()]
-        tables.append(Text(f"{store}: {summary(found)}", style="bold"))
-        for place in places:
-            chosen = [name for name in names if CATALOGUE[name].place == place]
-            parts = fitting(["layer", *layers], chosen, width, lambda name: max(len(name), _NUMBER))
-            tables.extend(_by_layer(found, part, place) for part in parts)
-    return tables
+# Notes, and the table of metrics.
 
 
 def notes(dataset: xr.Dataset) -> list[str]:
     """Say what was left out of the results, and why."""
-    said = [line for line in str(dataset.attrs.get("notes", "")).splitlines() if line]
-    for name, meaning in _LEFT_OUT:
+    lines = [line for line in str(dataset.attrs.get("notes", "")).splitlines() if line]
+    for name, meaning in _LEFT_OUT.items():
         if name in dataset and (most := float(dataset[name].max())) > 0:
-            at = dataset[name].where(dataset[name] > 0, drop=True)
-            said.append(
-                f"up to {int(most)} {meaning} ({named_layers(at['layer'].values.tolist())})"
-            )
-    empty: dict[tuple[str, str], list[str]] = {}
-    for name in metric_names(dataset):
-        undefined = dataset[name].attrs.get("undefined", "")
-        for reason in undefined.split("; ") if undefined else ():
-            place, _, why = reason.partition(": ")
-            if not any(why in line for line in said):
-                empty.setdefault((name, why), []).append(place)
+            layers = dataset["layer"].values[(dataset[name].values > 0).any(axis=0)].tolist()
+            lines.append(f"up to {int(most)} {meaning} ({named_layers(layers)})")
+    told = "\n".join(lines)
+    # Metrics that are empty for one reason at the same places are named together.
     alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (name, why), places in empty.items():
-        alike.setdefault((why, tuple(places)), []).append(name)
-    for (why, at_all), names in alike.items():
-        where = at_all[0] if len(at_all) == 1 else f"{len(at_all)} places, {at_all[0]} first"
+    for name in metric_names(dataset):
+        places: dict[str, list[str]] = {}
+        for reason in filter(None, dataset[name].attrs.get("undefined", "").split("; ")):
+            place, _, why = reason.partition(": ")
+            places.setdefault(why, []).append(place)
+        for why, empty in places.items():
+            if why not in told:
+                alike.setdefault((why, tuple(empty)), []).append(name)
+    for (why, same), names in alike.items():
+        where = same[0] if len(same) == 1 else f"{len(same)} places, {same[0]} first"
         verb = "is" if len(names) == 1 else "are"
-        said.append(f"{', '.join(names)} {verb} empty at {where}: {why}")
-    return said
+        lines.append(f"{', '.join(names)} {verb} empty at {where}: {why}")
+    return lines
 
 
 def metric_table() -> Table:
@@ -367,39 +388,6 @@ def metric_table() -> Table:
     for metric in CATALOGUE.values():
         reads = ", ".join(sorted(metric.reads)) or "means"
         table.add_row(metric.name, metric.long_name, Text(metric.formula), reads, metric.source)
-    return table
-
-
-def _by_metric(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
-    """Give metrics as lines; a single layer's values stand beside their yardsticks."""
-    layers = [str(layer) for layer in found["layer"].values.tolist()]
-    table = Table("metric", "what it is", title=title, title_justify="left")
-    for layer in layers:
-        table.add_column(layer, justify="right", no_wrap=True)
-    suffixes = [
-        suffix
-        for suffix in YARDSTICKS
-        if len(layers) == 1 and any(f"{name}_{suffix}" in found for name in names)
-    ]
-    for suffix in suffixes:
-        table.add_column(suffix, justify="right", no_wrap=True)
-    for name in names:
-        cells = [number(float(v)) for v in found[name].values]
-        for suffix in suffixes:
-            yardstick = f"{name}_{suffix}"
-            cells.append(number(float(found[yardstick][0])) if yardstick in found else "")
-        table.add_row(name, str(found[name].attrs.get("long_name", "")), *cells)
-    return table
-
-
-def _by_layer(found: xr.Dataset, names: Sequence[str], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in found["layer"].values.tolist():
-        cells = [number(float(found[name].sel(layer=layer))) for name in names]
-        table.add_row(str(layer), *cells)
     return table
 
 
@@ -431,9 +419,12 @@ class ProgressBar:
         """Start a bar for a pass."""
         columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), _Rate()]
         self._bar = RichProgress(
-            *columns, TimeRemainingColumn(), console=self._console,
-            transient=True, disable=not self._console.is_terminal,
-        )  # fmt: skip
+            *columns,
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
         self._task = self._bar.add_task(label, total=total, unit=unit)
         self._bar.start()
 

@@ -179,8 +179,14 @@ def traced_peak(compute) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kind", ["memory", "float16", "stored"])
-@pytest.mark.parametrize(("K", "D"), [(32_768, 256), (6000, 1500)], ids=["tall", "wide"])
+@pytest.mark.parametrize(
+    ("K", "D", "kind"),
+    [
+        pytest.param(K, D, kind, marks=[] if (K, kind) == (32_768, "memory") else pytest.mark.slow)
+        for K, D in [(32_768, 256), (6000, 1500)]
+        for kind in ["memory", "float16", "stored"]
+    ],
+)
 def test_no_formula_holds_an_array_of_classes_by_features(tmp_path, kind: str, K: int, D: int):
     s = tall(K, D, lambda n, a: in_file(tmp_path, n, a) if kind == "stored" else a)
     if kind == "float16":
@@ -193,6 +199,7 @@ def test_no_formula_holds_an_array_of_classes_by_features(tmp_path, kind: str, K
     assert peak < Statistics.peak_bytes(K, D, scatter=True)
 
 
+@pytest.mark.slow
 def test_no_error_of_few_classes_holds_an_array_of_classes_by_features():
     K = D = 3072
     s = tall(K, D)

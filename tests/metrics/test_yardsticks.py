@@ -62,7 +62,13 @@ def assert_random_value(name: str, draws: list[Statistics], slack: float = 0.0):
 
 
 @pytest.mark.parametrize(
-    ("K", "D", "n"), [(3, 9, 1000), (10, 16, 300), (10, 64, 100), (100, 24, 25)]
+    ("K", "D", "n"),
+    [
+        pytest.param(3, 9, 1000, marks=pytest.mark.slow),
+        (10, 16, 300),
+        (10, 64, 100),
+        (100, 24, 25),
+    ],
 )
 def test_random_values_are_those_of_random_means(K: int, D: int, n: int):
     draws = [gaussian(K, D, seed) for seed in range(n)]
