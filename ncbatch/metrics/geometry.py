@@ -26,7 +26,8 @@ _RELATIVE_FLOOR = 2.220446049250313e-16
 # 2e-16 of the largest. Layer normalisation of float32 leaves its lost direction about 1e-14.
 _LEAST_WITHIN = 1e-12
 # Classes of a tile's side where K x K products are summed.
-_LEAST_SIDE, _MOST_SIDE = 256, 1024
+_LEAST_SIDE = 256
+_MOST_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Spectrum:
         """
         xp = namespace(covariance)
         kept = self.rank if rank is None else min(rank, self.rank)
-        vectors, values = self.vectors[:kept, :], self.values[:kept]
+        vectors = self.vectors[:kept, :]
         spread = xp.sum(xp.matmul(vectors, covariance) * vectors, axis=1)
-        return scalar(xp.sum(spread / values))
+        return scalar(xp.sum(spread / self.values[:kept]))
 
 
 def ridge_trace(matrix: Array, other: Array, ridge: float) -> float:
@@ -101,7 +102,8 @@ def between_class_spectrum(centred: Array) -> Spectrum:
     Notes
     -----
     The singular values of Mc itself are taken: forming S_B would square the condition number,
-    which layer normalisation drives beyond 1e9. Beside blocks of Mc arrays of min(K, D) x D are held.
+    which layer normalisation drives beyond 1e9. Beside blocks of Mc arrays of min(K, D) x D are
+    held.
     """
     xp = namespace(centred)
     n_classes, n_features = centred.shape
@@ -152,12 +154,15 @@ def structure_error(A: Array, B: Array) -> float:
     if n_classes <= n_features + 1:
         return _error_by_tiles(A, B)
     xp = namespace(A, B)
-    sums_a, sums_b, diagonal = 0.0, 0.0, 0.0
+    sums_a = 0.0
+    sums_b = 0.0
+    diagonal = 0.0
     gram_a: Array = None
     gram_b: Array = None
     for part, a in float64_blocks(A, product_rows(n_features)):
         b = a if B is A else as_float64(take_rows(B, part))
-        sums_a, sums_b = sums_a + xp.sum(a, axis=0), sums_b + xp.sum(b, axis=0)
+        sums_a = sums_a + xp.sum(a, axis=0)
+        sums_b = sums_b + xp.sum(b, axis=0)
         diagonal += scalar(xp.sum(a * b))
         gram_a = _added(gram_a, symmetric_product(a))
         gram_b = gram_a if B is A else _added(gram_b, symmetric_product(b))
@@ -202,7 +207,7 @@ def square_norms(rows: Array) -> Array:
 
 
 def symmetric_sum(rows: Array, weights: Array | None = None) -> Array:
-    """Compute ``sum_c w_c row_c row_c^T`` of tall rows (K, D) block by block; w_c is 1 by default."""
+    """Compute ``sum_c w_c row_c row_c^T`` of rows (K, D) block by block; w_c is 1 by default."""
     xp = namespace(rows)
     total = None
     for part, block in float64_blocks(rows, product_rows(rows.shape[1])):

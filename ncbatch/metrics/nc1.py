@@ -29,12 +29,12 @@ _CORRECTED = "Galanti 2021, without the bias of finite samples"
 
 
 def _inverse_trace(s: Statistics, limit: int | None = None) -> float:
-    found = s.spectrum.inverse_trace(s.within_covariance, limit)
-    return found / s.n_classes if s.divide_by_k else found
+    trace = s.spectrum.inverse_trace(s.within_covariance, limit)
+    return trace / s.n_classes if s.divide_by_k else trace
 
 
 def _vci(s: Statistics) -> float:
-    """Sum 1 / (1 + mu) over eigenvalues mu of inv(S_W) S_B, where 1 - mu / (1 + mu) has no digits."""
+    """Sum 1 / (1 + mu) over eigenvalues mu of inv(S_W) S_B: 1 - mu / (1 + mu) has no digits."""
     if not s.n_directed:
         return 1.0
     most = min(s.n_features, s.n_classes - 1)
@@ -70,17 +70,13 @@ def _ratios(s: Statistics) -> Array:
     return s.variances[known] / s.square_norms[known]
 
 
-def _quantile(s: Statistics, q: float) -> float:
-    return float(np.quantile(to_numpy(_ratios(s)), q))
-
-
 def _nearest_mean(s: Statistics) -> float:
     values, exists = s.nearest_cdnv
     return mean(values[exists], "a nearest class mean that is not its own, and a V_c")
 
 
 def _at_quantile(q: float) -> Compute:
-    return lambda s: _quantile(s, q)
+    return lambda s: float(np.quantile(to_numpy(_ratios(s)), q))
 
 
 def _test_to_train(s: Statistics) -> float:
@@ -129,7 +125,8 @@ NC1 = (
     ),
     Metric(
         "nc1_cdnv_corrected", "the same, corrected for small classes",
-        "mean over pairs, n >= 2, of (V'_i + V'_j) / (2 (d_ij^2 - V'_i/n_i - V'_j/n_j)^p), V' = V n/(n-1)",
+        "mean over pairs, n >= 2, of (V'_i + V'_j) / (2 (d_ij^2 - V'_i/n_i - V'_j/n_j)^p), "
+        "V' = V n/(n-1)",
         _CORRECTED, reads("traces", "pairs.cdnv_corrected"),
         lambda s: tally(s, "cdnv_corrected").mean,
     ),
@@ -142,7 +139,8 @@ NC1 = (
         "nc1_cdnv_directional", "normalised variance along the line between two means",
         "mean over pairs of u^T S_W u / d_ij^2, u = (m_j - m_i) / d_ij", _LUTHRA,
         reads("scatter", "pairs.cdnv_directional"),
-        lambda s: tally(s, "cdnv_directional").mean * s.within_scale, random=yardsticks.directional_cdnv,
+        lambda s: tally(s, "cdnv_directional").mean * s.within_scale,
+        random=yardsticks.directional_cdnv,
     ),
     Metric(
         "nc1_cdnv_directional_exact", "the same with the covariance of each class itself",
@@ -150,12 +148,12 @@ NC1 = (
         reads("traces", "pairs.cdnv", "directional"), _directional_exact, only_named=True,
     ),
     Metric(
-        "nc1_trace_share", "share of the variance that is within classes", "tr S_W / (tr S_W + tr S_B)",
-        TIRER, reads("traces"), _trace_share,
+        "nc1_trace_share", "share of the variance that is within classes",
+        "tr S_W / (tr S_W + tr S_B)", TIRER, reads("traces"), _trace_share,
     ),
     Metric(
-        "nc1_vci", "variability collapse index", "1 - tr(pinv(S_T) S_B) / min(D, K-1), S_T = S_W + S_B",
-        _XU, reads("scatter"), _vci,
+        "nc1_vci", "variability collapse index",
+        "1 - tr(pinv(S_T) S_B) / min(D, K-1), S_T = S_W + S_B", _XU, reads("scatter"), _vci,
     ),
     Metric(
         "nc1_lda", "separation in the metric of S_W", "tr(inv(S_W + eps I) S_B)", _FISHER,

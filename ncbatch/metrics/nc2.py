@@ -46,8 +46,8 @@ def _norm_cv(s: Statistics) -> float:
 
 
 def _coherence(s: Statistics) -> float:
-    found = tally(s, "cosine")
-    return max(abs(found.minimum), abs(found.maximum))
+    cosines = tally(s, "cosine")
+    return max(abs(cosines.minimum), abs(cosines.maximum))
 
 
 def _tammes_mean(s: Statistics) -> float:
@@ -58,19 +58,19 @@ def _tammes_mean(s: Statistics) -> float:
 
 
 def _riesz(s: Statistics, *, variance: bool) -> float:
-    found = tally(s, "riesz")
-    logarithm = found.log_variance if variance else found.log_abs_mean
+    energies = tally(s, "riesz")
+    logarithm = energies.log_variance if variance else energies.log_abs_mean
     if logarithm == -math.inf:
         return 0.0
     if abs(logarithm) > 700.0:
         raise Undefined("beyond float64, the _log metrics hold it")
     value = math.exp(logarithm)
-    return value if variance else math.copysign(value, found.mean)
+    return value if variance else math.copysign(value, energies.mean)
 
 
 def _riesz_log(s: Statistics, *, variance: bool) -> float:
-    found = tally(s, "riesz")
-    return finite(found.log_variance if variance else found.log_abs_mean, "the value is zero")
+    energies = tally(s, "riesz")
+    return finite(energies.log_variance if variance else energies.log_abs_mean, "the value is zero")
 
 
 def _weight_etf_error(s: Statistics) -> float:
@@ -95,12 +95,14 @@ NC2 = (
     Metric(
         "nc2g_dist", "variance of distances between directions of means",
         "var over pairs of |u_i - u_j|", LIU,
-        reads("pairs.distance"), lambda s: tally(s, "distance").variance, random=yardsticks.distance_variance,
+        reads("pairs.distance"), lambda s: tally(s, "distance").variance,
+        random=yardsticks.distance_variance,
     ),
     Metric(
         "nc2g_dist_mean", "mean distance between directions of means",
         "mean over pairs of |u_i - u_j|", LIU,
-        reads("pairs.distance"), lambda s: tally(s, "distance").mean, random=yardsticks.distance_mean,
+        reads("pairs.distance"), lambda s: tally(s, "distance").mean,
+        random=yardsticks.distance_mean,
     ),
     Metric(
         "nc2g_log", "variance of logarithmic energies between directions of means",
@@ -170,9 +172,9 @@ NC2 = (
         reads("pairs.interference"), lambda s: tally(s, "interference").variance, "feature^4",
     ),
     Metric(
-        "nc2_cos_mean", "mean cosine between centred class means", "mean over pairs of cos(u_i, u_j)",
-        PAPYAN, reads("pairs.cosine"), lambda s: tally(s, "cosine").mean,
-        random=yardsticks.cosine_mean,
+        "nc2_cos_mean", "mean cosine between centred class means",
+        "mean over pairs of cos(u_i, u_j)", PAPYAN,
+        reads("pairs.cosine"), lambda s: tally(s, "cosine").mean, random=yardsticks.cosine_mean,
     ),
     Metric(
         "nc2_cos_std", "equiangularity: spread of cosines between centred class means",
@@ -194,9 +196,9 @@ NC2 = (
         reads("pairs.cosine"), _coherence, floor=yardsticks.coherence_floor,
     ),
     Metric(
-        "nc2_uniformity", "uniformity of directions", "log mean over pairs of exp(-2 |u_i - u_j|^2)",
-        WANG, reads("pairs.cosine"), lambda s: math.log(tally(s, "uniformity").mean),
-        random=yardsticks.uniformity,
+        "nc2_uniformity", "uniformity of directions",
+        "log mean over pairs of exp(-2 |u_i - u_j|^2)", WANG, reads("pairs.cosine"),
+        lambda s: math.log(tally(s, "uniformity").mean), random=yardsticks.uniformity,
     ),
     Metric(
         "nc2_tammes", "least distance between directions", "min over pairs of |u_i - u_j|", JIANG,

@@ -33,12 +33,13 @@ def _dual_error(s: Statistics) -> float:
 
 def _papyan(s: Statistics) -> float:
     """Sum |a w - b u|^2 = (a - b)^2 + a b |w - u|^2, w and u directions: no term cancels."""
-    squares, means = s.duality.squares, s.square_norms
-    xp = namespace(means)
-    totals = scalar(xp.sum(squares)), scalar(xp.sum(means))
-    if not totals[0] or not s.n_directed:
+    squares = s.duality.squares
+    xp = namespace(squares)
+    total = scalar(xp.sum(squares))
+    if not total or not s.n_directed:
         raise Undefined("W or S_B is zero")
-    a, b = xp.sqrt(squares / totals[0]), xp.sqrt(means / totals[1])
+    a = xp.sqrt(squares / total)
+    b = xp.sqrt(s.square_norms / scalar(xp.sum(s.square_norms)))
     return scalar(xp.sum((a - b) ** 2 + a * b * s.duality.distances**2))
 
 
@@ -81,11 +82,13 @@ UNIFORM_DUALITY = Metric(
     "weight^2 feature^2",
     random=yardsticks.dot_variance,
 )
+
 NC3 = (
     Metric(
         "nc3_dual_err", "distance of classifier and means from a simplex ETF",
         "|G/|G|_F - (I - 11^T/K)/sqrt(K-1)|_F, G = W Mc^T", KOTHAPALLI,
-        reads("classifier"), _dual_error, floor=yardsticks.structure_floor, random=yardsticks.dual_error,
+        reads("classifier"), _dual_error,
+        floor=yardsticks.structure_floor, random=yardsticks.dual_error,
     ),
     UNIFORM_DUALITY,
     Metric(

@@ -60,13 +60,14 @@ _MEASURES = (
     ("participation", "participation ratio", "(sum l)^2 / sum l^2", _GAO, _participation),
     ("stable_rank", "stable rank", "sum l / max l", _RUDELSON, _stable_rank),
 )
+_RANDOM = {("between", "participation"): yardsticks.participation}
 
 SPECTRA = (
     *(
         Metric(
             f"spec_{which}_{name}", f"{what} of {matrix}", f"{formula}, l eigenvalues of {matrix}",
             source, reads("scatter"), _of(which, measure),
-            random=yardsticks.participation if (which, name) == ("between", "participation") else None,
+            random=_RANDOM.get((which, name)),
         )
         for which, matrix in _MATRICES
         for name, what, formula, source, measure in _MEASURES

@@ -74,16 +74,17 @@ class Duality:
         xp: Any = namespace(weight, center)
         n_classes = centred.shape[0]
         place = {"dtype": xp.float64, "device": device(center)}
-        found = cls(*(xp.zeros((n_classes,), **place) for _ in range(5)))
+        duality = cls(*(xp.zeros((n_classes,), **place) for _ in range(5)))
         for part, mean in float64_blocks(centred):
             row = as_float64(take_rows(weight, part))
-            found.squares[part] = xp.sum(row * row, axis=1)
-            found.dots[part] = xp.sum(row * mean, axis=1)
-            found.logits[part] = xp.sum(row * center, axis=1)
-            row, mean = directions(row), directions(mean)
-            found.cosines[part] = xp.sum(row * mean, axis=1)
-            found.distances[part] = xp.sqrt(xp.sum((row - mean) ** 2, axis=1))
-        return found
+            duality.squares[part] = xp.sum(row * row, axis=1)
+            duality.dots[part] = xp.sum(row * mean, axis=1)
+            duality.logits[part] = xp.sum(row * center, axis=1)
+            row = directions(row)
+            mean = directions(mean)
+            duality.cosines[part] = xp.sum(row * mean, axis=1)
+            duality.distances[part] = xp.sqrt(xp.sum((row - mean) ** 2, axis=1))
+        return duality
 
 
 class Undefined(Exception):
@@ -144,6 +145,11 @@ class Statistics:
     divide_by_k: bool = True
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """K and D."""
+        return self.n_classes, self.n_features
+
+    @property
     def n_classes(self) -> int:
         """K, the classes used."""
         return int(self.moments.means.shape[0])
@@ -160,24 +166,25 @@ class Statistics:
 
     @cached_property
     def centred(self) -> Array:
-        """Mc = M - m_G, a view (K, D) of rows; zeros, not rounding errors, where all means are one."""
+        """Mc = M - m_G, a view (K, D) of rows; exact zeros where all means are one."""
         means = self.moments.means
         if self.n_directed:
             return CentredRows(means, self.global_mean)
-        xp, place = namespace(means), device(means)
+        xp = namespace(means)
+        place = device(means)
         zero = xp.zeros((1, self.n_features), dtype=xp.float64, device=place)
         return ChosenRows(zero, xp.zeros((self.n_classes,), dtype=xp.int64, device=place))
 
     @cached_property
     def _squares(self) -> tuple[Array, Array]:
         """|m_c|^2 and |m_c - m_G|^2 (K,)."""
-        means, center = self.moments.means, self.global_mean
-        xp = namespace(means)
-        found = []
-        for _, block in float64_blocks(means):
-            apart = block - center
-            found.append((xp.sum(block * block, axis=1), xp.sum(apart * apart, axis=1)))
-        sizes, squares = zip(*found, strict=True)
+        xp = namespace(self.moments.means)
+        sizes = []
+        squares = []
+        for _, block in float64_blocks(self.moments.means):
+            apart = block - self.global_mean
+            sizes.append(xp.sum(block * block, axis=1))
+            squares.append(xp.sum(apart * apart, axis=1))
         return xp.concat(sizes), xp.concat(squares)
 
     @property
@@ -195,8 +202,8 @@ class Statistics:
     def directed(self) -> Array:
         """Which centred means have a direction (K,): those that differ from m_G."""
         sizes, squares = self._squares
-        xp, center = namespace(sizes), self.global_mean
-        return squares > COINCIDENT * (sizes + xp.sum(center * center))
+        of_mean = namespace(sizes).sum(self.global_mean * self.global_mean)
+        return squares > COINCIDENT * (sizes + of_mean)
 
     @cached_property
     def n_directed(self) -> int:
@@ -212,7 +219,8 @@ class Statistics:
     def variances(self) -> Array:
         """V_c (K,); NaN with ddof 1 for a class of one sample."""
         n = as_float64(self.moments.counts) - self.ddof
-        xp, known = namespace(n), n > 0.0
+        xp = namespace(n)
+        known = n > 0.0
         spread = self.moments.traces / xp.where(known, n, xp.ones_like(n))
         return xp.where(known, spread, xp.full_like(n, xp.nan))
 
@@ -238,8 +246,8 @@ class Statistics:
     @property
     def within_covariance(self) -> Array:
         """S_W (D, D)."""
-        within, scale = self.moments.within_covariance, self.within_scale
-        return within if scale == 1.0 else within * scale
+        within = self.moments.within_covariance
+        return within if self.within_scale == 1.0 else within * self.within_scale
 
     @property
     def within_trace(self) -> float:
@@ -324,7 +332,8 @@ class Statistics:
     @property
     def _sample_mean(self) -> Array:
         share = as_float64(self.moments.counts) / self.moments.n_samples
-        xp, mean = namespace(share), 0.0
+        xp = namespace(share)
+        mean = 0.0
         for part, block in float64_blocks(self.moments.means):
             mean = mean + xp.matmul(share[part][None, :], block)[0, :]
         return mean

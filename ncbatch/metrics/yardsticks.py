@@ -1,10 +1,10 @@
 """Yardsticks in closed form: what geometry allows, and what chance gives.
 
-Chance: K class means drawn from N(m, tau^2 I), within-class covariance sigma^2 I, m_G the unweighted
-mean of class means, and V_c and the traces of S_W and S_B as measured. Values hold for any K and D: that
-subtracting m_G correlates the means, and that tr S_B is a measured number, is part of them. A
-classifier by chance has rows whose directions know nothing of the means. Where m_G weighs classes of
-unequal size, what is computed from Mc has no value: NaN.
+Chance: K class means drawn from N(m, tau^2 I), within-class covariance sigma^2 I, m_G the
+unweighted mean of class means, and V_c and the traces of S_W and S_B as measured. Values hold for
+any K and D: that subtracting m_G correlates the means, and that tr S_B is a measured number, is
+part of them. A classifier by chance has rows whose directions know nothing of the means. Where m_G
+weighs classes of unequal size, what is computed from Mc has no value: NaN.
 
 Where a metric is a variance, a standard deviation or a logarithm of a mean over pairs, the value is
 that of the distribution of one pair; see ``docs/metrics.md`` for how near K classes come to it. The
@@ -29,8 +29,10 @@ from ncbatch.metrics.statistics import Statistics, Undefined
 
 
 Values = npt.NDArray[np.float64]
+Compute = Callable[["Statistics"], float]
 # Nodes of a panel, and panels, which are half as wide as the density for any D.
-_NODES, _LEAST_PANELS = 16, 32
+_NODES = 16
+_LEAST_PANELS = 32
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class RandomAngles:
     @staticmethod
     @lru_cache(maxsize=16)
     def of(n_classes: int, n_features: int) -> RandomAngles:
-        """Give the rule for K >= 2 classes in D >= 1 dimensions."""
+        """Make the rule for K >= 2 classes in D >= 1 dimensions."""
         rho = -1.0 / (n_classes - 1)
         if n_classes == 2:
             return RandomAngles(np.array([4.0]), np.array([0.0]))
@@ -80,20 +82,30 @@ class RandomAngles:
         """cos(u_i, u_j) at the nodes."""
         return 1.0 - 0.5 * self.squares
 
+    @property
+    def distances(self) -> Values:
+        """|u_i - u_j| at the nodes."""
+        return np.sqrt(self.squares)
+
+    @property
+    def energies(self) -> Values:
+        """log(1/|u_i - u_j|) at the nodes."""
+        return -0.5 * np.log(self.squares)
+
     def mean(self, values: Values) -> float:
-        """Give the expectation of what has these values at the nodes."""
+        """Return the expectation of what has these values at the nodes."""
         return float(np.sum(np.exp(self.logs) * values))
 
     def variance(self, values: Values) -> float:
-        """Give its variance."""
+        """Return its variance."""
         return self.mean((values - self.mean(values)) ** 2)
 
     def log_mean_exp(self, values: Values) -> float:
-        """Give the logarithm of the expectation of its exponential, free of overflow."""
+        """Return the logarithm of the expectation of its exponential, free of overflow."""
         return _log_sum(self.logs + values)
 
     def log_mean_exp_of(self, n_pairs: int, values: Values) -> float:
-        """Give the logarithm of what the mean over `n_pairs` pairs typically is, near its median.
+        """Return the logarithm of what the mean over `n_pairs` pairs typically is, near its median.
 
         Parameters
         ----------
@@ -124,22 +136,22 @@ class RandomAngles:
         return float(np.logaddexp(at_nearest - math.log(n_pairs), others))
 
     def apart(self) -> RandomAngles:
-        """Give the distribution without coincident directions, which one dimension has."""
+        """Return the distribution without coincident directions, which one dimension has."""
         kept = self.squares > 0.0
         logs = self.logs[kept]
         return RandomAngles(self.squares[kept], logs - _log_sum(logs))
 
 
 def _rule(n_panels: int) -> tuple[Values, Values, Values]:
-    """Give nodes in (0, pi), their sines, and weights, which bear logarithms at both ends."""
+    """Return nodes in (0, pi), their sines, and weights, which bear logarithms at both ends."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    at = (np.arange(n_panels)[:, None] + 0.5 + 0.5 * nodes).ravel() / n_panels
+    points = (np.arange(n_panels)[:, None] + 0.5 + 0.5 * nodes).ravel() / n_panels
     share = np.tile(0.5 * weights, n_panels) / n_panels
     # Nodes crowd at the ends, where a logarithm times the slope of this map is smooth.
-    half = np.minimum(at, 1.0 - at)
+    half = np.minimum(points, 1.0 - points)
     lower = np.pi * half**3 * (10.0 - 15.0 * half + 6.0 * half * half)
-    angles = np.where(at < 0.5, lower, np.pi - lower)
-    return angles, np.sin(lower), share * np.pi * 30.0 * (at * (1.0 - at)) ** 2
+    angles = np.where(points < 0.5, lower, np.pi - lower)
+    return angles, np.sin(lower), share * np.pi * 30.0 * (points * (1.0 - points)) ** 2
 
 
 def _log_sum(logs: Values) -> float:
@@ -148,11 +160,12 @@ def _log_sum(logs: Values) -> float:
 
 
 # Degrees of freedom above which the shape of S_B hardly varies, and quantiles taken below.
-_MANY_DEGREES, _QUANTILES = 500, 512
+_MANY_DEGREES = 500
+_QUANTILES = 512
 
 
-def _unless_recentred(value: Callable[[Statistics], float]) -> Callable[[Statistics], float]:
-    """Give NaN where m_G is not the unweighted mean, which `value` takes for granted."""
+def _unless_recentred(value: Compute) -> Compute:
+    """Return NaN where m_G is not the unweighted mean, which `value` takes for granted."""
 
     @wraps(value)
     def checked(s: Statistics) -> float:
@@ -163,13 +176,13 @@ def _unless_recentred(value: Callable[[Statistics], float]) -> Callable[[Statist
 
 def structure_floor(s: Statistics) -> float:
     """Bound the distance from a simplex ETF: above 0 where K - 1 > D leaves no room for one."""
-    k, d = s.n_classes, s.n_features
+    k, d = s.shape
     return math.sqrt(2.0 - 2.0 * math.sqrt(d / (k - 1))) if k - 1 > d else 0.0
 
 
 def coherence_floor(s: Statistics) -> float:
     """Bound the greatest |cosine|, as Welch does."""
-    k, d = s.n_classes, s.n_features
+    k, d = s.shape
     return math.sqrt((k - d) / (d * (k - 1))) if k > d else 0.0
 
 
@@ -178,10 +191,10 @@ def coherence_floor(s: Statistics) -> float:
 
 @_unless_recentred
 def covariance_ratio(s: Statistics) -> float:
-    """Give the expectation of nc1_pinv: that of an inverse Wishart matrix."""
-    k, d = s.n_classes, s.n_features
+    """Return the expectation of nc1_pinv: that of an inverse Wishart matrix."""
+    k, d = s.shape
     # tr A / tau^2 is chi-square and independent of the shape of A = Mc^T Mc: Basu's theorem.
-    noise = s.within_trace / d * ((k - 1) * d - 2) / _total(s)
+    noise = s.within_trace / d * ((k - 1) * d - 2) / s.unweighted_total
     if k > d + 2:
         ratio = noise * d / (k - d - 2)
     elif d > k:
@@ -192,20 +205,20 @@ def covariance_ratio(s: Statistics) -> float:
 
 
 def cdnv(s: Statistics) -> float:
-    """Give the expectation of (V_i + V_j) / (2 d_ij^(2p))."""
+    """Return the expectation of (V_i + V_j) / (2 d_ij^(2p))."""
     return _mean_variance(s) * _inverse_distance(s, s.dist_exp)
 
 
 def directional_cdnv(s: Statistics) -> float:
-    """Give the expectation of u^T S_W u / d_ij^2, u uniform on the sphere, for any S_W."""
+    """Return the expectation of u^T S_W u / d_ij^2, u uniform on the sphere, for any S_W."""
     return s.within_trace / s.n_features * _inverse_distance(s, 1.0)
 
 
 @_unless_recentred
 def variance_ratio(s: Statistics) -> float:
-    """Give the expectation of V_c / |Mc_c|^2, |Mc_c|^2 = (1 - 1/K) tau^2 chi^2_D."""
+    """Return the expectation of V_c / |Mc_c|^2, |Mc_c|^2 = (1 - 1/K) tau^2 chi^2_D."""
     k = s.n_classes
-    return _mean_variance(s) * _inverse_moment(s, 1.0) / ((1.0 - 1.0 / k) * _total(s))
+    return _mean_variance(s) * _inverse_moment(s, 1.0) / ((1.0 - 1.0 / k) * s.unweighted_total)
 
 
 def _mean_variance(s: Statistics) -> float:
@@ -218,18 +231,19 @@ def _mean_variance(s: Statistics) -> float:
 
 def _inverse_distance(s: Statistics, p: float) -> float:
     """E d_ij^(-2p), d_ij^2 = 2 tau^2 chi^2_D."""
-    return _inverse_moment(s, p) * math.exp(-p * math.log(2.0 * _total(s)))
+    return _inverse_moment(s, p) * math.exp(-p * math.log(2.0 * s.unweighted_total))
 
 
 def _inverse_moment(s: Statistics, p: float) -> float:
     """E B^(-p), B ~ Beta(D/2, (K-2)D/2) the share of tr Mc^T Mc along one contrast of classes."""
-    k, d = s.n_classes, s.n_features
+    k, d = s.shape
     if k == 2:
         return 1.0
     if d <= 2.0 * p:
         return math.nan
-    half, whole = d / 2.0, (k - 1) * d / 2.0
-    return math.exp(gammaln(half - p) - gammaln(half) + gammaln(whole) - gammaln(whole - p))
+    half = d / 2.0
+    total = (k - 1) * half
+    return math.exp(gammaln(half - p) - gammaln(half) + gammaln(total) - gammaln(total - p))
 
 
 # ------------------------------------------------------------------------------- NC2: structure
@@ -237,7 +251,7 @@ def _inverse_moment(s: Statistics, p: float) -> float:
 
 @_unless_recentred
 def etf_error(s: Statistics) -> float:
-    """Give the expectation of nc2_etf_err."""
+    """Return the expectation of nc2_etf_err."""
     return _etf_error(s.n_classes, s.n_features)
 
 
@@ -248,7 +262,8 @@ def _etf_error(n_classes: int, n_features: int) -> float:
     q |A|^2 / (tr A)^2 - 1 lies between 0 and q - 1. Its expectation is exact; the share of q - 1 is
     taken to be Beta with half the degrees of freedom of a spherical A, which is exact for q = 2.
     """
-    p, d = n_classes - 1, n_features
+    p = n_classes - 1
+    d = n_features
     q = min(p, d)
     excess = np.zeros(1)
     if q > 1:
@@ -256,7 +271,8 @@ def _etf_error(n_classes: int, n_features: int) -> float:
         degrees = (q - 1) * (q + 2) / 2
         excess = np.array([mean])
         if degrees <= _MANY_DEGREES:
-            share, a = mean / (q - 1), degrees / 2
+            share = mean / (q - 1)
+            a = degrees / 2
             middles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
             excess = (q - 1) * betaincinv(a, a * (1.0 - share) / share, middles)
     match = math.sqrt(q / p) / np.sqrt(1.0 + excess)
@@ -265,8 +281,9 @@ def _etf_error(n_classes: int, n_features: int) -> float:
 
 @_unless_recentred
 def participation(s: Statistics) -> float:
-    """Give 1 / E(|A|^2 / (tr A)^2), A = Mc^T Mc."""
-    p, d = s.n_classes - 1, s.n_features
+    """Return 1 / E(|A|^2 / (tr A)^2), A = Mc^T Mc."""
+    p = s.n_classes - 1
+    d = s.n_features
     return (p * d + 2) / (p + d + 1)
 
 
@@ -278,14 +295,14 @@ def norm_mean(s: Statistics) -> float:
 
 @_unless_recentred
 def norm_variance(s: Statistics) -> float:
-    """Give the variance of |Mc_c| over classes, of which the mean square is measured."""
+    """Return the variance of |Mc_c| over classes, of which the mean square is measured."""
     k = s.n_classes
     return _over_classes(s, (1.0 - _norm_share(s) ** 2) * k / (k - 1)) * s.between_trace
 
 
 @_unless_recentred
 def norm_cv(s: Statistics) -> float:
-    """Give the standard deviation of |Mc_c| over the mean, less what few classes lose of it."""
+    """Return the standard deviation of |Mc_c| over the mean, less what few classes lose of it."""
     k = s.n_classes
     square = _over_classes(s, (_norm_share(s) ** -2 - 1.0) * k / (k - 1))
     few = math.exp(gammaln(k / 2.0) - gammaln((k - 1) / 2.0)) * math.sqrt(2.0 / (k - 1))
@@ -308,56 +325,56 @@ def _norm_share(s: Statistics) -> float:
     """E |Mc_c| over the root of E |Mc_c|^2."""
     if s.n_classes == 2:
         return 1.0
-    half, whole = s.n_features / 2.0, (s.n_classes - 1) * s.n_features / 2.0
-    logs = gammaln(half + 0.5) - gammaln(half) + gammaln(whole) - gammaln(whole + 0.5)
-    return math.exp(logs + 0.5 * math.log(whole / half))
+    half = s.n_features / 2.0
+    total = (s.n_classes - 1) * half
+    logs = gammaln(half + 0.5) - gammaln(half) + gammaln(total) - gammaln(total + 0.5)
+    return math.exp(logs + 0.5 * math.log(total / half))
 
 
 # ---------------------------------------------------------------------------------- NC2: angles
 
 
-@_unless_recentred
-def distance_mean(s: Statistics) -> float:
-    """E |u_i - u_j|."""
-    angles = _angles(s)
-    return angles.mean(np.sqrt(angles.squares))
+def _over_angles(summary: Callable[[RandomAngles], float], *, apart: bool = False) -> Compute:
+    """Make a yardstick of what `summary` says of random angles; `apart` leaves out equal ones."""
+
+    @_unless_recentred
+    def random(s: Statistics) -> float:
+        angles = RandomAngles.of(s.n_classes, s.n_features)
+        return summary(angles.apart() if apart else angles)
+
+    return random
+
+
+distance_mean = _over_angles(lambda angles: angles.mean(angles.distances))
+distance_variance = _over_angles(lambda angles: angles.variance(angles.distances))
+log_mean = _over_angles(lambda angles: angles.mean(angles.energies), apart=True)
+log_variance = _over_angles(lambda angles: angles.variance(angles.energies), apart=True)
+cosine_mean = _over_angles(lambda angles: angles.mean(angles.cosines))
+cosine_std = _over_angles(lambda angles: math.sqrt(angles.variance(angles.cosines)))
+uniformity = _over_angles(lambda angles: angles.log_mean_exp(-2.0 * angles.squares))
 
 
 @_unless_recentred
-def distance_variance(s: Statistics) -> float:
-    """Var |u_i - u_j|."""
-    angles = _angles(s)
-    return angles.variance(np.sqrt(angles.squares))
-
-
-@_unless_recentred
-def log_mean(s: Statistics) -> float:
-    """E log(1/|u_i - u_j|)."""
-    angles = _angles(s).apart()
-    return angles.mean(-0.5 * np.log(angles.squares))
-
-
-@_unless_recentred
-def log_variance(s: Statistics) -> float:
-    """Var log(1/|u_i - u_j|)."""
-    angles = _angles(s).apart()
-    return angles.variance(-0.5 * np.log(angles.squares))
+def deviation_mean(s: Statistics) -> float:
+    """E |cos(u_i, u_j) + 1/(K-1)|."""
+    angles = RandomAngles.of(s.n_classes, s.n_features)
+    return angles.mean(np.abs(angles.cosines + 1.0 / (s.n_classes - 1)))
 
 
 @_unless_recentred
 def riesz_log_mean(s: Statistics) -> float:
-    """Give the typical log mean of |u_i - u_j|^(-s), s = D - 2; see `log_mean_exp_of`."""
+    """Return the typical log mean of |u_i - u_j|^(-s), s = D - 2; see `log_mean_exp_of`."""
     exponent = s.n_features - 2
     if not exponent:
         raise Undefined("the energy is zero")
-    angles = _angles(s).apart()
+    angles = RandomAngles.of(s.n_classes, s.n_features).apart()
     energies = -0.5 * exponent * np.log(angles.squares)
     return angles.log_mean_exp_of(s.n_classes * (s.n_classes - 1) // 2, energies)
 
 
 @_unless_recentred
 def riesz_mean(s: Statistics) -> float:
-    """Give the typical mean of sign(s) |u_i - u_j|^(-s)."""
+    """Return the typical mean of sign(s) |u_i - u_j|^(-s)."""
     exponent = s.n_features - 2
     if not exponent:
         return 0.0
@@ -365,54 +382,22 @@ def riesz_mean(s: Statistics) -> float:
     return math.copysign(math.exp(logarithm), exponent) if logarithm < 700.0 else math.inf
 
 
-@_unless_recentred
-def cosine_mean(s: Statistics) -> float:
-    """E cos(u_i, u_j)."""
-    angles = _angles(s)
-    return angles.mean(angles.cosines)
-
-
-@_unless_recentred
-def cosine_std(s: Statistics) -> float:
-    """Give the standard deviation of cos(u_i, u_j)."""
-    angles = _angles(s)
-    return math.sqrt(angles.variance(angles.cosines))
-
-
-@_unless_recentred
-def deviation_mean(s: Statistics) -> float:
-    """E |cos(u_i, u_j) + 1/(K-1)|."""
-    angles = _angles(s)
-    return angles.mean(np.abs(angles.cosines + 1.0 / (s.n_classes - 1)))
-
-
-@_unless_recentred
-def uniformity(s: Statistics) -> float:
-    """Log E exp(-2 |u_i - u_j|^2)."""
-    angles = _angles(s)
-    return angles.log_mean_exp(-2.0 * angles.squares)
-
-
-def _angles(s: Statistics) -> RandomAngles:
-    return RandomAngles.of(s.n_classes, s.n_features)
-
-
 # ------------------------------------------------------------------------------------ NC3, NC5
 
 
 def dual_error(s: Statistics) -> float:
-    """Give the expectation of nc3_dual_err: t is nearly a coordinate on a sphere in K (K-1) dimensions."""
+    """E nc3_dual_err: t is nearly a coordinate on a sphere in K (K-1) dimensions."""
     return _sphere_distance(s.n_classes * (s.n_classes - 1))
 
 
 def dot_variance(s: Statistics) -> float:
-    """Give the mean of |w_c|^2 |Mc_c|^2 over D."""
+    """Return the mean of |w_c|^2 |Mc_c|^2 over D."""
     squares = s.duality.squares * s.square_norms
     return _over_classes(s, scalar(namespace(squares).mean(squares)) / s.n_features)
 
 
 def row_distance_mean(s: Statistics) -> float:
-    """Give the mean distance of two directions."""
+    """Return the mean distance of two directions."""
     return _sphere_distance(s.n_features)
 
 
@@ -433,12 +418,12 @@ def cosine_size(s: Statistics) -> float:
 
 
 def zero(_: Statistics) -> float:
-    """Give what nothing aligned has."""
+    """Return what nothing aligned has."""
     return 0.0
 
 
 def two(_: Statistics) -> float:
-    """Give the squared distance of two orthogonal unit vectors."""
+    """Return the squared distance of two orthogonal unit vectors."""
     return 2.0
 
 
@@ -448,8 +433,3 @@ def _sphere_distance(n_features: int) -> float:
         return 1.0
     a = (n_features - 1) / 2.0
     return 2.0 * math.exp(float(betaln(a + 0.5, a) - betaln(a, a)))
-
-
-def _total(s: Statistics) -> float:
-    """Tr Mc^T Mc, Mc about the unweighted mean."""
-    return s.unweighted_total

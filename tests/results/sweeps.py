@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -20,11 +21,14 @@ from ncbatch.results.dataset import (
     to_dataset,
     with_collapse,
 )
+from ncbatch.store import FeatureStore
 
 YARDSTICKS = ("random", "null")
 FEW = ("nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc4_agree", "nc5_ood_dev")
 EMPTY = ("nc5_ood_dev", "nc1_test_to_train")
 TOPS = 16
+LAYERS = ("h.0", "h.1", "h.2")
+K, D = 4, 6
 
 
 def make_cell(rng: np.random.Generator, metrics: Iterable[str]) -> Cell:
@@ -69,3 +73,43 @@ def arranged(found: dict[tuple[str, str], Cell]) -> xr.Dataset:
     coords = coordinates(notes, stores, layers)
     dataset = to_dataset(found, stores, layers, metrics, attributes, coords)
     return with_collapse(dataset, None)
+
+
+def make_store(
+    path: Path, seed: int = 0, *, layers=LAYERS, spread=(3.0, 1.0, 0.2), splits=()
+) -> FeatureStore:
+    """Write a store whose layers are ever more collapsed."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(K, D))
+    store = FeatureStore.create(path, K, dict.fromkeys(layers, D), "float32")
+    for name in ("train", *splits):
+        y = np.arange(80) % K
+        rows = {
+            layer: (means[y] + s * rng.normal(size=(80, D))).astype("f4")
+            for layer, s in zip(layers, spread, strict=False)
+        }
+        with store.writer(name) as writer:
+            writer.append(rows, y)
+    store.set_classifier(layers[-1], means)
+    return store
+
+
+def make_runs(folder: Path) -> list[Path]:
+    """Write three checkpoints."""
+    paths = [folder / f"step-{step}.zarr" for step in (100, 20, 3000)]
+    for seed, path in enumerate(paths):
+        make_store(path, seed)
+    return paths
+
+
+def make_dataset(values, depths=None, **attributes) -> xr.Dataset:
+    n_stores, n_layers = np.shape(values)
+    layers = [f"h.{j}" for j in range(n_layers)]
+    coords = {"store": [f"s{i}" for i in range(n_stores)], "layer": layers}
+    if depths is not None:
+        coords["depth"] = (("store", "layer"), np.array(depths, float))
+    dims = ("store", "layer")
+    return xr.Dataset(
+        {"nc1_cdnv": (dims, np.array(values, float), {"role": "metric"})},
+        coords, {"dist_exp": 1.0, **attributes},
+    )  # fmt: skip
