@@ -182,6 +182,7 @@ class NamedArrays:
             When an array is missing, or one has another name.
         """
         state: Self = unpack(cls, arrays, "")
+        # A name too many is the array of another state, or a misspelt one.
         unknown = set(arrays) - set(pack(state, "", host=False)) - cls.later
         if unknown:
             raise DataError(
@@ -210,6 +211,7 @@ class NamedArrays:
             f"'{where}' holds no {cls.called}", f"a file written by {cls.__name__}.save"
         )
         try:
+            # A pickle could run anything: files may come from strangers.
             opened = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise refused from error

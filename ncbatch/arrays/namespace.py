@@ -67,6 +67,7 @@ def to_numpy(values: Array) -> npt.NDArray[Any]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(values, torch.Tensor):
         host = values.detach().cpu()
+        # torch gives NumPy no bfloat16; its bits travel as int16.
         if host.dtype == torch.bfloat16:
             import ml_dtypes
 
@@ -79,6 +80,7 @@ def to_numpy(values: Array) -> npt.NDArray[Any]:
         return on_host
     strict = sys.modules.get("array_api_strict")
     if strict is not None and isinstance(values, strict._array_object.Array):
+        # Its other devices refuse NumPy, as a GPU would.
         values = values.to_device(strict.Device("CPU_DEVICE"))
     return np.asarray(values)
 
@@ -118,6 +120,7 @@ def _first_nonfinite_half(rows: npt.NDArray[Any]) -> int | None:
     piece = np.empty(min(bits.size, _PIECE_VALUES), np.uint16)
     for start in range(0, bits.size, _PIECE_VALUES):
         part = bits[start : start + _PIECE_VALUES]
+        # Without the sign, infinities and NaNs are the greatest bit patterns.
         magnitudes = np.bitwise_and(part, np.uint16(0x7FFF), out=piece[: part.size])
         if magnitudes.max() >= infinity:
             return int(start + np.argmax(magnitudes >= infinity)) // int(rows.shape[1])

@@ -44,6 +44,7 @@ def symmetric_product(rows: Array, out: Array | None = None) -> Array:
     """
     xp = namespace(rows)
     if is_numpy_array(rows):
+        # One array on both sides: NumPy calls syrk.
         return np.matmul(rows.T, rows, out=out)
     return xp.matmul(xp.matrix_transpose(rows), rows)
 
@@ -62,6 +63,7 @@ def triangular_factor(rows: Array, block_rows: int = BLOCK_ROWS) -> Array:
     factor = None
     for part in row_blocks(rows.shape[0], block_rows):
         block = as_float64(rows[part, :])
+        # R of [R; block] is R of all rows so far: nothing of the size of A is held.
         stacked = block if factor is None else xp.concat([factor, block], axis=0)
         factor = _r_of_qr(stacked)
     return factor
@@ -107,6 +109,7 @@ class StoredRows:
     def create(cls, path: str | os.PathLike[str], shape: tuple[int, int]) -> StoredRows:
         """Make a file of zeros, to be written slice by slice."""
         with Path(path).open("wb") as file:
+            # Zeros that were never written take no room on the disk.
             file.truncate(shape[0] * shape[1] * 8)
         return cls(path, shape)
 
@@ -201,6 +204,7 @@ class StackedRows(StoredRows):
 
     def _read_rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         block = np.empty((len(numbers), self.shape[1]))
+        # The part whose first row is the last that is not beyond the number.
         homes = np.searchsorted(self._starts, numbers, side="right") - 1
         for home in np.unique(homes).tolist():
             here = homes == home
@@ -312,8 +316,10 @@ def take_rows(rows: Array, part: slice | Array) -> Array:
     if is_numpy_array(part) and part.size and not isinstance(rows, ChosenRows):
         first = int(part.min())
         last = int(part.max())
+        # Neighbouring numbers are a slice: no copy of what is in memory, one read of a file.
         if last - first + 1 == len(part) and bool(np.all(part[1:] > part[:-1])):
             return rows[first : last + 1, :]
+        # Twice as many rows are read faster than one seek for each.
         if not in_memory and last - first < _SPARSEST * len(part):
             return rows[first : last + 1, :][part - first]
     return namespace(rows).take(rows, part, axis=0) if in_memory else rows[part]

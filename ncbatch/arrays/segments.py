@@ -95,6 +95,7 @@ def cuda_segment_sum(values: Array, index: Array, counts: Array) -> Array:
     rows = cupy.ascontiguousarray(values.reshape(n_rows, n_features))
     sums = cupy.empty((n_segments, n_features), values.dtype)
     if sums.size:
+        # Rows of a segment in their order, or equal input would not give equal bits.
         order = cupy.argsort(index).astype(cupy.int64)  # CuPy's sort is stable
         starts, firsts = piece_table(counts)
         # No fewer than there are; the number itself would have to be fetched from the device.
@@ -168,6 +169,7 @@ class Segments:
         xp = namespace(labels)
         present, index = xp.unique_inverse(labels)
         counts = xp.unique_counts(labels).counts
+        # Libraries differ in the shape of the inverse; counts of int64 add up without overflow.
         return cls(present, xp.reshape(index, (-1,)), xp.astype(counts, xp.int64))
 
     def mask(self, n_classes: int) -> Array:
@@ -211,6 +213,7 @@ def segment_sum(values: Array, segments: Segments) -> Array:
         if values.ndim == 1:
             return np.bincount(segments.index, weights=values, minlength=n_segments)
         n_rows = values.shape[0]
+        # One entry a row, in the row of its class: such columns need no sorting.
         one_hot = sparse.csc_array(
             (np.ones(n_rows, values.dtype), segments.index, np.arange(n_rows + 1)),
             shape=(n_segments, n_rows),
@@ -228,6 +231,7 @@ def _pairwise_segment_sum(values: Array, index: Array, n_segments: int) -> Array
     index = xp.take(index, order, axis=0)
     while rows.shape[0] > n_segments:
         positions = xp.arange(rows.shape[0], dtype=index.dtype, device=device(index))
+        # A round adds every second row of a class to the one before it: rows halve.
         first = xp.searchsorted(index, index)
         odd = (positions - xp.astype(first, index.dtype)) % 2 == 1
         before_odd = xp.concat([odd[1:], xp.zeros_like(odd[:1])])

@@ -55,6 +55,7 @@ def map_threads(function: Callable[[Task], Result], tasks: Iterable[Task]) -> It
     with _controller().limit(limits=1, user_api="blas"), ThreadPoolExecutor(cpu_count()) as pool:
         for task in tasks:
             pending.append(pool.submit(function, task))
+            # Enough that no thread waits for the consumer, and no more than memory is planned for.
             if len(pending) == max_pending():
                 yield pending.popleft().result()
         while pending:
@@ -73,6 +74,7 @@ def read_ahead(blocks: Iterable[Block]) -> Iterator[Block]:
     block that it is at.
     """
     ready: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    # The reader loads a block only once the one before was taken: two are held at most.
     room = threading.Semaphore(1)
     abandoned = threading.Event()
 

@@ -90,6 +90,7 @@ class Decisions(NamedArrays):
         if features.shape[0] == 0:
             return cls.zero(n_classes, xp=xp, device=device(features))
         near = nearest_mean.decide(features)
+        # The model's own predictions stand for the classifier where they are stored.
         chosen = classifier.decide(features) if isinstance(classifier, Rule) else classifier
         return cls(
             *_count_by_class(labels, (near == chosen, near == labels, chosen == labels), n_classes)

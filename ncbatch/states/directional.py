@@ -64,6 +64,7 @@ class DirectionalVariance(NamedArrays):
             others = pairs.block(part)
             squares = pairs.square_distances(present, others)
             apart = pairs.apart(present, others, squares)
+            # 1/inf is 0: coincident means, and a class with itself, add nothing.
             weight = xp.where(apart, squares, xp.full_like(squares, xp.inf)) ** -2.0
             along = xp.matmul(residuals, xp.matrix_transpose(others.centred)) - offsets[:, None]
             total = total + xp.sum(segment_sum(along * along, segments) * weight, axis=1)

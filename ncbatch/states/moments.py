@@ -165,6 +165,7 @@ class Moments(NamedArrays):
         >>> m.traces
         array([2., 0.])
         """
+        # A block alone is a stream of one: its pilots are the class means, up to rounding.
         features, labels = check_block(features, labels, n_classes)
         accumulator = MomentsAccumulator(
             n_classes, features.shape[1], like=features, scatter=scatter, precision=precision
@@ -223,6 +224,7 @@ class Moments(NamedArrays):
         classes = None
         n_classes = self.means.shape[0]
         if self.classes is not None or other.classes is not None:
+            # Ascending, as either side is: a slice of it lies in a slice of each side.
             classes = xp.unique_values(xp.concat([self._ids, other._ids]))
             n_classes = classes.shape[0]
             if _compiled(self, other, n_classes):
@@ -234,6 +236,7 @@ class Moments(NamedArrays):
         means = xp.empty(
             (n_classes, self.means.shape[1]), dtype=xp.float64, device=device(self.means)
         )
+        # Both are about their own means; what lies between the means is added per class.
         scatter = None if self.scatter is None else self.scatter + other.scatter
         for part in row_blocks(n_classes):
             ids = None if classes is None else classes[part]
@@ -297,6 +300,7 @@ class Moments(NamedArrays):
         """
         xp = namespace(self.counts)
         counts = xp.take(self.counts, classes, axis=0)
+        # The scatter is pooled: what one class has in it cannot be taken out again.
         if self.scatter is not None and int(xp.sum(counts)) != self.n_samples:
             raise DataError(
                 "the pooled scatter of some classes cannot be had from finished moments",
@@ -380,8 +384,8 @@ class MomentsAccumulator:
     scatter: float64 keeps at least 16 - log10(n) digits, however far out the pilot lies.
 
     NumPy arrays beyond `_COMPILED_VALUES` numbers are folded by compiled code, `CompiledFolding`,
-    with the same arithmetic; which code folds a block depends on the data before it only. There a class's
-    first sample, alone in its block, is left out of the product: it is its own pilot.
+    with the same arithmetic; which code folds a block depends on the data before it only. There the
+    first sample of a class, alone in its block, is left out of the product: it is its own pilot.
     """
 
     def __init__(
@@ -538,6 +542,7 @@ class MomentsAccumulator:
         )
         if self._scatter is not None:
             self._scatter = self._restored(arrays["scatter"], self._scatter)
+        # It decides which code folds, which must not depend on a break.
         self._n_samples = int(self._xp.sum(self._running.counts))
         self._compiled_folding = None
 
@@ -560,6 +565,7 @@ class MomentsAccumulator:
         features = detached(features)
         n_rows = features.shape[0]
         step = _piece_rows(features.shape[1]) if self._compilable else max(n_rows, 1)
+        # Pieces whose residuals stay in the scratch that `peak_bytes` counts.
         for part in row_blocks(n_rows, step):
             self._n_samples += part.stop - part.start
             self._folding().add(features[part, :], labels[part])

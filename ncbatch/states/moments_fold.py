@@ -121,8 +121,10 @@ class Folding:
         n = as_float64(xp.clip(rows.counts, 1, None))
         missed = rows.sums / n[:, None]
         weighted = missed * xp.sqrt(n)[:, None]
+        # Rounding may leave a class of equal samples a trace just below zero.
         traces = xp.clip(rows.traces - xp.sum(weighted * weighted, axis=1), 0.0, None)
         if self._scatter is not None:
+            # A single sample is its own pilot: it misses nothing.
             self._scatter -= symmetric_product(weighted[rows.counts > 1])
         return as_float64(rows.pilots) + missed, traces
 
@@ -131,6 +133,7 @@ class Folding:
         known = xp.take(self._running.counts, segments.present, axis=0) > 0
         if bool(xp.all(known)):
             return
+        # For classes not seen before: were a pilot moved, sums about it would be wrong.
         rows = ~xp.take(known, segments.index, axis=0)
         firsts = Segments.of(segments.index[rows])
         sums = segment_sum(as_float64(features[rows]), firsts)
@@ -143,6 +146,7 @@ class Folding:
         xp = self._xp
         wide = xp.float64 if self._running.pilots.dtype == xp.float64 else self._work
         pilots = xp.take(self._running.pilots, labels, axis=0)
+        # Rounded to `work` once subtracted: differences are small, features may lie far out.
         residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
         return xp.astype(residuals, self._work, copy=False)
 
@@ -165,6 +169,7 @@ def merge_rows(
     n_b, mean_b, trace_b = theirs
     n_a = as_float64(n_a)
     n_b = as_float64(n_b)
+    # A class without samples on both sides stays a row of zeros.
     n = xp.clip(n_a + n_b, 1.0, None)
     apart = mean_b - mean_a
     # A class that only one side holds takes that side's mean, to the bit.

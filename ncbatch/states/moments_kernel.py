@@ -100,6 +100,7 @@ def group_rows(labels, counts, slots, groups):
         so far this is: they stand last.
     """
     order, starts, present = groups
+    # Classes in the order of their first row, and how many rows each has.
     n = 0
     sizes = np.zeros(labels.shape[0], np.int64)
     classes = np.empty(labels.shape[0], np.int64)
@@ -111,6 +112,7 @@ def group_rows(labels, counts, slots, groups):
             n += 1
         sizes[slots[c]] += 1
     place = row = several = 0
+    # New classes of one row stand last: their residuals are zero, so that products skip them.
     for alone in (False, True):
         for p in range(n):
             c = classes[p]
@@ -123,6 +125,7 @@ def group_rows(labels, counts, slots, groups):
         if not alone:
             several = place
     starts[n] = row
+    # A counting sort: rows of a class keep their order, and so sums their bits.
     ends = starts[:n].copy()
     for i in range(labels.shape[0]):
         p = slots[labels[i]]
@@ -160,6 +163,7 @@ def fold_classes(rows, groups, first, stop, running, residuals):
         end = starts[p + 1]
         pilot = pilots[c]
         total = sums[c]
+        # A new class: its pilot is its mean in this block.
         if counts[c] == 0:
             mean[:] = 0.0
             for t in range(begin, end):
@@ -171,6 +175,7 @@ def fold_classes(rows, groups, first, stop, running, residuals):
         square = 0.0
         for t in range(begin, end):
             x = rows[order[t]]
+            # Two loops: the one that writes no residuals is vectorised by itself.
             if keep:
                 row = residuals[t]
                 for j in range(n_features):
@@ -217,6 +222,7 @@ def settle_classes(classes, places, running, means, missed):
         total = sums[c]
         pilot = pilots[c]
         mean = means[places[p]]
+        # Its only sample is its pilot and its mean, to the bit.
         if n == 1:
             for j in range(n_features):
                 mean[j] = pilot[j]
@@ -373,6 +379,7 @@ class CompiledFolding:
 
 def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Lay features out for the kernels: rows contiguous, float16 as bits, in native order."""
+    # As bits, or NumPy would convert them in a pass of its own.
     if features.dtype == np.float16 and _HALVES:
         return np.ascontiguousarray(features, np.float16).view(np.uint16)
     if features.dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
@@ -384,6 +391,7 @@ def shares(starts: npt.NDArray[np.int64]) -> list[slice]:
     """Cut segments, with rows from `starts`, into runs of about equal size, one per thread."""
     n_threads = cpu_count()
     targets = starts[-1] * np.arange(n_threads + 1) // n_threads
+    # Cuts fall between classes only: a class is one thread's work.
     cuts = np.searchsorted(starts, targets)
     cuts[0] = 0
     cuts[-1] = len(starts) - 1
@@ -495,6 +503,7 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
         scatter = a.scatter + b.scatter
         apart = np.empty((min(int(ends[-1]), _piece_rows(n_features)), n_features))
         product = np.empty_like(scatter)
+    # Neither is written; a state that was sent cannot be.
     sides = Sides(rows, counts, _frozen(a.means), _frozen(b.means))
     for piece in _pieces(ends, apart.shape[0]):
 

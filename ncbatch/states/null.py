@@ -43,6 +43,7 @@ def null_labels(
         z ^= _mix(np.array([seed % 2**64], np.uint64))
         z = _mix(_mix(z))
     ends = np.cumsum(counts)
+    # 53 bits are all that a float64 in [0, 1) has.
     draws = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 * float(ends[-1])
     return np.searchsorted(ends, draws, side="right").astype(np.int64)
 
@@ -64,6 +65,7 @@ def null_scatter(moments: Moments, null: Moments) -> Moments:
     """
     if moments.scatter is None or moments.n_samples != null.n_samples:
         raise DataError("moments of different samples, or without scatter", "the same samples")
+    # T less the part between the null means, whatever the labels.
     scatter = moments.scatter + _between(moments) - _between(null)
     return replace(null, scatter=scatter)
 

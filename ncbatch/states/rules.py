@@ -158,7 +158,9 @@ def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> 
     for first, block, offsets in class_tiles(weight, bias, rows, tile_classes):
         scores = xp.matmul(rows, xp.matrix_transpose(block)) + offsets[None, :]
         top, runner_up, top_at = _top_two(scores)
+        # Of the tile's two and the two so far, the second greatest.
         second = xp.maximum(xp.minimum(best, top), xp.maximum(second, runner_up))
+        # Strictly: of equal scores the first tile's stays, which has the lower class.
         better = top > best
         at = xp.where(better, top_at + first, at)
         best = xp.where(better, top, best)
@@ -217,6 +219,7 @@ def sweep_compiled(
     def fold(task: tuple[Any, ...]) -> None:
         (part, lock), (first, block, offsets) = task
         scores = rows[part] @ block.T
+        # Tiles of classes come in any order; the leaders of a row are one thread's at a time.
         with lock:
             scan_tile(scores, offsets, first, values[part], at[part])
 
@@ -424,6 +427,7 @@ class Rule:
         if features.shape[0] == 0:
             return self.classes[:0]
         size = self._tiles(features).sweep_rows
+        # Rows that share a sweep share its tiles of classes, read or converted once.
         blocks = [self._decide_sweep(features[p, :]) for p in row_blocks(features.shape[0], size)]
         return namespace(features).concat(blocks) if len(blocks) > 1 else blocks[0]
 
@@ -466,6 +470,7 @@ class Rule:
         """Decide rows from every class whose score reaches `floor`, which a sweep finds."""
         xp = namespace(features)
         host = to_numpy(features)
+        # A row of zeros ties with every class: it is scored once, not once per copy.
         first, back = distinct_rows(host)
         numbers = xp.asarray(first, device=device(features))
         rows = xp.take(rows, numbers, axis=0)
@@ -517,6 +522,7 @@ class Rule:
         for part in row_blocks(shape[0], at_a_time):
             centred = as_float64(features[part, :]) - self.origin
             norms[part] = xp.sqrt(xp.sum(centred * centred, axis=1))
+            # Sixteen times below the largest number, so that no product or sum overflows.
             fits = norms[part] * max(self._reach, 1.0) <= limit
             rows[part, :] = xp.astype(xp.where(fits[:, None], centred, 0.0), self.dtype)
         wide = xp.isfinite(norms) & (norms * max(self._reach, 1.0) > limit)
@@ -605,6 +611,7 @@ def nearest_mean_rule(
     means = detached(means)
     xp = namespace(means)
     dtype = dtype or xp.float32
+    # Near all means: what they share costs the products no digits.
     origin = mean_of_rows(means)
     weight: Array = CentredRows(means, origin, dtype)
     bias = xp.empty((means.shape[0],), dtype=xp.float64, device=device(means))
@@ -667,6 +674,7 @@ def linear_rule(
     for part, block in float64_blocks(weight):
         offsets[part] = offsets[part] + xp.matmul(block, origin[:, None])[:, 0]
     length = scalar(xp.sqrt(xp.sum(origin * origin)))
+    # Half precision is converted tile by tile: half the memory of a copy.
     halves = in_memory(weight) and weight.dtype not in (xp.float32, xp.float64)
     held = weight if halves or _in_file(weight) else xp.astype(weight[:, :], dtype, copy=False)
     return Rule(

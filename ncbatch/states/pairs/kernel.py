@@ -169,6 +169,7 @@ def logarithms(x, bits, out):
         high = m > _SQRT2
         m = 0.5 * m if high else m
         k = k + 1.0 if high else k
+        # x = 2^k m with m in [1/sqrt 2, sqrt 2]; log x = k ln 2 + log1p f.
         f = m - 1.0
         s = f / (2.0 + f)
         z = s * s
@@ -188,6 +189,7 @@ def exponentials(x, whole, whole_bits, scale, scale_bits):
         v = max(x[t], -700.0)
         rounded = v * _LOG2_E + _ROUNDER
         whole[t] = rounded
+        # exp x = 2^k exp r with |r| <= ln 2 / 2; ln 2 in two parts keeps the digits of r.
         k = rounded - _ROUNDER
         r = (v - k * _LN2_HI) - k * _LN2_LO
         p = 1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800))
@@ -285,6 +287,7 @@ def sum_cdnv(d2, me, others, p, reference, value, row):
         varied = (d2[t] > (me.size + others.size[t])) and (others.variance[t] >= 0.0)
         q = 1.0 / d2[t] if varied else 0.0
         value[t] = q * q if p == 2.0 else q
+    # The usual exponents need no power, which is not vectorised.
     if p != 1.0 and p != 2.0:
         for t in range(d2.shape[0]):
             value[t] = value[t] ** p
@@ -504,6 +507,7 @@ def sweep_tile(
         sum_inner(g, references[INNER], row)
         if wanted.cdnv:
             sum_cdnv(d2, me, others, numbers.dist_exp, references[CDNV], x, row)
+            # Few rows hold one of the greatest: the others are not gone over again.
             if row.extremes[CDNV_RANGE + 1] > out.top[0].min():
                 keep_top(x, x, i, j, out.top[0], out.top_at[0])
         if wanted.corrected:

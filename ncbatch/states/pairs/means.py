@@ -101,6 +101,7 @@ class PairMeans:
                 self.within = xp.empty(means.shape, **place)
         self._measure(None if within is None else _root(within))
         directed = self._square > COINCIDENT * (self._size + xp.sum(self.center**2))
+        # A mean at the center has no direction: 1 stands for its norm, 0 for the inverse.
         norms = xp.sqrt(xp.where(directed, self._square, xp.ones_like(self._square)))
         self._inverse = xp.where(directed, 1.0 / norms, xp.zeros_like(norms))
 
@@ -155,6 +156,7 @@ class PairMeans:
         total = x.square[:, None] + y.square[None, :]
         if directions:
             total = xp.full_like(total, 2.0)
+        # |a|^2 + |b|^2 - 2 a.b cancels where means are near each other; those are computed anew.
         squares = xp.clip(total - 2.0 * xp.matmul(a, xp.matrix_transpose(b)), 0.0, None)
         lost = squares < LOST_IN_FLOAT64 * total
         if bool(xp.any(lost)):

@@ -61,6 +61,7 @@ class Tally:
         if n == 0:
             return cls()
         mean = total / n
+        # Little cancels: values are taken relative to a number near their mean.
         m2 = max(squares - total * mean, 0.0)
         return cls(n, reference + mean, m2, *extremes, log_scale)
 

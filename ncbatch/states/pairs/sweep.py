@@ -201,6 +201,7 @@ class PairTiles(PairMeans):
         if self._compiled:
             # Before threads do, what the tiles share.
             _ = self._copies, self._vectors, self._references
+            # Merged in the order of the tiles, whichever thread is done first.
             folded = map_threads(lambda sides: self._fold_compiled(*sides), self._read_rows(tiles))
         else:
             folded = (self._fold_arrays(*tile) for tile in tiles)
@@ -248,6 +249,7 @@ class PairTiles(PairMeans):
             reduced = squares - errors
             both = self._both_known(corrected, rows, columns)
             good = pairs & both & self.apart(rows, columns, reduced)
+            # Where the correction takes all but the last digits, nothing of the distance is known.
             good = good & (reduced > kernel.NO_DIGITS * (squares + errors))
             values = self._mean_of_pair(corrected, rows, columns)[good]
             tallies["cdnv_corrected"] = Tally.of(values / reduced[good] ** self._dist_exp)
@@ -420,6 +422,7 @@ class PairTiles(PairMeans):
     @cached_property
     def _references(self) -> Array:
         """Numbers near the means, from a sample of the pairs."""
+        # Sums of squares about a number near the mean lose no digits; which number does not matter.
         sample = slice(0, min(self.n_classes, _SAMPLE_CLASSES))
         operand = self._operand(sample)
         out = self._run_kernel(sample, operand, sample, operand, np.zeros(kernel.N_SUMS))
