@@ -327,7 +327,9 @@ def take_rows(rows: Array, part: slice | Array) -> Array:
 
 def take(values: Array, part: slice | Array) -> Array:
     """Read a slice, or the entries of some numbers, along the first axis of an array in memory."""
-    return values[part] if isinstance(part, slice) else namespace(values).take(values, part, axis=0)
+    if isinstance(part, slice):
+        return values[part, ...]
+    return namespace(values).take(values, part, axis=0)
 
 
 def block_rows(n_features: int, least: int = 1) -> int:
