@@ -571,7 +571,10 @@ class MomentsAccumulator:
             self._folding().add(features[part, :], labels[part])
 
     def finish(self) -> Moments:
-        """Correct for the pilots and return the state of all K classes; this object is spent."""
+        """Correct for the pilots and return the state of all K classes; this object is spent.
+
+        Where a class has no samples, (K, D) is held once more than `peak_bytes` says.
+        """
         return self.seal().expand(self._running.counts.shape[0])
 
     def seal(self) -> Moments:

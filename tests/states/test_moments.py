@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 from array_api_compat import device
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ncbatch.arrays.namespace import namespace
@@ -69,6 +69,7 @@ def test_every_regime_equals_the_oracle(regime: str, way):
         assert_equal_to_oracle(way(data, cuts), data)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_any_partition_gives_the_same_state(data):
     features = data.draw(feature_sets())

@@ -286,7 +286,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import numpy as np
-from ncbatch.stats import MomentsAccumulator
+from ncbatch.states.moments import MomentsAccumulator
 
 def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if key in l)
@@ -302,7 +302,7 @@ Path("/proc/self/clear_refs").write_text("5")
 accumulator = MomentsAccumulator(k, d, like=X, scatter=scatter, precision=precision)
 for start in range(0, n, rows):
     accumulator.add(X, rng.integers(0, k, rows))
-state = accumulator.finish()
+state = accumulator.seal()
 print(before, status("VmHWM"))
 """
 

@@ -96,7 +96,7 @@ def test_many_classes_and_every_dtype(kind, dtype, compiled: bool):
     np.testing.assert_array_equal(chosen, classifier_decisions(X, W, b))
 
 
-@settings(deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_equal_scores_go_to_the_lowest_class(data):
     """On a small grid of integers, where float64 is exact, most rows have several equal scores."""
@@ -289,7 +289,14 @@ def test_counts_by_class(library: Library):
 
 
 @pytest.mark.parametrize("place", ["memory", "file"])
-@pytest.mark.parametrize(("n", "k", "d"), [(3000, 4000, 96), (500, 2100, 700), (4000, 900, 128)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [
+        pytest.param(3000, 4000, 96, marks=pytest.mark.slow),
+        (500, 2100, 700),
+        pytest.param(4000, 900, 128, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_what_the_price_says(place: str, n: int, k: int, d: int, tmp_path: Path):
     X, means, _ = gaussian(n, k, d)
     X[:40] = means[:40] * (1 + 1e-9)

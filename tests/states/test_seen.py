@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ncbatch.arrays.threads import thread_limit
@@ -37,6 +37,7 @@ def assert_same_bits(a: Moments, b: Moments):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
+@settings(max_examples=40)  # in two ways
 @given(st.data())
 def test_expanding_undoes_leaving_out(data):
     features = data.draw(feature_sets())
@@ -48,6 +49,7 @@ def test_expanding_undoes_leaving_out(data):
     assert_same_bits(found.expand(features.n_classes), state)
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_merging_commutes_with_expanding(data):
     features = data.draw(feature_sets())

@@ -350,9 +350,10 @@ def test_tiles_are_those_of_the_list():
     ("K", "D", "quantities"),
     [
         (2500, 300, PAIR_QUANTITIES),
-        (2500, 3000, ("cdnv", "distance")),  # products in float64
-        (1500, 300, PAIR_QUANTITIES),
-        (1500, 2000, ("cdnv", "distance")),
+        # Products in float64.
+        pytest.param(2500, 3000, ("cdnv", "distance"), marks=pytest.mark.slow),
+        pytest.param(1500, 300, PAIR_QUANTITIES, marks=pytest.mark.slow),
+        pytest.param(1500, 2000, ("cdnv", "distance"), marks=pytest.mark.slow),
     ],
     ids=["many", "wide", "few", "few-wide"],
 )
