@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,14 @@ def _run_sweep(
 def _fold_items(work: Pass[Any], step: Sweep, progress: Progress | None, kept: Kept | None) -> Any:
     """Fold the items into one running state, which is kept from time to time."""
     arrays = kept.load("running") if kept is not None else None
-    n_done = 0 if arrays is None else int(arrays.pop("items_done"))
+    n_done = 0
     fold = work.start()
     if arrays is not None:
-        fold.restore(arrays)
+        items_done = int(arrays.pop("items_done"))
+        # What an earlier version kept in another form counts as absent.
+        with suppress(DataError):
+            fold.restore(arrays)
+            n_done = items_done
     last_kept = time.monotonic()
     keeping = 0.0
     for number, item in enumerate(step.items, start=1):

@@ -523,7 +523,7 @@ class MomentsAccumulator:
             When they are not those of such an accumulator; nothing has changed then.
         """
         shapes = {name: tuple(value.shape) for name, value in arrays.items()}
-        classes = arrays["class"]
+        classes = arrays.get("class", np.empty(0, np.int64))
         expected = {"class": classes.shape}
         for name, rows in zip(_SAVED, self._running, strict=True):
             expected[name] = (len(classes), *rows.shape[1:])

@@ -4,11 +4,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ncbatch.engine.jobs import Call, Item, Job, Sweep
 from ncbatch.engine.kept import Kept
 from ncbatch.engine.loop import run_jobs
+from ncbatch.errors import DataError
 from tests.engine.counting import Count, Counting
 
 ITEMS = [Item(i, i + 1, 10) for i in range(6)]
@@ -97,6 +99,20 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bits(tmp_path):
     assert log.read_text().split()[4:] == ["4-5", "5-6"]
     assert recorder.calls == [("counting", 60, "numbers"), *[10] * 6, "end"]
     assert not list((tmp_path / "state").glob("*/running.npz"))
+
+
+def test_a_running_state_of_another_form_counts_as_absent(tmp_path, monkeypatch):
+    """As an earlier version may have kept it."""
+
+    def refuse(self, arrays):
+        raise DataError("other arrays", "those of now")
+
+    log = tmp_path / "log"
+    kept = Kept(tmp_path / "state", job(Counting(NUMBERS)).steps[0].about)
+    kept.save("running", {"old": np.ones(2), "items_done": np.array(4)})
+    monkeypatch.setattr(Counting, "restore", refuse)
+    run_jobs([job(Counting(NUMBERS, log))], state=tmp_path / "state")
+    assert len(log.read_text().split()) == len(ITEMS)
 
 
 def test_a_finished_state_is_not_made_again(tmp_path):
