@@ -11,7 +11,7 @@ from ncbatch.engine.jobs import Call, Item, Job, Sweep
 from ncbatch.engine.kept import Kept
 from ncbatch.engine.loop import run_jobs
 from ncbatch.errors import DataError
-from tests.engine.counting import Count, Counting
+from tests.engine.counting import Adder, Count, Counting
 
 ITEMS = [Item(i, i + 1, 10) for i in range(6)]
 NUMBERS = (99741, 58916, 61899, 85406, 49757, 27520)
@@ -110,7 +110,7 @@ def test_a_running_state_of_another_form_counts_as_absent(tmp_path, monkeypatch)
     log = tmp_path / "log"
     kept = Kept(tmp_path / "state", job(Counting(NUMBERS)).steps[0].about)
     kept.save("running", {"old": np.ones(2), "items_done": np.array(4)})
-    monkeypatch.setattr(Counting, "restore", refuse)
+    monkeypatch.setattr(Adder, "restore", refuse)
     run_jobs([job(Counting(NUMBERS, log))], state=tmp_path / "state")
     assert len(log.read_text().split()) == len(ITEMS)
 
