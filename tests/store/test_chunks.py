@@ -43,6 +43,7 @@ def test_an_array_is_cut_with_its_chunks(array):
 
 
 def test_checksums_follow_the_bytes(array):
+    chunks.trim(array, 12)
     before = chunks.checksums(array)
     assert chunks.checksums(array) == before
     array[9] = 3
