@@ -103,7 +103,7 @@ def store(tmp_path: Path) -> FeatureStore:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     counts=st.lists(st.integers(0, 80), min_size=2, max_size=4),
