@@ -13,7 +13,7 @@ from ncbatch.errors import CorruptionError
 from ncbatch.store import chunks
 from ncbatch.store.chunks import Fault
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, read_attributes
-from ncbatch.store.ranks import n_samples
+from ncbatch.store.ranks import count_samples
 from ncbatch.store.states import STATES
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _record_faults(split: Split, exist: int) -> Iterator[Fault]:
     if split.finalized and split.n_samples != exist:
         wrong.append(f"{exist} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'")
     for record in () if split.finalized else split.records:
-        n = n_samples(split.arrays["label"], map(record.share.block, range(record.blocks)))
+        n = count_samples(split.arrays["label"], map(record.share.block, range(record.blocks)))
         if n != record.rows:
             writer = f"{n} samples of writer {record.share.rank}"
             wrong.append(f"{writer}, expected {record.rows} as it recorded")

@@ -173,11 +173,11 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
         # Killed while it ended: the last block may be a part of one, and is written again.
         if label.shape[0] < stop or np.asarray(label[stop - 1 : stop])[0] < 0:
             blocks -= 1
-    rows = n_samples(label, map(share.block, range(blocks)))
+    rows = count_samples(label, map(share.block, range(blocks)))
     return replace(record, blocks=blocks, rows=rows, position=blocks * block, final=False)
 
 
-def n_samples(label: zarr.Array[Any], blocks: Iterable[int]) -> int:
+def count_samples(label: zarr.Array[Any], blocks: Iterable[int]) -> int:
     """Count the samples (label >= 0) in some base blocks."""
     parts = (np.asarray(label[slice(*chunks.chunk_range(label, block))]) for block in blocks)
     return sum(int(np.count_nonzero(labels >= 0)) for labels in parts)
