@@ -289,7 +289,8 @@ class Finished:
             When shapes do not fit, or a value is not finite.
         """
         arrays = self._arrays(MOMENTS)
-        p, d = arrays["class"].shape[0], arrays["mean"].shape[-1]
+        p = arrays["class"].shape[0]
+        d = arrays["mean"].shape[-1]
         for name, shape in {"mean": (p, d), "trace": (p,), "scatter": (d, d)}.items():
             if name in arrays and arrays[name].shape != shape:
                 raise self._bad(

@@ -171,7 +171,7 @@ class Workers:
 
 
 class _Machine(NamedTuple):
-    """What a process has: its device, and bytes resident and available, of the device and of all."""
+    """What a process has: its device, and bytes of memory resident, of the device, available."""
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -408,7 +408,7 @@ def _is_local(asked: PlanRequest) -> bool:
 
 
 def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:
-    """Give the absolute path of the folder of kept states; workers may run elsewhere."""
+    """Make the absolute path of the folder of kept states; workers may run elsewhere."""
     if state is None:
         return None
     folder = Path(state).absolute()

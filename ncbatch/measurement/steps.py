@@ -213,7 +213,9 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
     blocks = list(cut(0, k, 1, most=-(-k // n), parts=n)) if work.mode.stored else [None]
     so_far = ""
     for i, block in enumerate(blocks):
-        name, label, about = reading.name, reading.label, reading.about
+        name = reading.name
+        label = reading.label
+        about = reading.about
         if block is not None:
             about = {**about, "class_block": list(block)}
         # A single block has the name of the whole, which is what it is.
