@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import device, is_numpy_array
@@ -17,7 +17,6 @@ from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_nu
 from ncbatch.arrays.rows import block_rows, product_rows, row_blocks, take_rows
 from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states.pairs import kernel
 from ncbatch.states.pairs.means import COINCIDENT, LOST_IN_FLOAT64, PairMeans, square_differences
 from ncbatch.states.pairs.stats import (
     COSINE_BINS,
@@ -29,6 +28,11 @@ from ncbatch.states.pairs.stats import (
     TopPairs,
 )
 
+if TYPE_CHECKING:
+    from ncbatch.states.pairs import kernel
+
+# Below this share of its terms a corrected squared distance is rounding error; as in the kernel.
+_NO_DIGITS = 1e-9
 # Classes of a tile's side: few fit the cache; many are products at full speed; and of stored means
 # each row is read once per tile, so that wider tiles leave reading small beside the work.
 _FEW_SIDE = 512
@@ -199,6 +203,7 @@ class PairTiles(PairMeans):
     def fold(self, tiles: Iterable[tuple[slice, slice]]) -> PairStats:
         """Tally the pairs i < j of some tiles, on all processors; merged in their order."""
         if self._compiled:
+            _load_kernel()
             # Before threads do, what the tiles share.
             _ = self._copies, self._vectors, self._references
             # Merged in the order of the tiles, whichever thread is done first.
@@ -250,7 +255,7 @@ class PairTiles(PairMeans):
             both = self._both_known(corrected, rows, columns)
             good = pairs & both & self.apart(rows, columns, reduced)
             # Where the correction takes all but the last digits, nothing of the distance is known.
-            good = good & (reduced > kernel.NO_DIGITS * (squares + errors))
+            good = good & (reduced > _NO_DIGITS * (squares + errors))
             values = self._mean_of_pair(corrected, rows, columns)[good]
             tallies["cdnv_corrected"] = Tally.of(values / reduced[good] ** self._dist_exp)
         if "cdnv_directional" in self.quantities:
@@ -471,6 +476,12 @@ class PairTiles(PairMeans):
         if "nearest" in self.quantities:
             tallies["nearest"] = _nearest(out, rows, columns, self.n_classes)
         return PairStats(**tallies)
+
+
+def _load_kernel() -> None:
+    """Load compiled code where it runs: numba takes longer than the sweep of a small store."""
+    global kernel
+    from ncbatch.states.pairs import kernel
 
 
 def sweep_pairs(
