@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ncbatch.ingest.model.ranks import finalize
     from ncbatch.measurement.run import measure, plan
     from ncbatch.results.files import load_results, save_results
+    from ncbatch.results.tables import ProgressBar, notes, result_tables
     from ncbatch.states.decisions import Decisions
     from ncbatch.states.moments import Moments, MomentsAccumulator
     from ncbatch.states.pairs.stats import PairStats
@@ -32,6 +33,7 @@ _HOMES = {
     "MomentsAccumulator": "ncbatch.states.moments",
     "NcbatchError": "ncbatch.errors",
     "PairStats": "ncbatch.states.pairs.stats",
+    "ProgressBar": "ncbatch.results.tables",
     "dump": "ncbatch.ingest.model.dumps",
     "dump_language_model": "ncbatch.ingest.language.dumps",
     "finalize": "ncbatch.ingest.model.ranks",
@@ -39,7 +41,9 @@ _HOMES = {
     "measure": "ncbatch.measurement.run",
     "metrics": "ncbatch",
     "nearest_mean_rule": "ncbatch.states.rules",
+    "notes": "ncbatch.results.tables",
     "plan": "ncbatch.measurement.run",
+    "result_tables": "ncbatch.results.tables",
     "save_results": "ncbatch.results.files",
 }
 
@@ -50,6 +54,7 @@ __all__ = [
     "MomentsAccumulator",
     "NcbatchError",
     "PairStats",
+    "ProgressBar",
     "dump",
     "dump_language_model",
     "finalize",
@@ -57,7 +62,9 @@ __all__ = [
     "measure",
     "metrics",
     "nearest_mean_rule",
+    "notes",
     "plan",
+    "result_tables",
     "save_results",
 ]
 

@@ -31,10 +31,12 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
 import ncbatch as nc
-from ncbatch.results.dataset import metric_names
-from ncbatch.results.tables import notes, result_tables
 
-N_CLASSES, N_TRAIN, N_PATCHES, WIDTH, BATCH = 10, 1297, 500, 256, 163
+N_CLASSES = 10
+N_TRAIN = 1297
+N_PATCHES = 500
+WIDTH = 256
+BATCH = 163
 LAYERS = {"input": "fc1:input", "hidden1": "act1", "hidden2": "act2", "hidden3": "act3"}
 LAST = "hidden3"  # what the head reads: NC3 and NC4 exist there only
 ALONG_DEPTH = ("nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc5_ood_dev")
@@ -45,7 +47,7 @@ Split = tuple[torch.Tensor, torch.Tensor]
 
 
 def load_splits(seed: int) -> dict[str, Split]:
-    """Give inputs (N, 64) in [0, 1] and labels (N,) of train, test and ood."""
+    """Load inputs (N, 64) in [0, 1] and labels (N,) of train, test and ood."""
     digits = load_digits()
     X = torch.tensor(digits.data / 16, dtype=torch.float32)
     y = torch.tensor(digits.target, dtype=torch.long)
@@ -76,7 +78,7 @@ def build_model() -> nn.Sequential:
 
 
 def train(model: nn.Module, data: Split, epochs: int) -> Iterator[int]:
-    """Train far beyond zero error, and give the epoch before the first and after each."""
+    """Train far beyond zero error; yields the epoch before the first and after each."""
     X, y = data
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -170,10 +172,11 @@ def main() -> None:
         nc.save_results(results, options.out / f"results{ending}")
     plot(results, checkpoints, options.out / "collapse.png")
 
-    others = [name for name in metric_names(results) if name not in SHOWN]
-    for table in result_tables(results.drop_vars(others).isel(store=[-1])):
+    metrics = [name for name, value in results.items() if value.attrs.get("role") == "metric"]
+    others = [name for name in metrics if name not in SHOWN]
+    for table in nc.result_tables(results.drop_vars(others).isel(store=[-1])):
         console.print(table)
-    for line in notes(results):
+    for line in nc.notes(results):
         console.print(line)
     print(f"\n{LAST}, over training:")
     print(results[list(SHOWN)].sel(layer=LAST, drop=True).to_dataframe().to_string())

@@ -25,12 +25,11 @@ from plots import depth_tables, only, plot_over_depth, plot_over_training
 from rich.console import Console
 
 import ncbatch as nc
-from ncbatch.results.tables import ProgressBar, notes
 
 METRICS = (
-    "nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc2_cos_std", "nc2_norm_cv", "nc5_ood_dev",
-    "nc3_dual_err", "nc4_agree", "nc4_clf_accuracy",
-)  # fmt: skip
+    *("nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc2_cos_std", "nc2_norm_cv", "nc5_ood_dev"),
+    *("nc3_dual_err", "nc4_agree", "nc4_clf_accuracy"),
+)
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
             if files:
                 dump(options, model, revision, files, split, store)
     results = nc.measure(
-        stores, null=options.null, state=options.out / "state", progress=ProgressBar()
+        stores, null=options.null, state=options.out / "state", progress=nc.ProgressBar()
     )
     for ending in (".zarr", ".csv"):
         nc.save_results(results, options.out / f"results{ending}")
@@ -78,7 +77,7 @@ def parsed() -> argparse.Namespace:
 
 
 def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
-    """Give models with their revisions, in the order named."""
+    """List models with their revisions, in the order named."""
     for revision in options.revision or [None]:
         yield options.model, revision
     for model in options.also:
@@ -103,16 +102,26 @@ def dump(
     means = "train" if options.moments and split == "test" else None
     print(f"{split} of {model} to {store}")
     nc.dump_language_model(
-        model, texts, store, split, revision=revision, labels=options.labels,
-        context=options.context, batch_size=options.batch_size, max_tokens=options.max_tokens,
-        moments=options.moments, means=means, resume=True, progress=ProgressBar(),
-    )  # fmt: skip
+        model,
+        texts,
+        store,
+        split,
+        revision=revision,
+        labels=options.labels,
+        context=options.context,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
+        moments=options.moments,
+        means=means,
+        resume=True,
+        progress=nc.ProgressBar(),
+    )
 
 
 def show(results: xr.Dataset, options: argparse.Namespace) -> None:
     """Print the tables and draw the figures."""
     console = Console(soft_wrap=True)
-    for line in notes(only(results, METRICS)):
+    for line in nc.notes(only(results, METRICS)):
         console.print(line, markup=False, highlight=False)
     for number in range(results.sizes["store"]):
         for table in depth_tables(results.isel(store=number), METRICS):

@@ -1,7 +1,7 @@
 """Figures and a table of what `ncbatch.measure` found over layers and checkpoints.
 
-`tiny_lm.py` and `hf_layerwise.py` share them. They need the coordinates ``depth`` (store, layer) and,
-over training, ``step`` (store) that a store dumped from a language model gives to its results.
+`tiny_lm.py` and `hf_layerwise.py` share them. They need the coordinates ``depth`` (store, layer)
+and, over training, ``step`` (store) that a store dumped from a language model gives to its results.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from rich.table import Table
-
-from ncbatch.results.dataset import metric_names
 
 # How a yardstick is drawn, and what the legend calls it.
 YARDSTICKS = {
@@ -109,10 +107,8 @@ def depth_tables(results: xr.Dataset, metrics: Sequence[str]) -> list[Table]:
         table_over_depth(results, deep[first : first + 3], f"over depth: {name}")
         for first in range(0, len(deep), 3)  # so many fit a narrow terminal
     ]
-    single = Table(
-        "metric", "what it is", "layer", "value",
-        title=f"at one layer: {name}", title_justify="left",
-    )  # fmt: skip
+    columns = ("metric", "what it is", "layer", "value")
+    single = Table(*columns, title=f"at one layer: {name}", title_justify="left")
     for metric in (m for m in shown if m not in deep):
         layer = str(results["layer"].values[results[metric].notnull().values][0])
         about = str(results[metric].attrs.get("long_name", ""))
@@ -126,16 +122,16 @@ def table_over_depth(results: xr.Dataset, metrics: Sequence[str], title: str) ->
     for metric in metrics:
         table.add_column(metric, justify="right", no_wrap=True)
     for layer in in_order(results):
-        found = results.sel(layer=layer)
-        cells = [number(found, metric) for metric in metrics]
-        table.add_row(f"{float(found['depth']):.2f}", short(layer), *cells)
+        values = results.sel(layer=layer)
+        cells = [number(values, metric) for metric in metrics]
+        table.add_row(f"{float(values['depth']):.2f}", short(layer), *cells)
     return table
 
 
-def in_order(found: xr.Dataset) -> list[str]:
-    """Give the layers that one store has, from the first to the last."""
-    place = places_of(found)
-    layers = [str(layer) for layer in found["layer"].values]
+def in_order(results: xr.Dataset) -> list[str]:
+    """List the layers that one store has, from the first to the last."""
+    place = places_of(results)
+    layers = [str(layer) for layer in results["layer"].values]
     return [layers[i] for i in np.argsort(place, kind="stable") if np.isfinite(place[i])]
 
 
@@ -144,10 +140,10 @@ def short(layer: str) -> str:
     return ".".join(layer.split(".")[-2:])
 
 
-def number(found: xr.Dataset, name: str) -> str:
+def number(values: xr.Dataset, name: str) -> str:
     """Write a value with its random value behind it."""
     value, random = (
-        float(found[key]) if key in found else math.nan for key in (name, f"{name}_random")
+        float(values[key]) if key in values else math.nan for key in (name, f"{name}_random")
     )
     if math.isnan(value):
         return ""
@@ -156,7 +152,8 @@ def number(found: xr.Dataset, name: str) -> str:
 
 def only(results: xr.Dataset, metrics: Sequence[str]) -> xr.Dataset:
     """Leave out the metrics that are not shown, so that nothing is said of them."""
-    return results.drop_vars([name for name in metric_names(results) if name not in metrics])
+    named = [name for name, values in results.items() if values.attrs.get("role") == "metric"]
+    return results.drop_vars([name for name in named if name not in metrics])
 
 
 def count(values: xr.DataArray, dim: str) -> int:
@@ -165,10 +162,10 @@ def count(values: xr.DataArray, dim: str) -> int:
     return int(values.notnull().any(other).sum())
 
 
-def places_of(found: xr.Dataset) -> np.ndarray:
-    """Give where the layers of one store stand on the axis of depth."""
-    depth = np.array(found["depth"].values, dtype=np.float64)
-    is_input = np.array([str(layer).endswith(":input") for layer in found["layer"].values])
+def places_of(results: xr.Dataset) -> np.ndarray:
+    """Place the layers of one store on the axis of depth."""
+    depth = np.array(results["depth"].values, dtype=np.float64)
+    is_input = np.array([str(layer).endswith(":input") for layer in results["layer"].values])
     return np.where(is_input & (depth == 1), HEAD, depth)
 
 
@@ -182,7 +179,7 @@ def store_labels(results: xr.Dataset) -> dict[str, str]:
 
 
 def shades(n: int) -> np.ndarray:
-    """Give n colors from light to dark."""
+    """Choose n colors from light to dark."""
     return plt.get_cmap("viridis_r")(np.linspace(0.1, 1, n) if n > 1 else [1.0])
 
 
@@ -215,16 +212,16 @@ def line(
 ) -> None:
     """Draw what there is of a line, in the order of x."""
     y = np.asarray(values.values, dtype=np.float64)
-    there = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    order = there[np.argsort(x[there], kind="stable")]
+    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    order = known[np.argsort(x[known], kind="stable")]
     ax.plot(x[order], y[order], style, color=color, label=label, markersize=3.5)
 
 
-def yardsticks(ax: Axes, found: xr.Dataset, name: str, x: np.ndarray) -> None:
+def yardsticks(ax: Axes, results: xr.Dataset, name: str, x: np.ndarray) -> None:
     """Draw a metric's yardsticks where they exist."""
     for suffix, (style, _) in YARDSTICKS.items():
-        if f"{name}_{suffix}" in found:
-            line(ax, x, found[f"{name}_{suffix}"], "0.25", style, suffix)
+        if f"{name}_{suffix}" in results:
+            line(ax, x, results[f"{name}_{suffix}"], "0.25", style, suffix)
 
 
 def label_outer(axes: Sequence[Axes], text: str) -> None:
@@ -248,9 +245,12 @@ def finish(
     )
     if known:
         figure.legend(
-            [marks[suffix] for suffix in known], [YARDSTICKS[suffix][1] for suffix in known],
-            title=fill(measured_by, 24, break_long_words=False), loc="outside right lower", frameon=False,
-        )  # fmt: skip
+            [marks[suffix] for suffix in known],
+            [YARDSTICKS[suffix][1] for suffix in known],
+            title=fill(measured_by, 24, break_long_words=False),
+            loc="outside right lower",
+            frameon=False,
+        )
     figure.suptitle(title, fontsize=13)
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
     figure.savefig(path, dpi=110)

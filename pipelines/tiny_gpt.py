@@ -1,8 +1,8 @@
 """The model of `tiny_lm.py`: its text, its tokenizer and its training.
 
-The text ships with Python: the standard library's sources, every tenth file kept for testing; out of
-distribution is English prose, the help topics of ``pydoc``. Everything depends on the recipe and on
-the version of Python only, and what exists is not done again.
+The text ships with Python: the standard library's sources, every tenth file kept for testing; out
+of distribution is English prose, the help topics of ``pydoc``. Everything depends on the recipe and
+on the version of Python only, and what exists is not done again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ PIECE = 4096  # characters of a document, about: sources are cut at the ends of 
 TEST_EVERY = 10  # of so many files one is for testing
 # Not samples of code: tests, character tables, the help topics, and what pip put there.
 SKIPPED = {
-    "test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
     "__pycache__",
-}  # fmt: skip
+}
 SPLITS = ("train", "test", "ood")
 
 
@@ -55,9 +61,19 @@ class Recipe:
 
 
 QUICK = Recipe(
-    characters=300_000, vocabulary=384, n_blocks=2, n_heads=2, width=32, context=64, batch=8,
-    steps=30, checkpoints=3, rate=1e-2, train_tokens=6_000, other_tokens=2_000,
-)  # fmt: skip
+    characters=300_000,
+    vocabulary=384,
+    n_blocks=2,
+    n_heads=2,
+    width=32,
+    context=64,
+    batch=8,
+    steps=30,
+    checkpoints=3,
+    rate=1e-2,
+    train_tokens=6_000,
+    other_tokens=2_000,
+)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -87,7 +103,7 @@ def write_texts(recipe: Recipe, folder: Path) -> dict[str, Path]:
 
 
 def sources(most: int) -> Iterator[tuple[str, str]]:
-    """Give the standard library's files in order, until `most` characters."""
+    """Read the standard library's files in order, until `most` characters."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -130,7 +146,7 @@ def make_tokenizer(recipe: Recipe, text: Path, folder: Path) -> PreTrainedTokeni
 
 
 def checkpoint_steps(recipe: Recipe) -> list[int]:
-    """Give step 0 and steps spaced like logarithms up to the last."""
+    """List step 0 and steps spaced like logarithms up to the last."""
     first = max(1, recipe.steps // 100)
     later = np.geomspace(first, recipe.steps, recipe.checkpoints - 1).round().astype(int)
     return sorted({0, *later.tolist()})
@@ -142,7 +158,7 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
 ) -> dict[int, Path]:
-    """Train from the last checkpoint there is, and give all checkpoints by step."""
+    """Train from the last checkpoint there is; returns all checkpoints by step."""
     paths = {step: folder / f"step-{step:06d}" for step in checkpoint_steps(recipe)}
     there = list(takewhile(lambda step: paths[step].exists(), paths))  # up to the first that lacks
     if len(there) == len(paths):
@@ -166,7 +182,7 @@ def train(
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, text: Path) -> torch.Tensor:
-    """Give the tokens of all documents in a row, each followed by the end mark."""
+    """Lay the tokens of all documents in a row, each followed by the end mark."""
     encoded = tokenizer(documents(text), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in (*ids, tokenizer.eos_token_id)])
 
@@ -175,11 +191,15 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForC
     """Build a model with weights drawn from the seed."""
     torch.manual_seed(recipe.seed)
     config = GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=4 * recipe.width,
-        num_hidden_layers=recipe.n_blocks, num_attention_heads=recipe.n_heads,
-        max_position_embeddings=recipe.context, bos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=4 * recipe.width,
+        num_hidden_layers=recipe.n_blocks,
+        num_attention_heads=recipe.n_heads,
+        max_position_embeddings=recipe.context,
+        bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     return GPTNeoXForCausalLM(config)
 
 
@@ -214,14 +234,14 @@ def schedule(done: float) -> float:
 
 
 def next_token_loss(model: GPTNeoXForCausalLM, windows: torch.Tensor) -> torch.Tensor:
-    """Give the mean cross-entropy in nats of windows (B, T + 1)."""
+    """Compute the mean cross-entropy in nats of windows (B, T + 1)."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def mean_loss(model: GPTNeoXForCausalLM, tokens: torch.Tensor, recipe: Recipe) -> float:
-    """Give the loss over the first windows, up to 128."""
+    """Compute the loss over the first windows, up to 128."""
     model.eval()
     n = min(128, len(tokens) // (recipe.context + 1))
     windows = tokens[: n * (recipe.context + 1)].view(n, recipe.context + 1)

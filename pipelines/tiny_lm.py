@@ -10,7 +10,7 @@ and a GPT-NeoX model are trained on it; classes are the next token. Leaves in OU
 - ``text/``: the documents as JSON lines, ``train``, ``test`` and ``ood``;
 - ``checkpoints/step-000000/``, ...: the model and its tokenizer, as transformers saves them;
 - ``stores/step-000000.zarr``, ...: features of every layer, a store per checkpoint;
-- ``results.zarr``, ``results.csv``: what was measured, ``state/`` what a new sweep need not read again;
+- ``results.zarr``, ``results.csv``: what was measured; ``state/``: what a new sweep need not read;
 - ``depth.png``, ``training.png``: metrics over depth and over training, with their yardsticks.
 
 The same command goes on after an interruption; what exists is not done again.
@@ -22,10 +22,9 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +32,27 @@ import xarray as xr
 from plots import depth_tables, in_order, only, plot_over_depth, plot_over_training
 from rich.console import Console
 from rich.table import Table
-from tiny_gpt import QUICK, Recipe, load_model, make_tokenizer, train, write_file, write_texts
-from transformers import PreTrainedTokenizerFast
+from tiny_gpt import (
+    QUICK,
+    Recipe,
+    documents,
+    load_model,
+    make_tokenizer,
+    train,
+    write_file,
+    write_texts,
+)
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import ncbatch as nc
-from ncbatch.ingest.language.corpus import TokenBatch, open_corpus
-from ncbatch.results.tables import notes
 
 ROUNDS = 3  # of timing
 HEAD_METRICS = ("nc3_dual_err", "nc4_agree", "nc4_clf_accuracy")
 METRICS = (
-    "nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc2_cos_std", "nc2_norm_cv", "nc5_ood_dev",
+    *("nc1_pinv", "nc1_cdnv", "nc2_etf_err", "nc2_cos_std", "nc2_norm_cv", "nc5_ood_dev"),
     *HEAD_METRICS,
-)  # fmt: skip
+)
 
 
 def main() -> None:
@@ -79,7 +85,7 @@ def main() -> None:
     plot_over_depth(results, METRICS, f"{title}, over depth", out / "depth.png")
     plot_over_training(results, METRICS, f"{title}, over training", out / "training.png")
 
-    for line in notes(only(results, METRICS)):
+    for line in nc.notes(only(results, METRICS)):
         console.print(line)
     console.print(loss_table(checkpoints, results), speed_table(out))
     for table in depth_tables(results.isel(store=-1), METRICS):
@@ -106,9 +112,18 @@ def dump_checkpoint(
     for split, text in texts.items():
         most = recipe.train_tokens if split == "train" else recipe.other_tokens
         nc.dump_language_model(
-            checkpoint, text, store, split, max_tokens=most, context=recipe.context,
-            batch_size=recipe.dump_batch, name="tiny-lm", step=step, device="cpu", resume=True,
-        )  # fmt: skip
+            checkpoint,
+            text,
+            store,
+            split,
+            max_tokens=most,
+            context=recipe.context,
+            batch_size=recipe.dump_batch,
+            name="tiny-lm",
+            step=step,
+            device="cpu",
+            resume=True,
+        )
     print(f"dumped {store}")
     return store
 
@@ -120,27 +135,32 @@ def measure_speed(
     timings = read_timings(out)
     if "dump" in timings:
         return
-    options: dict[str, Any] = {"context": recipe.context, "max_tokens": recipe.train_tokens}
     model = load_model(checkpoint).eval()
+    throwaway = out / "stores" / "speed.zarr"
 
-    def tokenize() -> Sequence[TokenBatch]:
-        return open_corpus(text, tokenizer, **options).batches(recipe.dump_batch)
+    def tokenize() -> list[BatchEncoding]:
+        return list(batches_of(recipe, tokenizer, text))
 
     batches = tokenize()
-    n_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    throwaway = out / "stores" / "speed.zarr"
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
 
     def forward() -> None:
         with torch.inference_mode():
             for batch in batches:
-                ids, mask = map(torch.from_numpy, (batch.input_ids, batch.attention_mask))
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
+                model(**batch, use_cache=False)
 
     def dump() -> None:
         nc.dump_language_model(
-            model, text, throwaway, "train", tokenizer=tokenizer, batch_size=recipe.dump_batch,
-            overwrite=throwaway.exists(), **options,
-        )  # fmt: skip
+            model,
+            text,
+            throwaway,
+            "train",
+            tokenizer=tokenizer,
+            batch_size=recipe.dump_batch,
+            context=recipe.context,
+            max_tokens=recipe.train_tokens,
+            overwrite=throwaway.exists(),
+        )
 
     forward()  # the first is slower: memory is new
     works = {"tokenize": tokenize, "forward": forward, "dump": dump}
@@ -148,6 +168,23 @@ def measure_speed(
     shutil.rmtree(throwaway)
     medians = dict(zip(works, np.median(taken, axis=0).tolist(), strict=True))
     keep_timings(out, timings | medians | {"tokens": n_tokens})
+
+
+def batches_of(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, text: Path
+) -> Iterator[BatchEncoding]:
+    """Cut documents into the windows that a dump runs: until there are so many next tokens."""
+    windows: list[list[int]] = []
+    missing = recipe.train_tokens
+    for ids in tokenizer(documents(text), verbose=False)["input_ids"]:
+        # The last token of a document has no next one.
+        for start in range(0, len(ids) - 1, recipe.context):
+            if missing > 0:
+                windows.append(ids[start : start + recipe.context])
+                missing -= min(recipe.context, len(ids) - 1 - start)
+    for first in range(0, len(windows), recipe.dump_batch):
+        part = windows[first : first + recipe.dump_batch]
+        yield tokenizer.pad({"input_ids": part}, padding_side="right", return_tensors="pt")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -190,8 +227,8 @@ def loss_table(checkpoints: dict[int, Path], results: xr.Dataset) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for number, (step, path) in enumerate(checkpoints.items()):
         losses = json.loads((path / "losses.json").read_text("utf-8"))
-        found = results.isel(store=number).sel(layer=head)
-        cells = (f"{float(found[name]):.3g}" for name in HEAD_METRICS)
+        values = results.isel(store=number).sel(layer=head)
+        cells = (f"{float(values[name]):.3g}" for name in HEAD_METRICS)
         table.add_row(f"{step:,}", f"{losses['train']:.3f}", f"{losses['test']:.3f}", *cells)
     return table
 

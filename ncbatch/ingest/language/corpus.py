@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.engine.jobs import Progress
-from ncbatch.errors import DataError, OutputError, UsageError, unknown_name
+from ncbatch.errors import DataError, OutputError, UsageError
 from ncbatch.ingest.language.texts import (
     LARGEST_ID,
     Document,
@@ -30,7 +30,6 @@ from ncbatch.ingest.language.texts import (
 )
 
 Kind = Literal["next", "given", "argmax"]
-KINDS: tuple[Kind, ...] = ("next", "given", "argmax")
 
 # What is held at a time of columns, so that memory does not grow with the corpus.
 _TOKENS = 2**18
@@ -54,6 +53,7 @@ class Column:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (as long as the column)
         except OSError as error:
             raise _no_room(error) from error
+        # A column may be dropped anywhere: a file that nobody closes would warn of itself.
         weakref.finalize(self, self._file.close)
 
     def __len__(self) -> int:
@@ -141,6 +141,7 @@ def position_labels(
     target = tokens.attended & tokens.kept & (given >= 0)
     ends = np.zeros(len(tokens), np.bool_)
     ends[last] = True
+    # The roll brings the first to the last place, which always ends a document.
     follows = np.roll(target, -1) & ~ends
     if kind == "given":
         labels = np.where(target, given, -1)
@@ -213,7 +214,7 @@ class Reading:
         self.labels = Column(np.int32)
         self.ends = Column(np.int64)
         self.n_empty = self.n_samples = self.n_token_ids = 0
-        self._kind = kind
+        self.kind = kind
         self._excluded = excluded
         self._masked = masked
         self._end = 0  # of the last document that is complete
@@ -236,7 +237,7 @@ class Reading:
             When a document cannot be read, lacks labels, or there is no sample in any.
         """
         last = None  # the last sample that is wanted
-        with closing(_checked_documents(sources, self._kind, progress)) as documents:
+        with closing(_checked_documents(sources, self.kind, progress)) as documents:
             for rows in tokenize(documents, encode):
                 missing = -1 if enough is None else enough - self.n_samples
                 samples = self._add(rows)
@@ -263,7 +264,8 @@ class Reading:
         tokens = TokenRow.join(rows)
         ends = np.cumsum([len(row) for row in rows])[[row.ends for row in rows]]
         last = np.append(ends, len(tokens)) - 1
-        labels = position_labels(tokens, last[last >= 0], self._kind, self._excluded, self._masked)
+        labels = position_labels(tokens, last[last >= 0], self.kind, self._excluded, self._masked)
+        # One number holds token and attention: a corpus is 8 bytes per token on the disk.
         self.ids.write(start, np.where(tokens.attended, tokens.ids, -1 - tokens.ids))
         self.labels.write(start, labels)
         self._end_documents(ends + start)
@@ -291,7 +293,7 @@ class Reading:
         return DataError(
             f"no sample in the texts (documents: {len(self.ends)}, tokens: {len(self.ids)}, "
             f"empty documents: {self.n_empty})",
-            expected[self._kind],
+            expected[self.kind],
         )
 
 
@@ -304,7 +306,7 @@ def _checked_documents(
     try:
         for source in sources:
             for document in source.documents():
-                check_labels(document, kind)
+                check_labels(document, kind)  # here, where an error can still name the document
                 yield document
                 if progress:
                     progress.advance(document.size)
@@ -353,33 +355,46 @@ def lowest_per_class(labels: Column, cap: int, seed: int) -> npt.NDArray[np.int6
     # Labels, draws and positions: the lowest so far, then those that came since.
     parts: list[tuple[npt.NDArray[Any], ...]] = []
     n_lowest = n_since = 0
+    # Classes that have all their samples take only lower draws than the highest of those.
+    full = np.empty(0, np.int32)
+    highest = np.empty(0, np.uint64)
     for start in range(0, len(labels), _TOKENS):
         block = labels.read(start, start + _TOKENS)
-        places = np.flatnonzero(block >= 0)
+        candidate = block >= 0
         draws = random_draws(start, start + len(block), seed)
+        if len(full):
+            nearest = np.minimum(np.searchsorted(full, block), len(full) - 1)
+            candidate &= (full[nearest] != block) | (draws < highest[nearest])
+        places = np.flatnonzero(candidate)
         parts.append((block[places], draws[places], places + start))
         n_since += len(places)
         # All are sorted: that waits until there are as many new as old.
         if n_since >= max(n_lowest, _TOKENS):
-            parts = [_lowest(parts, cap)]
-            n_lowest, n_since = len(parts[0][0]), 0
+            classes, draws, positions, rank = _lowest(parts, cap)
+            parts = [(classes, draws, positions)]
+            n_lowest, n_since = len(classes), 0
+            full = classes[rank == cap - 1]
+            highest = draws[rank == cap - 1]
     return np.sort(_lowest(parts, cap)[2])
 
 
 def _lowest(parts: list[tuple[npt.NDArray[Any], ...]], cap: int) -> tuple[npt.NDArray[Any], ...]:
+    """Choose the lowest draws of each class, in order; also returns their ranks in the class."""
     labels, draws, positions = (np.concatenate(part) for part in zip(*parts, strict=True))
+    # By class, and of each the lowest draws first.
     order = np.lexsort((draws, labels))
     ordered = labels[order]
-    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # within the class
+    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
     order = order[rank < cap]
-    return labels[order], draws[order], positions[order]
+    return labels[order], draws[order], positions[order], rank[rank < cap]
 
 
-# Windows: how documents are cut or packed, and which windows hold samples.
+# Windows: how documents are cut or packed.
 
 
 def packed_windows(n_tokens: int, context: int) -> Iterator[Bounds]:
     """Cut all documents, one behind the other, into windows; only the last may be short."""
+    # So many whole windows as are few tokens.
     step = context * max(_TOKENS // context, 1)
     for start in range(0, n_tokens, step):
         first = np.arange(start, min(start + step, n_tokens), context)
@@ -408,83 +423,6 @@ def cut_windows(ends: Column, context: int) -> Iterator[Bounds]:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """The windows that hold samples.
-
-    Attributes
-    ----------
-    starts, stops : Column of int64
-        Their first positions, and those behind their last.
-    n_samples : int
-        Samples in them.
-    fingerprint : str
-        Hash of their lengths, tokens and labels.
-    """
-
-    starts: Column
-    stops: Column
-    n_samples: int
-    fingerprint: str
-
-
-def settle_windows(
-    ids: Column,
-    labels: Column,
-    bounds: Iterator[Bounds],
-    chosen: npt.NDArray[np.int64] | None,
-    most: int | None,
-) -> Windows:
-    """Find the windows that hold samples, and make the labels of all others' positions -1.
-
-    Parameters
-    ----------
-    ids, labels : Column of int32
-        Token and label of every position. Labels are changed: those of samples that are not
-        taken become -1.
-    bounds : iterator
-        All windows in order, without gaps: from `cut_windows` or `packed_windows`.
-    chosen : array of int64, optional
-        The only positions that are taken, in order.
-    most : int, optional
-        Only the first so many samples are taken.
-    """
-    starts = Column(np.int64)
-    stops = Column(np.int64)
-    n_samples = 0
-    # Dumps record this hash: what it is made of, and in which order, must not change.
-    shapes = hashlib.sha256()
-    contents = hashlib.sha256()
-    for first, behind in bounds:
-        begin = int(first[0])
-        end = int(behind[-1])
-        taken = labels.read(begin, end)
-        out = taken >= 0
-        if chosen is not None:
-            out[chosen[slice(*np.searchsorted(chosen, [begin, end]))] - begin] = False
-            taken[out] = -1
-        if most is not None:
-            taken[np.flatnonzero(taken >= 0)[most - n_samples :]] = -1
-        labels.write(begin, taken)
-        inside = taken >= 0
-        n_samples += int(np.count_nonzero(inside))
-        held = np.logical_or.reduceat(inside, first - begin)
-        starts.append(first[held])
-        stops.append(behind[held])
-        lengths = behind - first
-        rows = np.repeat(held, lengths)
-        shapes.update(lengths[held].tobytes())
-        contents.update(np.stack([ids.read(begin, end), taken], 1)[rows].tobytes())
-        if most is not None and n_samples >= most:
-            labels.cut(end)
-            break
-    shapes.update(contents.digest())
-    return Windows(starts, stops, n_samples, shapes.hexdigest())
-
-
-# The corpus itself.
-
-
-@dataclass(frozen=True)
 class TokenBatch:
     """Some windows of tokens, padded on the right to the longest of them.
 
@@ -509,23 +447,30 @@ class Corpus:
 
     Attributes
     ----------
+    kind : {"next", "given", "argmax"}
+        What the labels are.
     n_documents : int
         Documents that were read and had tokens.
     n_empty : int
         Documents that were read and had none; they are skipped.
     n_token_ids : int
         The largest token id plus one.
-    kind : {"next", "given", "argmax"}
-        What the labels are.
+    n_samples : int
+        Positions that are samples.
+    fingerprint : str
+        Hash of the windows with their tokens and labels: equal ones give equal rows.
     """
 
+    kind: Kind
     n_documents: int
     n_empty: int
     n_token_ids: int
-    kind: Kind
-    _windows: Windows
+    n_samples: int
+    fingerprint: str
     _ids: Column  # a token without attention is stored as -1 - id
     _labels: Column
+    _starts: Column  # of the windows that hold samples
+    _stops: Column
 
     @property
     def n_tokens(self) -> int:
@@ -535,17 +480,7 @@ class Corpus:
     @property
     def n_windows(self) -> int:
         """Windows that hold a sample; the others are left out."""
-        return len(self._windows.starts)
-
-    @property
-    def n_samples(self) -> int:
-        """Positions that are samples."""
-        return self._windows.n_samples
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the windows with their tokens and labels: equal ones give equal rows."""
-        return self._windows.fingerprint
+        return len(self._starts)
 
     def label_counts(self, n_classes: int) -> npt.NDArray[np.int64]:
         """Count the samples of each of `n_classes` classes.
@@ -570,50 +505,30 @@ class Corpus:
             counts += np.bincount(labels[labels >= 0], minlength=n_classes)
         return counts
 
-    def batches(self, batch_size: int) -> TokenBatches:
-        """Take the windows in order, `batch_size` at a time; the last may have fewer.
+    def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[TokenBatch]:
+        """Read the windows in order, `batch_size` at a time; the last batch may have fewer.
 
-        Each is read when it is asked for. The samples and their order are the same for any size.
-
-        Raises
-        ------
-        UsageError
-            When `batch_size` is below 1.
+        The samples and their order are the same for any size. Of the batches only number `first`,
+        `first + step`, ... are read.
         """
-        if batch_size < 1:
-            raise UsageError(f"batches of {batch_size} windows", "at least 1")
-        return TokenBatches(self, batch_size)
+        for start in range(first * batch_size, self.n_windows, step * batch_size):
+            yield self._read_windows(start, start + batch_size)
 
-    def read_windows(self, first: int, behind: int) -> TokenBatch:
+    def _read_windows(self, first: int, behind: int) -> TokenBatch:
         """Read windows by their numbers."""
-        starts = self._windows.starts.read(first, behind)
-        stops = self._windows.stops.read(first, behind)
+        starts = self._starts.read(first, behind)
+        stops = self._stops.read(first, behind)
         shape = len(starts), int((stops - starts).max())
         ids = np.zeros(shape, np.int64)
         mask = np.zeros(shape, np.int64)
         labels = np.full(shape, -1, np.int64)
         for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
             tokens = self._ids.read(start, stop)
+            # Padding stands on the right: positions are those of the unpadded window.
             mask[row, : stop - start] = tokens >= 0
             ids[row, : stop - start] = np.where(tokens < 0, -1 - tokens, tokens)
             labels[row, : stop - start] = self._labels.read(start, stop)
         return TokenBatch(ids, mask, labels)
-
-
-@dataclass(frozen=True)
-class TokenBatches:
-    """The windows of a corpus, some at a time, read when asked for."""
-
-    corpus: Corpus
-    size: int
-
-    def __len__(self) -> int:
-        return -(-self.corpus.n_windows // self.size)
-
-    def __getitem__(self, number: int) -> TokenBatch:
-        if not 0 <= number < len(self):  # which also ends a loop over them
-            raise IndexError(f"batch {number} of {len(self)}")
-        return self.corpus.read_windows(number * self.size, (number + 1) * self.size)
 
 
 def open_corpus(
@@ -692,15 +607,9 @@ def open_corpus(
     OutputError
         When there is no room for the temporary files.
     """
-    excluded = _check_options(context, labels, exclude, max_tokens, per_class_cap)
+    excluded = _check_excluded(exclude, tokenizer, labels, per_class_cap)
     sources = find_texts(texts, field)
     encode = encoder_of(tokenizer)
-    if len(excluded) and tokenizer is not None:
-        size = vocabulary_of(tokenizer)
-        if excluded[-1] >= size:
-            raise UsageError(
-                f"excluded id {excluded[-1]}", f"ids of the vocabulary, below {size:,}"
-            )
     reading = Reading(labels, excluded, masked)
     enough = max_tokens if per_class_cap is None else None
     reading.read(sources, encode, progress, enough, context, pack)
@@ -710,42 +619,84 @@ def open_corpus(
     bounds = (
         packed_windows(len(reading.ids), context) if pack else cut_windows(reading.ends, context)
     )
+    return _settle(reading, bounds, chosen, max_tokens)
+
+
+def _settle(
+    reading: Reading,
+    bounds: Iterator[Bounds],
+    chosen: npt.NDArray[np.int64] | None,
+    most: int | None,
+) -> Corpus:
+    """Find the windows that hold samples, and make the labels of all others' positions -1.
+
+    `bounds` are all windows in order, without gaps. Only the positions `chosen`, which are in
+    order, and of them only the first `most` are taken.
+    """
+    ids = reading.ids
+    labels = reading.labels
+    starts = Column(np.int64)
+    stops = Column(np.int64)
+    n_samples = 0
+    # Dumps record this hash: what it is made of, and in which order, must not change.
+    shapes = hashlib.sha256()
+    contents = hashlib.sha256()
+    for first, behind in bounds:
+        begin = int(first[0])
+        end = int(behind[-1])
+        taken = labels.read(begin, end)
+        out = taken >= 0
+        if chosen is not None:
+            out[chosen[slice(*np.searchsorted(chosen, [begin, end]))] - begin] = False
+            taken[out] = -1
+        if most is not None:
+            taken[np.flatnonzero(taken >= 0)[most - n_samples :]] = -1
+        labels.write(begin, taken)
+        inside = taken >= 0
+        n_samples += int(np.count_nonzero(inside))
+        # Windows have no gaps between them, so that each goes on to where the next begins.
+        held = np.logical_or.reduceat(inside, first - begin)
+        starts.append(first[held])
+        stops.append(behind[held])
+        lengths = behind - first
+        rows = np.repeat(held, lengths)
+        shapes.update(lengths[held].tobytes())
+        contents.update(np.stack([ids.read(begin, end), taken], 1)[rows].tobytes())
+        if most is not None and n_samples >= most:
+            labels.cut(end)  # labels behind are those of no sample that is taken
+            break
+    shapes.update(contents.digest())
     return Corpus(
+        reading.kind,
         len(reading.ends),
         reading.n_empty,
         reading.n_token_ids,
+        n_samples,
+        shapes.hexdigest(),
+        ids,
         labels,
-        settle_windows(reading.ids, reading.labels, bounds, chosen, max_tokens),
-        reading.ids,
-        reading.labels,
+        starts,
+        stops,
     )
 
 
-def _check_options(
-    context: int,
-    labels: str,
-    exclude: Iterable[int],
-    max_tokens: int | None,
-    per_class_cap: int | None,
+def _check_excluded(
+    exclude: Iterable[int], tokenizer: Any, labels: Kind, per_class_cap: int | None
 ) -> npt.NDArray[np.int32]:
-    """Check the options; return the excluded ids in order."""
-    if labels not in KINDS:
-        raise unknown_name("kind of labels", labels, KINDS)
-    if context < 2:
-        raise UsageError(f"windows of {context} tokens", "at least 2")
-    for name, value in (("max_tokens", max_tokens), ("per_class_cap", per_class_cap)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}", "at least 1")
+    """Check what leaves samples out, before texts are read; return the excluded ids in order."""
     try:
         ids = sorted({index(token) for token in exclude})
     except TypeError as error:
         raise UsageError(f"excluded ids {exclude!r}", "a list of token ids") from error
-    for wrong in (token for token in ids if not 0 <= token <= LARGEST_ID):
-        raise UsageError(f"excluded id {wrong}", "ids of the vocabulary, from 0")
+    if ids and ids[0] < 0:
+        raise UsageError(f"excluded id {ids[0]}", "ids of the vocabulary, from 0")
     if labels == "argmax" and (ids or per_class_cap is not None):
         raise UsageError(
             f"labels 'argmax' with {'exclude' if ids else 'per_class_cap'}",
             "labels that are known before the forward pass",
             "take labels 'next' or 'given', or leave it out",
         )
+    size = vocabulary_of(tokenizer) if ids and tokenizer is not None else LARGEST_ID + 1
+    if ids and ids[-1] >= size:
+        raise UsageError(f"excluded id {ids[-1]}", f"ids of the vocabulary, below {size:,}")
     return np.array(ids, np.int32)

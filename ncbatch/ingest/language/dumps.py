@@ -6,9 +6,10 @@ import errno
 import inspect
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,13 @@ import numpy.typing as npt
 from ncbatch.engine.jobs import Progress
 from ncbatch.engine.options import takes
 from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
-from ncbatch.ingest.language.corpus import Corpus, TokenBatch, open_corpus
+from ncbatch.ingest.language.corpus import Corpus, Kind, open_corpus
 from ncbatch.ingest.language.model import LanguageModel, open_language_model, with_checked_head
 from ncbatch.ingest.language.options import DumpRequest
 from ncbatch.ingest.language.places import choose_places, probe
 from ncbatch.ingest.language.texts import Texts
 from ncbatch.ingest.model.capture import device_of
 from ncbatch.ingest.model.dumps import dump, make_target
-from ncbatch.ingest.model.places import Place
 from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
 from ncbatch.ingest.model.room import check_rows_room, check_states_room
 from ncbatch.ingest.model.target import Request, one_dtype, open_if_there, stored_dtypes
@@ -37,10 +37,15 @@ if TYPE_CHECKING:
     from ncbatch.ingest.language.option_types import DumpOptions
 
 
-# What a language model is fed: the batches of a rank, as the dump takes them.
-
-
 _PROBE_TOKENS = 16
+
+# Which options are whose: of the model, of the corpus, of `dump`.
+_LOADING = (
+    *("tokenizer", "revision", "model_dtype", "device", "rank"),
+    *("trust_remote_code", "allow_pickle"),
+)
+_CHOOSING = ("pack", "field", "exclude", "max_tokens", "per_class_cap", "seed")
+_KEEPING = ("moments", "means", "resume", "overwrite")
 
 
 class Feed:
@@ -74,41 +79,39 @@ class Feed:
                 f"ids below {model.n_embeddings}, the rows of the input embedding",
                 "give the tokenizer that the model was trained with (--tokenizer, tokenizer=)",
             )
-        self._batches = corpus.batches(batch_size)
-        self._model, self._share, self._current = model.module, share, 0
-        self._takes = inspect.signature(model.module.forward).parameters
+        self._corpus = corpus
+        self._batch_size = batch_size
+        self._model = model.module
+        self._share = share
+        self._current = 0
+        # A cache of keys and values would be kept and never used.
+        takes = inspect.signature(model.module.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in takes else {}
         self.n_samples = -(-corpus.n_samples // share.world_size)
         self.n_tokens = 0
 
     def example(self) -> dict[str, Any]:
-        """Give a few tokens as the model takes them."""
-        batch = self._batches[0]
+        """Take a few tokens of the longest window of the first batch, as the model takes them."""
+        batch = next(self._corpus.batches(self._batch_size))
         row = int(np.argmax(batch.attention_mask.sum(1)))
         tokens = np.flatnonzero(batch.attention_mask[row])[:_PROBE_TOKENS]
-        return self._inputs(
-            batch.input_ids[None, row, tokens], batch.attention_mask[None, row, tokens]
-        )
+        ids = batch.input_ids[None, row, tokens]
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), **self._options}
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], npt.NDArray[np.int64]]]:
+        # Batches that are skipped, because their rows are stored, are no tokens that it read.
         handle = self._model.register_forward_pre_hook(self._count)
+        share = self._share
         try:
-            for number in range(self._share.rank, len(self._batches), self._share.world_size):
-                batch: TokenBatch = self._batches[number]
+            for batch in self._corpus.batches(self._batch_size, share.rank, share.world_size):
                 self._current = int(batch.attention_mask.sum())
-                yield self._inputs(batch.input_ids, batch.attention_mask), batch.labels
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                yield {**inputs, **self._options}, batch.labels
         finally:
             handle.remove()
 
     def _count(self, *_: Any) -> None:
         self.n_tokens += self._current
-
-    def _inputs(
-        self, input_ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]
-    ) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        if "use_cache" in self._takes:
-            inputs["use_cache"] = False
-        return inputs
 
 
 @takes(DumpRequest)
@@ -165,124 +168,146 @@ def dump_language_model(
     """
     check_name("split", split)
     asked = DumpRequest.of(options)
-    moments, means, overwrite = asked.moments, asked.means, asked.overwrite
-    if means is not None and not moments:
-        raise UsageError(f"means '{means}' without moments", "--moments (moments=True) too")
+    if asked.means is not None and not asked.moments:
+        raise UsageError(f"means '{asked.means}' without moments", "--moments (moments=True) too")
     share = _share(asked.rank, asked.world_size)
-    lm = open_language_model(
-        model,
-        asked.tokenizer,
-        revision=asked.revision,
-        model_dtype=asked.model_dtype,
-        device=asked.device,
-        rank=asked.rank,
-        trust_remote_code=asked.trust_remote_code,
-        allow_pickle=asked.allow_pickle,
-    )
-    with _full_named(store):
+    lm = open_language_model(model, **_pick(asked, _LOADING))
+    # The first forward pass: what the device has no room for shows here.
+    with _naming_what_is_full(store):
         lm = with_checked_head(lm)
     lm.check_vocabulary()
-    kind = _labels(asked.labels, lm)
+    lm = replace(lm, name=asked.name or lm.name, step=lm.step if asked.step is None else asked.step)
+    kind = _kind_of_labels(asked.labels, lm)
     places = choose_places(lm, [asked.layers] if isinstance(asked.layers, str) else asked.layers)
-    called = asked.name or lm.name
-    step = lm.step if asked.step is None else asked.step
     opened = open_if_there(store)
-    if opened is not None:
-        _check_described(opened, split, called, step, overwrite)
-    stored_dtype = _stored_dtype(opened, split, places, lm, asked.dtype, moments, overwrite)
-    how: dict[str, Any] = {
-        "moments": moments,
-        "means": means,
-        "resume": asked.resume,
-        "overwrite": overwrite,
-    }
-    complete = _complete(store, split, places, stored_dtype, lm.n_tokens, share, **how)
-    if complete is not None:
-        _note(progress, complete_resumed(complete, split, share))
-        return complete
+    _check_described(opened, split, lm, asked.overwrite)
+    request = Request(
+        store,
+        split,
+        places,
+        _stored_dtype(opened, split, places, lm, asked),
+        lm.n_tokens,
+        share,
+        n_samples=1,  # not known yet
+        resume=asked.resume,
+        overwrite=asked.overwrite,
+    )
+    # What `dump` would refuse is refused before texts are read.
+    target = make_target(request, moments=asked.moments, means=asked.means)
+    if target.done and places.keys() <= target.opened.layer_notes.keys():
+        _note(progress, complete_resumed(target.opened, split, share))
+        return target.opened
     corpus = open_corpus(
         texts,
         lm.tokenizer,
         context=lm.context(asked.context),
         labels=kind,
-        pack=asked.pack,
-        field=asked.field,
-        exclude=asked.exclude,
-        max_tokens=asked.max_tokens,
-        per_class_cap=asked.per_class_cap,
-        seed=asked.seed,
         masked=lm.masked,
         progress=progress,
+        **_pick(asked, _CHOOSING),
     )
     feed = Feed(lm, corpus, asked.batch_size, share)
-    identity: dict[str, str | int] = {
-        "model": called,
-        "model dtype": lm.dtype,
-        "labels": kind,
-        "texts and windows": corpus.fingerprint[:12],
-        "batch size": asked.batch_size,
-    }
-    with _full_named(store):
+    with _naming_what_is_full(store):
         seen = probe(lm, places, feed.example(), device_of(lm.module))
-    if not moments:
-        n = corpus.n_samples
-        said = check_rows_room(store, split, seen.widths, stored_dtype, n, overwrite)
-        _note(progress, said)
-    else:
-        n, n_classes = corpus.n_samples, lm.n_tokens
-        # Which classes the model will decide for is not known.
-        n_seen = n_classes
-        if kind != "argmax":
-            n_seen = int((corpus.label_counts(n_classes) > 0).sum())
-        said = check_states_room(store, split, seen.widths, n_seen, n, share.world_size)
-        _note(progress, said)
-    with _running(progress, feed, split), _full_named(store):
-        done = dump(
-            lm.module, feed, store, split, list(places), head=lm.head or False,
-            head_bias=lm.head_bias, identity=identity, n_classes=lm.n_tokens, dtype=stored_dtype, argmax_labels=kind == "argmax",
-            rank=share.rank, world_size=share.world_size, n_samples=corpus.n_samples,
-            progress=progress, **how,
-        )  # fmt: skip
+    _note(progress, _check_room(request, seen.widths, corpus, asked.moments))
+    with _timed(progress, feed, split), _naming_what_is_full(store):
+        done = _run(lm, feed, request, corpus, asked, progress)
         if share.rank == 0:  # what all would say alike, written once
-            done.describe(model=called, step=step, layers=seen.notes)
+            done.describe(model=lm.name, step=lm.step, layers=seen.notes)
         if share.several:
             finalize_if_last(done, split)
     return done
 
 
+def _run(
+    lm: LanguageModel,
+    feed: Feed,
+    request: Request,
+    corpus: Corpus,
+    asked: DumpRequest,
+    progress: Progress | None,
+) -> FeatureStore:
+    return dump(
+        lm.module,
+        feed,
+        request.store,
+        request.split,
+        list(request.places),
+        head=lm.head or False,
+        head_bias=lm.head_bias,
+        n_classes=lm.n_tokens,
+        dtype=request.dtype,
+        argmax_labels=corpus.kind == "argmax",
+        rank=request.share.rank,
+        world_size=request.share.world_size,
+        n_samples=corpus.n_samples,
+        # Stores record what a dump was begun with under these names: versions before know them.
+        identity={
+            "model": lm.name,
+            "model dtype": lm.dtype,
+            "labels": corpus.kind,
+            "texts and windows": corpus.fingerprint[:12],
+            "batch size": asked.batch_size,
+        },
+        progress=progress,
+        **_pick(asked, _KEEPING),
+    )
+
+
+def _pick(asked: DumpRequest, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(asked, name) for name in names}
+
+
+def _check_room(request: Request, widths: dict[str, int], corpus: Corpus, moments: bool) -> str:
+    """Say what the dump takes on the disk, and what is free; refuse what does not fit."""
+    store = request.store
+    split = request.split
+    n_samples = corpus.n_samples
+    if not moments:
+        dtype = str(request.dtype)
+        return check_rows_room(store, split, widths, dtype, n_samples, request.overwrite)
+    n_seen = int(request.n_classes or 0)
+    if corpus.kind != "argmax":  # whose classes the model has yet to decide
+        n_seen = int(np.count_nonzero(corpus.label_counts(n_seen)))
+    return check_states_room(store, split, widths, n_seen, n_samples, request.share.world_size)
+
+
 def _check_described(
-    store: FeatureStore, split: str, model: str, step: int | None, overwrite: bool
+    store: FeatureStore | None, split: str, lm: LanguageModel, overwrite: bool
 ) -> None:
     """Refuse another model or step than the store's: its name would then be given to all splits."""
-    if overwrite and {split} >= {*store.splits, *store.state_splits}:
+    if store is None:
         return
-    for what, recorded, ours in (("model", store.model, model), ("step", store.step, step)):
+    if overwrite and {split} >= {*store.splits, *store.state_splits}:
+        return  # nothing of the other model remains
+    for what, recorded, ours in (("model", store.model, lm.name), ("step", store.step, lm.step)):
         if recorded is not None and recorded != ours:
+            option = "name" if what == "model" else "step"
             raise StoreError(
                 f"{store.path} holds features of {what} {recorded}",
                 f"those of {what} {'unknown' if ours is None else ours}, as this dump would store",
-                f"use a store per checkpoint, or say --{'name' if what == 'model' else 'step'} {recorded}",
+                f"use a store per checkpoint, or say --{option} {recorded}",
             )
 
 
 def _stored_dtype(
     store: FeatureStore | None,
     split: str,
-    places: Mapping[str, Place],
-    model: LanguageModel,
-    asked: str | None,
-    moments: bool,
-    overwrite: bool,
+    layers: Iterable[str],
+    lm: LanguageModel,
+    asked: DumpRequest,
 ) -> str:
-    """Choose how all layers are stored: as asked, as the store has them, or by the model's dtype."""
-    default = "bfloat16" if model.dtype == "bfloat16" else "float16"
-    if moments:
-        return asked or default
-    return one_dtype(stored_dtypes(store, split, places, asked, default, overwrite=overwrite))
+    """Choose how all layers are stored: as asked, as the store has them, or by the model's."""
+    # bfloat16 has the range of float32: values of such models may be too large for float16.
+    default = "bfloat16" if lm.dtype == "bfloat16" else "float16"
+    if asked.moments:
+        return asked.dtype or default
+    dtypes = stored_dtypes(store, split, layers, asked.dtype, default, overwrite=asked.overwrite)
+    return one_dtype(dtypes)
 
 
 def _share(rank: int | None, world_size: int | None) -> Share:
-    """Take rank and number of ranks as given, else from torchrun."""
+    """Take rank and number of ranks as asked, else from torchrun."""
     if (rank is None) != (world_size is None):
         raise UsageError(
             "rank without world size" if world_size is None else "world size without rank",
@@ -290,56 +315,17 @@ def _share(rank: int | None, world_size: int | None) -> Share:
         )
     if rank is not None and world_size is not None:
         return Share(rank, world_size)
-    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
-    return Share(*map(int, found)) if all(text.isdecimal() for text in found) else Share()
+    variables = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    return Share(*map(int, variables)) if all(map(str.isdecimal, variables)) else Share()
 
 
-def _labels(labels: str | None, model: LanguageModel) -> Literal["next", "given", "argmax"]:
+def _kind_of_labels(labels: Kind | None, model: LanguageModel) -> Kind:
     kind = labels or ("argmax" if model.masked else "next")
     if kind == "argmax" and model.head is None:
         raise UsageError(
             f"labels 'argmax' of {model.name}, which has no head", "labels 'next' or 'given'"
         )
-    return cast('Literal["next", "given", "argmax"]', kind)
-
-
-def _complete(
-    store: FeatureStore | str | os.PathLike[str],
-    split: str,
-    places: Mapping[str, Place],
-    dtype: str,
-    n_classes: int,
-    share: Share,
-    *,
-    moments: bool,
-    means: str | None,
-    resume: bool,
-    overwrite: bool,
-) -> FeatureStore | None:
-    """Give the store if nothing is left to resume; refuse what `dump` would, before texts are read."""
-    request = Request(
-        store, split, places, dtype, n_classes, share, 1, resume=resume, overwrite=overwrite
-    )
-    target = make_target(request, moments=moments, means=means)
-    described = target.done and places.keys() <= target.opened.layer_notes.keys()
-    return target.opened if described else None
-
-
-@contextmanager
-def _running(progress: Progress | None, feed: Feed, split: str) -> Iterator[None]:
-    """Show the pass, and say how fast it was."""
-    start = time.perf_counter()
-    with ExitStack() as shown:
-        if progress is not None:
-            progress.begin(f"dump {split}", feed.n_samples, "rows")
-            shown.callback(progress.end)
-        yield
-    seconds = time.perf_counter() - start
-    if feed.n_tokens:
-        _note(
-            progress,
-            f"{feed.n_tokens:,} tokens in {seconds:,.1f} s: {feed.n_tokens / seconds:,.0f} tokens/s",
-        )
+    return kind
 
 
 def _note(progress: Progress | None, text: str) -> None:
@@ -348,7 +334,25 @@ def _note(progress: Progress | None, text: str) -> None:
 
 
 @contextmanager
-def _full_named(store: FeatureStore | str | os.PathLike[str]) -> Iterator[None]:
+def _timed(progress: Progress | None, feed: Feed, split: str) -> Iterator[None]:
+    """Show the pass, and say how fast it was."""
+    if progress is None:
+        yield
+        return
+    progress.begin(f"dump {split}", feed.n_samples, "rows")
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        progress.end()
+    seconds = time.perf_counter() - start
+    if feed.n_tokens:
+        speed = feed.n_tokens / seconds
+        progress.note(f"{feed.n_tokens:,} tokens in {seconds:,.1f} s: {speed:,.0f} tokens/s")
+
+
+@contextmanager
+def _naming_what_is_full(store: FeatureStore | str | os.PathLike[str]) -> Iterator[None]:
     """Turn a disk or a GPU that is full into an error that says how to go on."""
     import torch
 

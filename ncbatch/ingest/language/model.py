@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ncbatch")
 
-MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 _LONGEST = 2048  # tokens of a window unless asked for: attention over more is seldom wanted
 # A number of parameters or tokens, such as step-350M, is no step.
 _STEP = re.compile(r"(?:^|[-_./])(?:checkpoint|global_?step|step|iter)[-_]?(\d+)(?![\d.]*[kKmMbB])")
@@ -136,7 +134,6 @@ class LanguageModel:
 def open_language_model(
     model: str | os.PathLike[str] | torch.nn.Module,
     tokenizer: Any = None,
-    *,
     revision: str | None = None,
     model_dtype: str | None = None,
     device: str | None = None,
@@ -155,7 +152,7 @@ def open_language_model(
     revision : str, optional
         Branch, tag or commit on the hub.
     model_dtype : str, optional
-        One of `MODEL_DTYPES`; auto: as stored.
+        What it runs in; auto: as stored.
     device : str, optional
         Where the model goes; by default a GPU where there is one.
     rank : int, optional
@@ -177,8 +174,6 @@ def open_language_model(
         When the model or the tokenizer is not there, cannot be read, or is of another kind.
     """
     dtype = model_dtype or "auto"
-    if dtype not in MODEL_DTYPES:
-        raise UsageError(f"model dtype '{dtype}'", "one of: " + ", ".join(MODEL_DTYPES))
     _check_transformers()
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = os.path.expanduser(os.fspath(tokenizer))
@@ -231,6 +226,7 @@ def _device(device: str, rank: int | None) -> str:
     """Choose where the model goes; each of several processes has a GPU of its own."""
     import torch
 
+    # torchrun says which of this machine's GPUs is whose; else ranks take turns on them.
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device in ("auto", "cuda") and n:
         asked_rank = "" if rank is None else str(rank)
@@ -478,6 +474,7 @@ def without_random_weights(module: Any, missing_keys: list[str], path: str) -> A
     lacking = {name for name in lacking if id(parameters[name]) not in stored}
     base = module.base_model
     base_weights = {id(value) for value in base.parameters()}
+    # Poolers are no part of what is dumped, and many checkpoints lack them.
     inside = {name for name in lacking if id(parameters[name]) in base_weights}
     broken = sorted(name for name in inside if "pooler" not in name.split("."))
     if broken:
@@ -573,6 +570,7 @@ def _bias_outside(module: Any, outputs: torch.Tensor, logits: torch.Tensor) -> t
         for values in tensors:
             if tuple(values.shape) != tuple(logits.shape[-1:]) or not values.is_floating_point():
                 continue
+            # To the bit: another vector of the same length gives other sums.
             added = outputs + values.detach().to(outputs.device)
             if added.dtype == logits.dtype and torch.equal(added, logits):
                 return values.detach()
@@ -583,6 +581,7 @@ def _rank_alike(outputs: torch.Tensor, logits: torch.Tensor) -> bool:
     """Whether the logits of each row grow with the outputs, and the same class wins."""
     import torch
 
+    # In the order of the outputs the logits may fall by their rounding only.
     sorted_logits = logits.gather(-1, outputs.argsort(-1)).float()
     unit = torch.finfo(logits.dtype).eps * logits.abs().amax(-1, keepdim=True).float()
     if not bool((sorted_logits.diff(dim=-1) >= -_ROUNDINGS * unit).all()):

@@ -37,7 +37,7 @@ class Blocks:
     n: int
 
     def depth(self, place: Place) -> float | None:
-        """Give the share of blocks that come before a place: a block, its input or part of it.
+        """Compute the share of blocks before a place: a block, its input or part of it.
 
         Examples
         --------
@@ -76,6 +76,7 @@ def find_blocks(model: LanguageModel) -> Blocks | None:
     import torch
 
     n = getattr(model.config, "num_hidden_layers", None)
+    # Architectures name their blocks as they like: h, layer, layers, blocks.
     stacks = {
         path: sum(value.numel() for value in module.parameters())
         for path, module in model.module.named_modules()
@@ -85,7 +86,7 @@ def find_blocks(model: LanguageModel) -> Blocks | None:
 
 
 def choose_places(model: LanguageModel, layers: Sequence[str] | None) -> dict[str, Place]:
-    """Look up the layers asked for, else choose what enters the blocks, each block, the head's input.
+    """Look up the layers asked for; else choose every block, its input and that of the head.
 
     Parameters
     ----------
@@ -166,11 +167,11 @@ def probe(
     notes: dict[str, dict[str, Any]] = {}
     for name, place in places.items():
         depth = _depth(model, blocks, place)
-        at = _index(rows[name], states[-1], blocks, depth)
-        if depth is None and at is not None and blocks is not None:
-            depth = min(at / blocks.n, 1.0)
+        index = _index(rows[name], states[-1], blocks, depth)
+        if depth is None and index is not None and blocks is not None:
+            depth = min(index / blocks.n, 1.0)
         known = {} if depth is None else {"depth": depth}
-        notes[name] = {**known, "hidden_state": at}
+        notes[name] = {**known, "hidden_state": index}
     return Probe({name: int(values.shape[1]) for name, values in rows.items()}, notes)
 
 
@@ -183,7 +184,7 @@ def _depth(model: LanguageModel, blocks: Blocks | None, place: Place) -> float |
 def _index(
     rows: torch.Tensor, states: Sequence[torch.Tensor], blocks: Blocks | None, depth: float | None
 ) -> int | None:
-    """Find the hidden state that equals `rows`; of several, where blocks change nothing, the nearest."""
+    """Find the hidden state that equals `rows`, of several the nearest to the layer's depth."""
     import torch
 
     flat = [state.reshape(-1, state.shape[-1]) for state in states]
@@ -192,5 +193,6 @@ def _index(
         for i, state in enumerate(flat)
         if state.dtype == rows.dtype and torch.equal(state.to(rows.device), rows)
     ]
+    # Blocks that change nothing give several equal ones.
     expected = depth * blocks.n if blocks is not None and depth is not None else 0
     return min(equal, key=lambda i: abs(i - expected), default=None)

@@ -307,6 +307,7 @@ def _dataset_source(path: Path, field: str) -> Source:
         columns = [name for name in TOKEN_FIELDS if name in names]
     elif field not in names:
         raise unknown_name("field", field, names, f"'{path}'")
+    # Rows are not weighed one by one: progress needs no more than their mean.
     row_bytes = sum(file.stat().st_size for file in path.glob("*.arrow")) // max(len(rows), 1)
 
     def documents() -> Iterator[Document]:
@@ -368,7 +369,8 @@ def _checked_text(value: Any, field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"field '{field}' in {where} holds {type(value).__name__}", "text")
-    if not value.isascii():
+    if not value.isascii():  # which is quickly known of most texts
+        # JSON may escape half a pair, which Python takes and the tokenizer does not.
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -446,6 +448,7 @@ def read_token_row(columns: Mapping[str, Any], where: str) -> TokenRow:
         When a column is no list of integers, is longer or shorter than ``input_ids``, or holds a
         token id that cannot be one.
     """
+    # The kinds of NumPy: integers for ids and labels, also booleans and weights for masks.
     ids = _numbers(columns["input_ids"], "input_ids", where, "iu")
     for wrong in ids[(ids < 0) | (ids > LARGEST_ID)][:1].tolist():
         raise DataError(f"token id {wrong} in {where}", "ids of the vocabulary, from 0")
@@ -482,7 +485,7 @@ def _numbers(values: Any, name: str, where: str, kinds: str) -> npt.NDArray[Any]
         array = np.asarray(values)
     except (ValueError, OverflowError):  # lists of several lengths, numbers beyond 64 bits
         array = np.asarray(None)
-    if array.ndim == 1 and not array.size:
+    if array.ndim == 1 and not array.size:  # an empty list has no type of its own
         return array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise DataError(f"{name} in {where} that are no list of integers", "one integer per token")
@@ -526,7 +529,7 @@ def encoder_of(tokenizer: Any) -> Encode:
             truncation=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,
+            verbose=False,  # it would warn of texts longer than the model takes
         )["input_ids"]
         return encoded
 
@@ -607,6 +610,7 @@ def _special_tokens(text: str, encode: Encode) -> tuple[list[int], list[int]]:
         (plain,) = encode([probe], False)
         (whole,) = encode([probe], True)
         n = len(plain)
+        # From behind: a special token at the beginning may be the text's own first one.
         for start in reversed(range(len(whole) - n + 1) if n else ()):
             if whole[start : start + n] == plain:
                 return whole[:start], whole[start + n :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +100,15 @@ CASES: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
 }
 
 
-def records(open_corpus: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Open every corpus from the working folder; say what is in it."""
-    for name, (texts, tokenizer, options) in CASES.items():
-        ready = transformers_tokenizer(special="special" in tokenizer) if tokenizer else None
-        yield name, record_of(open_corpus(texts, ready, **options))
-
-
-def record_of(corpus: Any) -> dict[str, Any]:
-    """Say what a corpus holds: its fingerprint, counts, and windows of 64 a batch."""
+def record_of(name: str, open_corpus: Any) -> dict[str, Any]:
+    """Open a corpus from the working folder; say what is in it: counts, windows of 64 a batch."""
+    texts, tokenizer, options = CASES[name]
+    ready = transformers_tokenizer(special="special" in tokenizer) if tokenizer else None
+    corpus = open_corpus(texts, ready, **options)
     content = hashlib.sha256()
     windows = []
-    batches = corpus.batches(64)
-    for number in range(len(batches)):
-        for ids, mask, labels in zip(*vars(batches[number]).values(), strict=True):
+    for batch in corpus.batches(64):
+        for ids, mask, labels in zip(*vars(batch).values(), strict=True):
             content.update(np.stack([ids, mask, labels]).astype("<i8").tobytes())
             windows.append([ids.tolist(), mask.tolist(), labels.tolist()])
     return {

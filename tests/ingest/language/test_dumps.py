@@ -26,10 +26,12 @@ from ncbatch.errors import (
     NcbatchError,
     OutputError,
     StoreError,
-    UnknownNameError,
     UsageError,
 )
+from ncbatch.ingest.language import dumps as dumping
 from ncbatch.ingest.language.corpus import open_corpus
+from ncbatch.ingest.model.room import states_bytes
+from tests.conftest import run_here
 from tests.ingest.language.models import (
     DEPTH,
     FAMILIES,
@@ -123,8 +125,18 @@ def sorted_rows(store: nc.FeatureStore, split: str = "train") -> Array:
 # ------------------------------------------------------------------------------------------- bits
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, "float32") for family in FAMILIES),
+        *(("llama", dtype) for dtype in ("float16", "bfloat16")),
+        *(
+            pytest.param(family, dtype, marks=pytest.mark.slow)
+            for family in ("neox", "tied", "bert")
+            for dtype in ("float16", "bfloat16")
+        ),
+    ],
+)
 def test_stored_rows_are_the_hidden_states_bit_for_bit(
     family: str, dtype: str, tmp_path: Path, texts: Path
 ) -> None:
@@ -162,30 +174,6 @@ def test_the_heads_input_and_the_classifier_give_the_logits(
     truth = wanted(model, texts).logits.numpy()
     np.testing.assert_allclose(logits, truth, rtol=1e-4, atol=1e-4)
     assert np.array_equal(logits.argmax(1), store.split("train").predictions())
-
-
-def test_depths(tmp_path: Path, texts: Path) -> None:
-    layers = [
-        "model.layers.1:input", "model.layers.1.mlp", "model.norm", "model.embed_tokens",
-        "model.layers.0.self_attn.q_proj", "lm_head:input", "model.layers.2",
-    ]  # fmt: skip
-    store = nc.dump_language_model(
-        make_model("llama"),
-        texts,
-        tmp_path / "s",
-        tokenizer=transformers_tokenizer(),
-        layers=layers,
-    )
-    notes = store.layer_notes
-    assert {name: (n.get("depth"), n["hidden_state"]) for name, n in notes.items()} == {
-        "model.layers.1:input": (1 / 3, 1),
-        "model.layers.1.mlp": (1 / 3, None),
-        "model.norm": (1.0, 3),
-        "model.embed_tokens": (0.0, 0),
-        "model.layers.0.self_attn.q_proj": (0.0, None),
-        "lm_head:input": (1.0, 3),
-        "model.layers.2": (1.0, None),
-    }
 
 
 def test_bfloat16_models_are_stored_as_they_are(tmp_path: Path, texts: Path) -> None:
@@ -275,26 +263,6 @@ def test_labels_of_a_masked_model_mark_positions_themselves(tmp_path: Path) -> N
     assert np.array_equal(stored, states[[2, 5]].numpy())
 
 
-def test_unknown_layers_name_the_nearest(tmp_path: Path, texts: Path) -> None:
-    folder = save_model(tmp_path / "m", "llama")
-    with pytest.raises(UnknownNameError, match=r"no module 'model.layer.1'.*\n.*'model.layers.1'"):
-        nc.dump_language_model(folder, texts, tmp_path / "s", layers="model.layer.1:input")
-    assert not (tmp_path / "s").exists()
-
-
-def test_a_module_that_runs_twice_is_refused_before_anything_is_written(
-    tmp_path: Path, texts: Path
-) -> None:
-    model = make_model("llama")
-    model.model.layers[1].mlp.act_fn = model.model.layers[0].mlp.act_fn
-    with pytest.raises(DataError, match=r"'model.layers.0.mlp.act_fn' ran 2 times"):
-        nc.dump_language_model(
-            model, texts, tmp_path / "s", tokenizer=transformers_tokenizer(),
-            layers="model.layers.0.mlp.act_fn",
-        )  # fmt: skip
-    assert not (tmp_path / "s").exists()
-
-
 # ------------------------------------------------------------------------ stopping, ranks, choices
 
 
@@ -366,7 +334,7 @@ def same_head(seed: int) -> Any:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("labels", ["next", "argmax"])
+@pytest.mark.parametrize("labels", ["next", pytest.param("argmax", marks=pytest.mark.slow)])
 def test_a_dump_goes_on_with_the_same_model_texts_and_batches_only(
     labels: str, tmp_path: Path, texts: Path
 ) -> None:
@@ -394,6 +362,7 @@ def test_a_dump_goes_on_with_the_same_model_texts_and_batches_only(
     assert go(resume=True).split("train").finalized
 
 
+@pytest.mark.slow
 def test_moments_go_on_with_the_same_data_only(
     dumped: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -629,7 +598,9 @@ def full_disk(after: int) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("after", [0, 3, 12, 60])
+@pytest.mark.parametrize(
+    "after", [12, *(pytest.param(after, marks=pytest.mark.slow) for after in (0, 3, 60))]
+)
 def test_a_disk_that_is_full_leaves_what_was_written(dumped: Any, after: int) -> None:
     whole = dumped("whole")
     with full_disk(after), pytest.raises(OutputError) as caught:
@@ -662,6 +633,10 @@ def test_options_without_sense(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype 'int8'; expected float16, bfloat16, float32 or float64"),
         ({"means": "train"}, "means 'train' without moments; expected --moments"),
         ({"step": -3}, "step -3; expected an integer, at least 0"),
+        ({"model_dtype": "int8"}, "model_dtype 'int8'; expected auto, float32, bfloat16 or "),
+        ({"context": 1}, "context 1; expected an integer, at least 2"),
+        ({"max_tokens": 0}, "max_tokens 0; expected an integer, at least 1"),
+        ({"per_class_cap": 0}, "per_class_cap 0; expected an integer, at least 1"),
         ({"split": "a/b"}, "split name 'a/b'; expected"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -671,7 +646,7 @@ def test_options_without_sense(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- what comes next
 
 
-@pytest.mark.parametrize("family", ["tied", "bert"])
+@pytest.mark.parametrize("family", ["tied", pytest.param("bert", marks=pytest.mark.slow)])
 def test_measuring_what_was_dumped(family: str, tmp_path: Path, texts: Path) -> None:
     folder = save_model(tmp_path / "m", family)
     store = nc.dump_language_model(folder, texts, tmp_path / "s", labels="next", dtype="float32")
@@ -708,3 +683,87 @@ def test_moments_measure_as_rows_do(tmp_path: Path, texts: Path) -> None:
     for name in names:
         of = layers_of("neox")
         np.testing.assert_allclose(found[name].sel(layer=of), truth[name].sel(layer=of), rtol=1e-6)
+
+
+# ---------------------------------------------- moments: ranks killed at the end, room on the disk
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model("neox")
+
+
+@pytest.fixture
+def folded(tmp_path: Path, model: Any, texts: Path) -> Any:
+    def dump(name: str, **options: Any) -> tuple[nc.FeatureStore, list[str]]:
+        told = Told()
+        store = nc.dump_language_model(
+            model, texts, tmp_path / name, tokenizer=transformers_tokenizer(), moments=True,
+            progress=told, **options,
+        )  # fmt: skip
+        return store, told.notes
+
+    return dump
+
+
+@pytest.mark.slow
+def test_the_last_rank_killed_before_it_merged(
+    folded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = folded("whole")
+    folded("s", rank=0, world_size=2)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dumping, "finalize_if_last", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folded("s", rank=1, world_size=2)
+    monkeypatch.setenv("COLUMNS", "200")
+    table = run_here("info", "s", cwd=tmp_path).out
+    assert table.count("part of ranks 0, 1, to be merged: 'ncbatch finalize'") == 5
+    with pytest.raises(StoreError, match="unfinished moments of layers"):
+        nc.measure(tmp_path / "s")
+    store, notes = folded("s", rank=1, world_size=2, resume=True)
+    assert notes == [f"split 'train' of {store.path} is complete: nothing to resume"]
+    assert store.state_kinds("train") == whole.state_kinds("train")
+    for layer in layers_of("neox"):
+        for name, values in store.state("train", layer, "moments")[0].items():
+            np.testing.assert_allclose(
+                values, whole.state("train", layer, "moments")[0][name], atol=1e-9
+            )
+
+
+def test_a_rank_resumed_before_the_others_ended_is_not_all(folded: Any) -> None:
+    folded("s", rank=0, world_size=2)
+    _, notes = folded("s", rank=0, world_size=2, resume=True)
+    assert "rank 0 of split 'train'" in notes[0]
+    assert "the split is not: 'ncbatch finalize " in notes[0]
+    with pytest.raises(StoreError, match="were begun by 2 ranks; expected 1"):
+        folded("s", resume=True)
+    store, _ = folded("s", overwrite=True)
+    assert {kind for _, kind in store.state_kinds("train")} == {"moments"}
+
+
+def test_room_on_the_disk(folded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, notes = folded("s")
+    arrays = [store.state("train", layer, "moments")[0] for layer in layers_of("neox")]
+    n_seen, width = arrays[0]["mean"].shape
+    assert notes[0].startswith(
+        f"moments of 5 layers, {n_seen} classes of {5 * width} features in all"
+    )
+    n = int(arrays[0]["count"].sum())
+    needed = states_bytes(dict.fromkeys(layers_of("neox"), width), n_seen, n, 1)
+    held = sum(values.nbytes for state in arrays for values in state.values())
+    assert held <= needed <= 2 * held
+    usage = type(shutil.disk_usage("/"))
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        if free == needed:
+            folded("enough")
+            continue
+        with pytest.raises(OutputError, match=r"take at most .* are free at '.*'\ntake fewer"):
+            folded("full")
+    assert not (tmp_path / "full").exists()
+    folded("s", overwrite=True)  # what is replaced is there already

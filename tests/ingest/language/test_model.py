@@ -8,14 +8,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import T5Config
 
+import ncbatch as nc
 from ncbatch.errors import DataError, UsageError
-from ncbatch.ingest.language.model import LanguageModel, name_of, open_language_model, step_of
-from tests.ingest.language.models import HEADS, LONGEST, SHAPE, K, make_model, save_model
+from ncbatch.ingest.language.corpus import open_corpus
+from ncbatch.ingest.language.model import (
+    LanguageModel,
+    name_of,
+    open_language_model,
+    step_of,
+    with_checked_head,
+)
+from tests.ingest.language.models import (
+    HEADS,
+    LONGEST,
+    SHAPE,
+    K,
+    make_model,
+    save_model,
+    write_texts,
+)
 from tests.ingest.language.tokenizers import transformers_tokenizer
 
 
@@ -90,8 +107,6 @@ def test_dtypes(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "m", "neox", make_model("neox").to(torch.bfloat16))
     assert open_language_model(folder).dtype == "bfloat16"
     assert open_language_model(folder, model_dtype="float32").dtype == "float32"
-    with pytest.raises(UsageError, match="model dtype 'int8'; expected one of: auto, float32"):
-        open_language_model(folder, model_dtype="int8")
 
 
 @pytest.mark.parametrize(("version", "name"), [("4.50.3", "torch_dtype"), ("4.56.0", "dtype")])
@@ -299,3 +314,100 @@ def test_a_local_folder_is_named_by_itself(tmp_path: Path, monkeypatch: pytest.M
     assert name_of(".") == "tiny"
     assert name_of(str(tmp_path / "tiny")) == "tiny"
     assert step_of("main", "step143000-x") == 143000
+
+
+# ---------------------------------------------------- heads that are not, or not alone, the logits
+
+
+Logged = pytest.LogCaptureFixture
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def model_of(kind: Any, config: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(config(**{**SHAPE, **IDS, **options})).eval()
+
+
+def esm() -> Any:
+    model = model_of(transformers.EsmForMaskedLM, transformers.EsmConfig, mask_token_id=0)
+    with torch.no_grad():
+        model.lm_head.bias.normal_(0, 3)
+    return model
+
+
+def checked(model: Any) -> Any:
+    return with_checked_head(open_language_model(model, transformers_tokenizer()))
+
+
+def test_a_bias_outside_of_the_head_is_part_of_the_classifier_and_of_predictions(
+    tmp_path: Path,
+) -> None:
+    model, texts = esm(), write_texts(tmp_path / "texts", 3)
+    store = nc.dump_language_model(
+        model, texts, tmp_path / "s", tokenizer=transformers_tokenizer(), dtype="float32",
+        context=LONGEST - 1,
+    )  # fmt: skip
+    head = "lm_head.decoder:input"
+    weight, bias = store.classifier(head)  # type: ignore[misc]
+    assert np.array_equal(weight, model.lm_head.decoder.weight.detach().numpy())
+    assert np.array_equal(bias, model.lm_head.bias.detach().numpy())
+    corpus = open_corpus(texts, transformers_tokenizer(), context=LONGEST - 1, labels="argmax")
+    batch = next(corpus.batches(8))
+    with torch.no_grad():
+        out = model(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
+    own = out.logits[torch.from_numpy(batch.labels >= 0)].argmax(-1).numpy()
+    part = store.split("train")
+    assert np.array_equal(part.predictions()[: len(own)], own)
+    assert np.array_equal(part.labels()[: len(own)], own)  # of a masked model
+
+
+def test_a_dense_layer_over_hidden_states_is_no_head(tmp_path: Path, caplog: Logged) -> None:
+    kind, config = transformers.DebertaV2ForMaskedLM, transformers.DebertaV2Config
+    model, texts = model_of(kind, config, legacy=False, vocab_size=K + 4), tmp_path / "texts"
+    store = nc.dump_language_model(
+        model, write_texts(texts, 2), tmp_path / "s", tokenizer=transformers_tokenizer(),
+        labels="next",
+    )  # fmt: skip
+    assert store.classifiers == []
+    assert store.split("train").head is None
+    assert caplog.text.count("does not give the logits: no classifier is stored, NC3 and NC4") == 1
+
+
+def test_a_head_that_does_not_run_is_none(tmp_path: Path, caplog: Logged) -> None:
+    model = model_of(
+        transformers.MobileBertForMaskedLM, transformers.MobileBertConfig, embedding_size=8,
+        intra_bottleneck_size=16, true_hidden_size=16,
+    )  # fmt: skip
+    assert checked(model).head is None
+    assert "runs never or several times in a pass" in caplog.text
+    with pytest.raises(UsageError, match="labels 'argmax' of MobileBertForMaskedLM, which has no"):
+        nc.dump_language_model(
+            model, write_texts(tmp_path / "texts", 1), tmp_path / "s",
+            tokenizer=transformers_tokenizer(),
+        )  # fmt: skip
+
+
+def test_logits_that_are_scaled_or_capped_rank_as_the_head_does() -> None:
+    cases: list[tuple[Any, Any, dict[str, Any]]] = [
+        (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {"head_dim": 8}),
+        (transformers.GraniteForCausalLM, transformers.GraniteConfig, {"logits_scaling": 8.0}),
+    ]
+    for kind, config, own in cases:
+        found = checked(model_of(kind, config, num_key_value_heads=1, **own))
+        assert (found.head, found.head_bias) == ("lm_head", None)
+
+
+def test_logits_that_rank_otherwise_are_not_the_heads(caplog: Logged) -> None:
+    model = make_model("neox")
+    model.register_forward_hook(lambda _, __, out: setattr(out, "logits", -out.logits))
+    assert checked(model).head is None
+    assert "does not give the logits" in caplog.text
+
+
+def test_the_check_leaves_the_model_as_it_was() -> None:
+    model = make_model("neox").train()
+    model.gpt_neox.layers[1].eval()
+    modes = [part.training for part in model.modules()]
+    assert checked(model).head is not None
+    assert [part.training for part in model.modules()] == modes
+    assert not any(part._forward_hooks for part in model.modules())
