@@ -100,8 +100,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") ->
     names = sorted(known)
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    found = f"no {kind} '{name}'" + (f" in {where}" if where else "")
+    missing = f"no {kind} '{name}'" + (f" in {where}" if where else "")
     expected = f"one of: {shown}" if names else ""
     if not names:
-        found += f" (there is no {kind} at all)"
-    return UnknownNameError(found, expected, f"did you mean '{near[0]}'?" if near else "")
+        missing += f" (there is no {kind} at all)"
+    return UnknownNameError(missing, expected, f"did you mean '{near[0]}'?" if near else "")

@@ -86,8 +86,8 @@ class Grid:
 class GridRequest(Declared):
     """Which grid of which class means, and where to.
 
-    What it makes is a Zarr group: ``grid`` (class_i, class_j) of float64, and ``class`` with the ids
-    of the classes that have samples. NaN where there is no value: pairs without a direction,
+    What it makes is a Zarr group: ``grid`` (class_i, class_j) of float64, and ``class`` with the
+    ids of the classes that have samples. NaN where there is no value: pairs without a direction,
     coincident pairs, and the diagonal of ``log``, ``riesz`` and ``cdnv``.
 
     Attributes
@@ -158,25 +158,37 @@ class GridRequest(Declared):
 
     def plan(self) -> Plan:
         """Say what writing it reads, computes, holds and takes on disk; reads labels alone."""
-        source, part = self.source, self.store.split(self.split)
-        k, d, n = len(self.selection.classes), source.n_features, part.n_rows
-        spec, side = part.spec(self.layer), min(_TILE_CLASSES, k)
+        source = self.source
+        part = self.store.split(self.split)
+        k = len(self.selection.classes)
+        d = source.n_features
+        n = part.n_rows
+        spec = part.spec(self.layer)
+        side = min(_TILE_CLASSES, k)
         itemsize = 8 if spec.dtype == "float64" else 4
         read = Price(
             f"moments of {self.split}/{self.layer}",
-            source.read_bytes + self.store.n_classes * 32 + MomentsAccumulator.peak_bytes(
+            source.read_bytes
+            + self.store.n_classes * 32
+            + MomentsAccumulator.peak_bytes(
                 k, d, source.block_rows, scatter=False, n_rows=n, itemsize=itemsize
             ),
-            bytes_read=n * (spec.row_bytes + 4), flops=4 * n * d, n_items=len(source.items),
-            block_rows=source.block_rows, n_reads=1,
-        )  # fmt: skip
+            bytes_read=n * (spec.row_bytes + 4),
+            flops=4 * n * d,
+            n_items=len(source.items),
+            block_rows=source.block_rows,
+            n_reads=1,
+        )
         n_tiles = -(-k // side) * (-(-k // side) + 1) // 2
         write = Price(
             f"{self.kind} grid of {k:,} x {k:,}",
             # Means, two blocks of them with what is made of each, and a tile with its temporaries.
             k * (d * 8 + 256) + 8 * min(k, 2 * side) * d * 8 + side * side * 8 * _TILE_ARRAYS,
-            flops=k * k * d, n_items=n_tiles, tile_classes=side, disk_bytes=k * k * 8,
-        )  # fmt: skip
+            flops=k * k * d,
+            n_items=n_tiles,
+            tile_classes=side,
+            disk_bytes=k * k * 8,
+        )
         free = shutil.disk_usage(self.target.absolute().parent).free
         note = (
             f"disk: up to {format_bytes(write.disk_bytes)} in '{self.out}', "
@@ -231,7 +243,8 @@ def write_grid(request: GridRequest, progress: Progress | None = None) -> int:
         When it cannot be written.
     """
     request.check(request.plan())
-    source, classes = request.source, request.selection.classes
+    source = request.source
+    classes = request.selection.classes
     source.split.check_chunks(request.layer)
     read = MomentsPass(source, len(classes), False, "exact")
     step = Sweep(
@@ -268,6 +281,10 @@ def _create(path: Path, classes: Any, request: GridRequest) -> zarr.Array[Any]:
     k = len(classes)
     side = min(k, _TILE_CLASSES)
     return group.create_array(
-        "grid", shape=(k, k), chunks=(side, side), dtype="float64",
-        dimension_names=["class_i", "class_j"], fill_value=float("nan"),
-    )  # fmt: skip
+        "grid",
+        shape=(k, k),
+        chunks=(side, side),
+        dtype="float64",
+        dimension_names=["class_i", "class_j"],
+        fill_value=float("nan"),
+    )

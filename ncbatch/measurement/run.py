@@ -252,15 +252,21 @@ def arrange(
         if attributes["null_seed"] == "no null":
             attributes["null_seed"] = saved.attributes["null_seed"]
     return to_dataset(
-        cells, stores, layers, metrics,
+        cells,
+        stores,
+        layers,
+        metrics,
         {
-            "ncbatch_version": __version__, "date": now, "device": device,
+            "ncbatch_version": __version__,
+            "date": now,
+            "device": device,
             "store_id": json.dumps({store: notes[store].id for store in stores}),
             "store_path": json.dumps({store: notes[store].path for store in stores}),
-            **attributes, "notes": "\n".join(notes_of(cells)),
+            **attributes,
+            "notes": "\n".join(notes_of(cells)),
         },
         coordinates(notes, stores, layers),
-    )  # fmt: skip
+    )
 
 
 @takes(MeasureRequest)

@@ -39,7 +39,7 @@ class ClassView:
     def _values(self) -> dict[str, Values]:
         """Give what is known of each class used (C,)."""
         s = self.statistics
-        found: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "n_samples": s.moments.counts,
             "norm": s.norms,
             "variance": s.variances,
@@ -47,13 +47,13 @@ class ClassView:
         if s.pairs is not None and s.pairs.nearest is not None:
             near = s.pairs.nearest
             cdnv, exists = s.nearest_cdnv
-            found["nearest"] = np.where(near.index >= 0, self.ids[near.index], np.nan)
-            found["nearest_distance"] = np.sqrt(near.square)
-            found["nearest_cdnv"] = np.where(exists, cdnv, np.nan)
+            columns["nearest"] = np.where(near.index >= 0, self.ids[near.index], np.nan)
+            columns["nearest_distance"] = np.sqrt(near.square)
+            columns["nearest_cdnv"] = np.where(exists, cdnv, np.nan)
         if s.weight is not None:
-            found["cos"] = np.full(len(self.ids), np.nan)
-            found["cos"][to_numpy(s.aligned)] = to_numpy(s.cosines)
-        return {name: to_numpy(values).astype(np.float64) for name, values in found.items()}
+            columns["cos"] = np.full(len(self.ids), np.nan)
+            columns["cos"][to_numpy(s.aligned)] = to_numpy(s.cosines)
+        return {name: to_numpy(values).astype(np.float64) for name, values in columns.items()}
 
     @cached_property
     def _counts(self) -> dict[str, Values]:
@@ -69,12 +69,12 @@ class ClassView:
 
     def classes(self) -> dict[str, Values]:
         """Give every value over all K classes; NaN for classes that are not used."""
-        found = dict(self._values)
+        columns = dict(self._values)
         if self._counts:
             decided = self._counts["n_decided"]
-            found["n_decided"] = decided
-            found |= {name: _divided(self._counts[name], decided) for name in _RATES}
-        return {f"class_{name}": self._spread(values) for name, values in found.items()}
+            columns["n_decided"] = decided
+            columns |= {name: _divided(self._counts[name], decided) for name in _RATES}
+        return {f"class_{name}": self._spread(values) for name, values in columns.items()}
 
     def deciles(self) -> dict[str, Values]:
         """Give means over tenths of the classes, from the rarest to the most frequent.
@@ -83,7 +83,7 @@ class ClassView:
         """
         order = np.argsort(self._values["n_samples"], kind="stable")
         tenths = np.array_split(order, 10)
-        found = {
+        columns = {
             name: np.array([_mean(values[tenth]) for tenth in tenths])
             for name, values in self._values.items()
             if name != "nearest"
@@ -93,9 +93,9 @@ class ClassView:
             for name, values in self._counts.items()
         }
         if sums:
-            found["n_decided"] = sums["n_decided"]
-            found |= {name: _divided(sums[name], sums["n_decided"]) for name in _RATES}
-        return {f"decile_{name}": values for name, values in found.items()}
+            columns["n_decided"] = sums["n_decided"]
+            columns |= {name: _divided(sums[name], sums["n_decided"]) for name in _RATES}
+        return {f"decile_{name}": values for name, values in columns.items()}
 
     def bins(self) -> dict[str, Values]:
         """Give the histogram of cosines between class means."""
@@ -107,14 +107,15 @@ class ClassView:
     def tops(self) -> dict[str, Values]:
         """Give the pairs of classes with the greatest cosines and CDNVs, by class id."""
         pairs = self.statistics.pairs
-        found: dict[str, Values] = {}
+        arrays: dict[str, Values] = {}
         for name in ("top_cosine", "top_cdnv") if pairs is not None else ():
             top = getattr(pairs, name)
             if len(top.values):
-                found[name] = top.values
+                arrays[name] = top.values
                 ids = self.ids[top.classes].astype(np.float64)
-                found[f"{name}_i"], found[f"{name}_j"] = ids[:, 0], ids[:, 1]
-        return found
+                arrays[f"{name}_i"] = ids[:, 0]
+                arrays[f"{name}_j"] = ids[:, 1]
+        return arrays
 
     def _spread(self, values: Values) -> Values:
         whole = np.full(self.n_classes, np.nan)

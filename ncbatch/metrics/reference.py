@@ -217,7 +217,8 @@ def mean_norms(
 
 def interference_grid(M: Array, m_G: Array | float = 0) -> Array:
     """Compute the K x K grid of inner products of centred means, of an array in memory."""
-    xp, centred = namespace(M), CentredRows(M, m_G)
+    xp = namespace(M)
+    centred = CentredRows(M, m_G)
 
     def tile(rows: slice, columns: slice) -> Array:
         return xp.matmul(centred[rows], xp.matrix_transpose(centred[columns]))
@@ -294,7 +295,8 @@ def covariance_ratio(
     """
     if metric not in ("pinv", "svd", "quotient"):
         raise UsageError(f"covariance ratio '{metric}'", "pinv, svd or quotient")
-    within, centred = as_float64(V_intra), CentredRows(M, m_G)
+    within = as_float64(V_intra)
+    centred = CentredRows(M, m_G)
     xp = namespace(within, centred)
     n_classes = centred.shape[0]
     if metric == "quotient":
@@ -329,9 +331,13 @@ def variability_cdnv(
         Mean over pairs of distinct means (Galanti et al. 2021); NaN without any.
     """
     stats = sweep_pairs(
-        M, mean_of_rows(M), V_norms,
-        quantities=["cdnv"], dist_exp=dist_exp, tile_classes=tile_size,
-    )  # fmt: skip
+        M,
+        mean_of_rows(M),
+        V_norms,
+        quantities=["cdnv"],
+        dist_exp=dist_exp,
+        tile_classes=tile_size,
+    )
     mean: float = stats.cdnv.mean
     return mean if stats.cdnv.n else math.nan
 
@@ -391,12 +397,13 @@ def similarities(W: Array, M: Array, m_G: Array | float = 0, cos: bool = False) 
     array([2.])
     """
     xp = namespace(W, M)
-    found = []
+    blocks = []
     for weight, centred in _paired_blocks(W, M, m_G):
         if cos:
-            weight, centred = directions(weight), directions(centred)
-        found.append(xp.sum(weight * centred, axis=1))
-    return xp.concat(found)
+            weight = directions(weight)
+            centred = directions(centred)
+        blocks.append(xp.sum(weight * centred, axis=1))
+    return xp.concat(blocks)
 
 
 def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True) -> Array:
@@ -417,12 +424,13 @@ def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True
         One distance per class.
     """
     xp = namespace(W, M)
-    found = []
+    blocks = []
     for weight, centred in _paired_blocks(W, M, m_G):
         if norm:
-            weight, centred = directions(weight), directions(centred)
-        found.append(xp.sqrt(xp.sum((weight - centred) ** 2, axis=1)))
-    return xp.concat(found)
+            weight = directions(weight)
+            centred = directions(centred)
+        blocks.append(xp.sqrt(xp.sum((weight - centred) ** 2, axis=1)))
+    return xp.concat(blocks)
 
 
 def _paired_blocks(W: Array, M: Array, m_G: Array | float) -> Iterator[tuple[Array, Array]]:

@@ -22,7 +22,7 @@ from ncbatch.store.format import natural_key
 #: Letters of axes: samples in any order, sequences, positions in order, layers, features.
 LETTERS = {"N": "samples", "B": "sequences", "T": "positions", "L": "layers", "D": "features"}
 _ROWS = ("N", "B", "T")
-# Readings of axes that nothing was said about, by how many there are; (N, D) is the only one of two.
+# Readings of axes that nothing was said about, by their number; (N, D) is the only one of two.
 _BY_NDIM = {
     1: (),
     2: ("N,D",),

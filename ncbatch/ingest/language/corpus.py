@@ -372,7 +372,8 @@ def lowest_per_class(labels: Column, cap: int, seed: int) -> npt.NDArray[np.int6
         if n_since >= max(n_lowest, _TOKENS):
             classes, draws, positions, rank = _lowest(parts, cap)
             parts = [(classes, draws, positions)]
-            n_lowest, n_since = len(classes), 0
+            n_lowest = len(classes)
+            n_since = 0
             full = classes[rank == cap - 1]
             highest = draws[rank == cap - 1]
     return np.sort(_lowest(parts, cap)[2])

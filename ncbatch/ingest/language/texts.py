@@ -569,7 +569,8 @@ def tokenize(documents: Iterable[Document], encode: Encode) -> Iterator[list[Tok
         characters += len(document.content)
         if characters >= _CHARACTERS or len(waiting) >= _DOCUMENTS:
             yield _rows_of(waiting, encode)
-            waiting, characters = [], 0
+            waiting = []
+            characters = 0
     if waiting:
         yield _rows_of(waiting, encode)
 
