@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ncbatch.ingest.model.ranks import finalize
     from ncbatch.measurement.run import measure, plan
     from ncbatch.results.files import load_results, save_results
-    from ncbatch.results.tables import ProgressBar, notes, result_tables
+    from ncbatch.results.tables import notes, result_tables
+    from ncbatch.results.terminal import ProgressBar
     from ncbatch.states.decisions import Decisions
     from ncbatch.states.moments import Moments, MomentsAccumulator
     from ncbatch.states.pairs.stats import PairStats
@@ -33,7 +34,7 @@ _HOMES = {
     "MomentsAccumulator": "ncbatch.states.moments",
     "NcbatchError": "ncbatch.errors",
     "PairStats": "ncbatch.states.pairs.stats",
-    "ProgressBar": "ncbatch.results.tables",
+    "ProgressBar": "ncbatch.results.terminal",
     "dump": "ncbatch.ingest.model.dumps",
     "dump_language_model": "ncbatch.ingest.language.dumps",
     "finalize": "ncbatch.ingest.model.ranks",

@@ -94,14 +94,8 @@ def measure(
     """Measure neural collapse on the features in STORE..."""
     from ncbatch.measurement.run import measure
     from ncbatch.results.files import check_output, save_results
-    from ncbatch.results.tables import (
-        ProgressBar,
-        collapse_lines,
-        notes,
-        open_console,
-        result_tables,
-        show,
-    )
+    from ncbatch.results.tables import collapse_lines, notes, result_tables
+    from ncbatch.results.terminal import ProgressBar, open_console, show
 
     for path in outs:
         check_output(path)
@@ -145,7 +139,7 @@ def grid(dry_run: bool, **options: Any) -> None:
     first, and refused where memory or disk do not suffice.
     """
     from ncbatch.measurement.grid import GridRequest, write_grid
-    from ncbatch.results.tables import ProgressBar
+    from ncbatch.results.terminal import ProgressBar
 
     request = GridRequest(**options)
     plan = request.plan()
@@ -159,6 +153,14 @@ def grid(dry_run: bool, **options: Any) -> None:
 @click.command()
 def metrics() -> None:
     """List every metric: name, formula, what it reads, source."""
-    from ncbatch.results.tables import metric_table, open_console, show
+    from rich.table import Table
+    from rich.text import Text
 
-    show(open_console(), [metric_table()])
+    from ncbatch.metrics.catalogue import CATALOGUE
+    from ncbatch.results.terminal import open_console
+
+    table = Table("name", "what it is", "formula", "reads", "source")
+    for metric in CATALOGUE.values():
+        reads = ", ".join(sorted(metric.reads)) or "means"
+        table.add_row(metric.name, metric.long_name, Text(metric.formula), reads, metric.source)
+    open_console().print(table)

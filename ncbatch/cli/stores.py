@@ -29,7 +29,7 @@ def dump(model: str, texts: tuple[str, ...], out: str, split: str, **options: An
     vocabulary; the head becomes the classifier of what it sees.
     """
     from ncbatch.ingest.language.dumps import dump_language_model
-    from ncbatch.results.tables import ProgressBar, info_tables, open_console, show
+    from ncbatch.results.terminal import ProgressBar, info_tables, open_console, show
 
     store = dump_language_model(model, texts, out, split, progress=ProgressBar(), **options)
     show(open_console(), info_tables(store))
@@ -53,7 +53,7 @@ def import_(path: str, split: str, **options: Any) -> None:
     docs/import.md shows every format and shape.
     """  # noqa: D301  (click's own mark for lines that stay as they are)
     from ncbatch.ingest.files.imports import import_features
-    from ncbatch.results.tables import ProgressBar
+    from ncbatch.results.terminal import ProgressBar
 
     done = import_features(path, split, progress=ProgressBar(), **options)
     shards = done.features.shards
@@ -142,7 +142,7 @@ def describe(store: str, model: str | None, step: int | None) -> None:
 @click.argument("store", type=click.Path())
 def info(store: str) -> None:
     """Show what is in STORE: splits, layers, sizes, classifiers."""
-    from ncbatch.results.tables import info_tables, open_console, show
+    from ncbatch.results.terminal import info_tables, open_console, show
 
     show(open_console(), info_tables(_open(store)))
 

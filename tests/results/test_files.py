@@ -18,7 +18,8 @@ import ncbatch as nc
 from ncbatch.metrics import CATALOGUE
 from ncbatch.results.dataset import cells_of, column_names
 from ncbatch.results.files import ENDINGS, load_results, save_results
-from ncbatch.results.tables import collapse_lines, notes, result_tables, show
+from ncbatch.results.tables import collapse_lines, notes, result_tables
+from ncbatch.results.terminal import show
 from tests.results.sweeps import FEW, arranged, make_cells
 
 
