@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -31,6 +34,39 @@ settings.register_profile("ncbatch", deadline=None)
 settings.load_profile("ncbatch")
 
 Array = npt.NDArray[Any]
+
+
+# Rooms whose tests meet compiled kernels, and how long they wait for them at most.
+_COMPILED = ("golden", "gpu", "measurement", "metrics", "states")
+_COMPILED_SECONDS = 120
+_FLAG = "NCBATCH_TESTS_COMPILED"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to compile the kernels while the workers start and collect."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        return
+    flag = Path(tempfile.mkdtemp(prefix="ncbatch-tests-")) / "compiled"
+    os.environ[_FLAG] = str(flag)
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-m", "tests.compiled", str(flag)], cwd=root)
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+        shutil.rmtree(flag.parent)
+
+    config.add_cleanup(end)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the first test that may meet a kernel wait until all are compiled."""
+    flag = os.environ.get(_FLAG)
+    if flag is None or item.path.relative_to(Path(__file__).parent).parts[0] not in _COMPILED:
+        return
+    stop = time.monotonic() + _COMPILED_SECONDS
+    while not Path(flag).exists() and time.monotonic() < stop:
+        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
