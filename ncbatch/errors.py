@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class NcbatchError(Exception):
@@ -51,6 +52,10 @@ class CorruptionError(StoreError):
 
 class BudgetError(NcbatchError, MemoryError):
     """A memory budget that cannot work."""
+
+    def __new__(cls, *args: str, **named: str) -> Self:  # noqa: D102
+        # MemoryError's own refuses a class of two bases, and Dask's unpickling calls it.
+        return Exception.__new__(cls, *args)
 
 
 class WorkerError(NcbatchError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from tblib import pickling_support
 
 from ncbatch import errors
 
@@ -18,6 +19,13 @@ BUILTINS = {
     errors.OutputError: OSError,
     errors.UnknownNameError: LookupError,
 }
+
+
+@pytest.mark.parametrize("kind", BUILTINS)
+def test_an_error_comes_back_from_a_worker(kind):
+    pickling_support.install()  # as Dask does
+    error = pickle.loads(pickle.dumps(kind("a thing", "another", "do this")))
+    assert (type(error), str(error)) == (kind, "a thing; expected another\ndo this")
 
 
 @pytest.mark.parametrize("kind", BUILTINS)
