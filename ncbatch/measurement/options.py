@@ -34,13 +34,10 @@ class Recorded:
         The attribute; the option's own name where it is empty.
     tell : callable, optional
         Makes the attribute of all options; None is not recorded. By default the option's value.
-    binds : bool
-        Whether results that differ in it cannot be joined.
     """
 
     name: str = ""
     tell: Callable[["Options"], str | int | float | None] | None = None
-    binds: bool = True
 
 
 def _global_mean(options: "Options") -> str:
@@ -127,11 +124,9 @@ class Options(Declared):
     )
     precision: Annotated[Literal["exact", "fp32", "tf32"], Recorded()] = "exact"
     null: bool = False
-    null_seed: Annotated[
-        int, Recorded(tell=lambda o: o.null_seed if o.null else "no null", binds=False)
-    ] = 0
+    null_seed: Annotated[int, Recorded(tell=lambda o: o.null_seed if o.null else "no null")] = 0
     per_class: bool = False
-    ncc: Annotated[Literal["exact", "faiss"], Recorded(binds=False)] = "exact"
+    ncc: Annotated[Literal["exact", "faiss"], Recorded()] = "exact"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

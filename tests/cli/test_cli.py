@@ -7,9 +7,9 @@ import io
 import json
 import math
 import re
-import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -265,13 +265,11 @@ class TestMainJob:
 
 
 def test_help_answers_within_0_7_seconds(tmp_path):
-    # Of processor time: others may share the processors.
     times = []
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.perf_counter()
         done = run_command("--help", cwd=tmp_path)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        times.append(time.perf_counter() - start)
         assert done.code == 0
     assert min(times) < 0.7
     for name in ("import", "classifier", "info", "validate", "measure", "metrics"):
