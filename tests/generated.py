@@ -50,7 +50,9 @@ def options_page() -> str:
         command = cli.commands[name]
         lines += ["", f"## `ncbatch {name}`", "", f"In Python `{function}`.", ""]
         lines += ["| option | what it does | default | in results |", "|---|---|---|---|"]
-        for parameter in command.get_params(click.Context(command)):
+        # Below the group: a command keeps the first help option that it makes, which has its names.
+        context = click.Context(command, parent=click.Context(cli, **cli.context_settings))
+        for parameter in command.get_params(context):
             if not isinstance(parameter, click.Option) or "--help" in parameter.opts:
                 continue
             record = recorded.get(parameter.name) if name == "measure" else None
