@@ -141,6 +141,10 @@ class Progress(Protocol):
         ...
 
 
+class Silent(Progress):
+    """Shows nothing."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A step of a job that reads data: a pass, made from the results of earlier steps.

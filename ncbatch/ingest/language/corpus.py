@@ -14,16 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine.jobs import Progress
+from ncbatch.engine.jobs import Progress, Silent
 from ncbatch.errors import DataError, OutputError, UsageError
 from ncbatch.ingest.language.texts import (
     LARGEST_ID,
     Document,
-    Encode,
     Source,
     Texts,
     TokenRow,
-    encoder_of,
+    check_tokenizer,
     find_texts,
     tokenize,
     vocabulary_of,
@@ -34,6 +33,13 @@ Kind = Literal["next", "given", "argmax"]
 # What is held at a time of columns, so that memory does not grow with the corpus.
 _TOKENS = 2**18
 _DOCUMENTS = 4096
+
+# What there must be for a sample, by the kind of labels.
+_SAMPLES = {
+    "next": "a document of two tokens or more whose next tokens are not all masked or excluded",
+    "given": "labels that are not all negative, masked or excluded",
+    "argmax": "tokens with attention",
+}
 
 Bounds = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """First positions of windows, and those behind their last."""
@@ -59,18 +65,15 @@ class Column:
     def __len__(self) -> int:
         return self._length
 
-    def append(self, values: npt.NDArray[Any]) -> None:
-        """Write numbers behind the last."""
-        self.write(self._length, values)
-
-    def write(self, start: int, values: npt.NDArray[Any]) -> None:
-        """Write numbers from place `start` on.
+    def write(self, values: npt.NDArray[Any], start: int | None = None) -> None:
+        """Write numbers from place `start` on, else behind the last.
 
         Raises
         ------
         OutputError
             When the disk is full.
         """
+        start = self._length if start is None else start
         rest: Any = np.ascontiguousarray(values, self.dtype).view(np.uint8)
         self._file.seek(start * self.dtype.itemsize)
         try:
@@ -88,10 +91,6 @@ class Column:
         if self._file.readinto(into) != values.nbytes:
             raise OutputError("a temporary file of tokens is cut short")
         return values
-
-    def cut(self, length: int) -> None:
-        """Forget what is behind the first `length` numbers."""
-        self._length = min(self._length, length)
 
 
 def _no_room(error: OSError) -> OutputError:
@@ -205,26 +204,27 @@ class Reading:
         The label of each token's position, -1 where it is no sample.
     ends : Column of int64
         The position behind the last token of each document.
-    n_empty, n_samples, n_token_ids : int
-        Documents without tokens; samples; the largest token id plus one.
+    n_samples, n_token_ids : int
+        Samples; the largest token id plus one.
     """
 
     def __init__(self, kind: Kind, excluded: npt.NDArray[np.int32], masked: bool) -> None:
         self.ids = Column(np.int32)
         self.labels = Column(np.int32)
         self.ends = Column(np.int64)
-        self.n_empty = self.n_samples = self.n_token_ids = 0
-        self.kind = kind
+        self.n_samples = self.n_token_ids = 0
+        self._kind = kind
         self._excluded = excluded
         self._masked = masked
         self._end = 0  # of the last document that is complete
+        self._n_empty = 0
         self._last_sample = -1
 
     def read(
         self,
         sources: Sequence[Source],
-        encode: Encode,
-        progress: Progress | None,
+        tokenizer: Any,
+        progress: Progress,
         enough: int | None,
         context: int,
         pack: bool,
@@ -237,8 +237,8 @@ class Reading:
             When a document cannot be read, lacks labels, or there is no sample in any.
         """
         last = None  # the last sample that is wanted
-        with closing(_checked_documents(sources, self.kind, progress)) as documents:
-            for rows in tokenize(documents, encode):
+        with closing(_checked_documents(sources, self._kind, progress)) as documents:
+            for rows in tokenize(documents, tokenizer):
                 missing = -1 if enough is None else enough - self.n_samples
                 samples = self._add(rows)
                 if 0 < missing <= len(samples):
@@ -249,9 +249,13 @@ class Reading:
                 ):
                     break
         if self._end < len(self.ids):  # the rest of the last document was not needed
-            self.ends.append(np.array([len(self.ids)]))
+            self.ends.write(np.array([len(self.ids)]))
         if not self.n_samples:
-            raise self._no_sample()
+            raise DataError(
+                f"no sample in the texts (documents: {len(self.ends)}, tokens: {len(self.ids)}, "
+                f"empty documents: {self._n_empty})",
+                _SAMPLES[self._kind],
+            )
 
     def _add(self, rows: list[TokenRow]) -> npt.NDArray[np.int64]:
         """Add documents; return the positions of their samples."""
@@ -264,11 +268,14 @@ class Reading:
         tokens = TokenRow.join(rows)
         ends = np.cumsum([len(row) for row in rows])[[row.ends for row in rows]]
         last = np.append(ends, len(tokens)) - 1
-        labels = position_labels(tokens, last[last >= 0], self.kind, self._excluded, self._masked)
+        labels = position_labels(tokens, last[last >= 0], self._kind, self._excluded, self._masked)
         # One number holds token and attention: a corpus is 8 bytes per token on the disk.
-        self.ids.write(start, np.where(tokens.attended, tokens.ids, -1 - tokens.ids))
-        self.labels.write(start, labels)
-        self._end_documents(ends + start)
+        self.ids.write(np.where(tokens.attended, tokens.ids, -1 - tokens.ids), start)
+        self.labels.write(labels, start)
+        lengths = np.diff(ends + start, prepend=self._end)
+        self._n_empty += int(np.count_nonzero(lengths == 0))
+        self.ends.write((ends + start)[lengths > 0])
+        self._end += int(lengths.sum())
         self.n_token_ids = max(self.n_token_ids, int(tokens.ids.max(initial=-1)) + 1)
         samples = np.flatnonzero(labels >= 0) + start
         samples = samples[samples > self._last_sample]  # the token read again may be one already
@@ -277,42 +284,20 @@ class Reading:
         self.n_samples += len(samples)
         return samples
 
-    def _end_documents(self, ends: npt.NDArray[np.int64]) -> None:
-        held = np.diff(ends, prepend=self._end) > 0
-        self.ends.append(ends[held])
-        self.n_empty += len(ends) - int(held.sum())
-        self._end = int(ends[-1]) if len(ends) else self._end
-
-    def _no_sample(self) -> DataError:
-        expected = {
-            "next": "a document of two tokens or more whose next tokens are not all masked "
-            "or excluded",
-            "given": "labels that are not all negative, masked or excluded",
-            "argmax": "tokens with attention",
-        }
-        return DataError(
-            f"no sample in the texts (documents: {len(self.ends)}, tokens: {len(self.ids)}, "
-            f"empty documents: {self.n_empty})",
-            expected[self.kind],
-        )
-
 
 def _checked_documents(
-    sources: Sequence[Source], kind: Kind, progress: Progress | None
+    sources: Sequence[Source], kind: Kind, progress: Progress
 ) -> Generator[Document]:
     """Read the documents of all sources, check that each has its labels, tell how far it is."""
-    if progress:
-        progress.begin("reading texts", sum(source.size for source in sources), "B")
+    progress.begin("reading texts", sum(source.size for source in sources), "B")
     try:
         for source in sources:
             for document in source.documents():
                 check_labels(document, kind)  # here, where an error can still name the document
                 yield document
-                if progress:
-                    progress.advance(document.size)
+                progress.advance(document.size)
     finally:
-        if progress:
-            progress.end()
+        progress.end()
 
 
 # Which samples are taken when every class may give only so many.
@@ -393,15 +378,6 @@ def _lowest(parts: list[tuple[npt.NDArray[Any], ...]], cap: int) -> tuple[npt.ND
 # Windows: how documents are cut or packed.
 
 
-def packed_windows(n_tokens: int, context: int) -> Iterator[Bounds]:
-    """Cut all documents, one behind the other, into windows; only the last may be short."""
-    # So many whole windows as are few tokens.
-    step = context * max(_TOKENS // context, 1)
-    for start in range(0, n_tokens, step):
-        first = np.arange(start, min(start + step, n_tokens), context)
-        yield first, np.minimum(first + context, n_tokens)
-
-
 def cut_windows(ends: Column, context: int) -> Iterator[Bounds]:
     """Cut each document, of which `ends` are the ends, into windows; its last one may be short."""
     start = 0
@@ -450,10 +426,6 @@ class Corpus:
     ----------
     kind : {"next", "given", "argmax"}
         What the labels are.
-    n_documents : int
-        Documents that were read and had tokens.
-    n_empty : int
-        Documents that were read and had none; they are skipped.
     n_token_ids : int
         The largest token id plus one.
     n_samples : int
@@ -463,8 +435,6 @@ class Corpus:
     """
 
     kind: Kind
-    n_documents: int
-    n_empty: int
     n_token_ids: int
     n_samples: int
     fingerprint: str
@@ -472,11 +442,6 @@ class Corpus:
     _labels: Column
     _starts: Column  # of the windows that hold samples
     _stops: Column
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that were read, special ones included, padding not."""
-        return len(self._ids)
 
     @property
     def n_windows(self) -> int:
@@ -490,14 +455,12 @@ class Corpus:
         ------
         DataError
             When a label is K or more.
-        UsageError
-            With ``argmax``, whose labels are known after the forward pass only.
         """
-        if self.kind == "argmax":
-            raise UsageError("counts of labels that the model has yet to decide")
         counts = np.zeros(n_classes, np.int64)
-        for start in range(0, len(self._labels), _TOKENS):
-            labels = self._labels.read(start, start + _TOKENS)
+        # Behind the last window are labels of samples that are not taken.
+        (end,) = self._stops.read(self.n_windows - 1, self.n_windows)
+        for start in range(0, int(end), _TOKENS):
+            labels = self._labels.read(start, min(start + _TOKENS, int(end)))
             largest = int(labels.max())
             if largest >= n_classes:
                 raise DataError(
@@ -610,21 +573,23 @@ def open_corpus(
     """
     excluded = _check_excluded(exclude, tokenizer, labels, per_class_cap)
     sources = find_texts(texts, field)
-    encode = encoder_of(tokenizer)
+    check_tokenizer(tokenizer)
     reading = Reading(labels, excluded, masked)
     enough = max_tokens if per_class_cap is None else None
-    reading.read(sources, encode, progress, enough, context, pack)
+    reading.read(sources, tokenizer, progress or Silent(), enough, context, pack)
     chosen = None
     if per_class_cap is not None:
         chosen = lowest_per_class(reading.labels, per_class_cap, seed)
-    bounds = (
-        packed_windows(len(reading.ids), context) if pack else cut_windows(reading.ends, context)
-    )
-    return _settle(reading, bounds, chosen, max_tokens)
+    ends = reading.ends
+    if pack:  # as if all were one document
+        ends = Column(np.int64)
+        ends.write(np.array([len(reading.ids)]))
+    return _settle(reading, labels, cut_windows(ends, context), chosen, max_tokens)
 
 
 def _settle(
     reading: Reading,
+    kind: Kind,
     bounds: Iterator[Bounds],
     chosen: npt.NDArray[np.int64] | None,
     most: int | None,
@@ -652,25 +617,22 @@ def _settle(
             taken[out] = -1
         if most is not None:
             taken[np.flatnonzero(taken >= 0)[most - n_samples :]] = -1
-        labels.write(begin, taken)
+        labels.write(taken, begin)
         inside = taken >= 0
         n_samples += int(np.count_nonzero(inside))
         # Windows have no gaps between them, so that each goes on to where the next begins.
         held = np.logical_or.reduceat(inside, first - begin)
-        starts.append(first[held])
-        stops.append(behind[held])
+        starts.write(first[held])
+        stops.write(behind[held])
         lengths = behind - first
         rows = np.repeat(held, lengths)
         shapes.update(lengths[held].tobytes())
         contents.update(np.stack([ids.read(begin, end), taken], 1)[rows].tobytes())
         if most is not None and n_samples >= most:
-            labels.cut(end)  # labels behind are those of no sample that is taken
             break
     shapes.update(contents.digest())
     return Corpus(
-        reading.kind,
-        len(reading.ends),
-        reading.n_empty,
+        kind,
         reading.n_token_ids,
         n_samples,
         shapes.hexdigest(),

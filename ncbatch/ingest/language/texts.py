@@ -7,7 +7,10 @@ import glob
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -18,8 +21,6 @@ from ncbatch.errors import DataError, NcbatchError, UsageError, unknown_name
 from ncbatch.store.format import natural_key
 
 Texts = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-Encode = Callable[[list[str], bool], list[list[int]]]
-"""Turns texts into lists of token ids, with or without the special tokens at their ends."""
 
 # A tokenizer keeps some hundred bytes per token while it works. So a text is cut into pieces of at
 # most so many characters, and so many characters and documents are tokenized together.
@@ -29,7 +30,6 @@ _DOCUMENTS = 1024
 
 TOKEN_FIELDS = ("input_ids", "attention_mask", "loss_mask", "labels")
 LARGEST_ID = 2**31 - 1
-_LINES = (".jsonl", ".ndjson")
 _KINDS = "text files, .jsonl files or a folder written by datasets.save_to_disk"
 _ROWS_AT_A_TIME = 256  # of a saved data set
 _PROBE = 1000  # characters that show which special tokens there are
@@ -209,52 +209,51 @@ def _file_source(path: Path, field: str) -> Source:
             _KINDS,
             "name it .jsonl when every line is a JSON object, .txt when it is one text",
         )
-    is_lines = ending in _LINES
+    is_lines = ending in (".jsonl", ".ndjson")
 
     def documents() -> Iterator[Document]:
         try:
-            with path.open("rb") as file:
+            with path.open("rb") as file, _naming_bad_bytes(file, path):
                 yield from _lines_of(file, path, field) if is_lines else _text_of(file, path)
         except OSError as error:
             raise DataError(
                 f"'{path}' cannot be read: {error.strerror}", "a readable file"
             ) from error
 
+    # Of a file that is gone reading it will say so.
+    return Source(os.path.getsize(path) if path.exists() else 0, documents)
+
+
+@contextmanager
+def _naming_bad_bytes(file: BinaryIO, path: Path) -> Iterator[None]:
     try:
-        size = path.stat().st_size
-    except OSError:  # reading it will say why
-        size = 0
-    return Source(size, documents)
+        yield
+    except UnicodeDecodeError as error:
+        # What was being decoded ends where the file is read to.
+        place = file.tell() - len(error.object) + error.start
+        raise DataError(
+            f"'{path}' is not UTF-8: byte {place} is 0x{error.object[error.start]:02x}",
+            "text in UTF-8",
+            "convert it (iconv -f latin1 -t utf-8), or leave it out with a glob",
+        ) from error
 
 
 def _text_of(file: BinaryIO, path: Path) -> Iterator[Document]:
     """Read the only document of a file, holding a piece of it."""
-
-    def parts() -> Iterator[str]:
-        rest = b""  # the beginning of a character
-        data = None
-        while data != b"":
-            start = file.tell() - len(rest)
-            data = file.read(PIECE)
-            text, used = _decode(rest + data, path, start, final=not data)
-            rest = (rest + data)[used:]
-            yield text
-
+    parts = codecs.iterdecode(iter(partial(file.read, PIECE), b""), "utf-8-sig")
     told = 0
-    for piece, begins, ends in cut_into_pieces(parts()):
+    for piece, begins, ends in cut_into_pieces(parts):
         yield Document(f"'{path}'", piece, file.tell() - told, begins, ends)
         told = file.tell()
 
 
 def _lines_of(file: BinaryIO, path: Path, field: str) -> Iterator[Document]:
     """Read a document per line, holding one; blank lines are none."""
-    start = 0
     for number, line in enumerate(file, 1):
         if line.strip():
             where = f"line {number} of '{path}'"
-            text, _ = _decode(line, path, start)
-            yield from _documents_of(_json_object(text, where), field, where, len(line))
-        start += len(line)
+            row = _json_object(line.decode("utf-8-sig"), where)
+            yield from _documents_of(row, field, where, len(line))
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
@@ -268,37 +267,19 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _decode(data: bytes, path: Path, start: int, final: bool = True) -> tuple[str, int]:
-    """Decode bytes that stand at `start` of a file, without a byte order mark.
-
-    Returns how many bytes were used, too: a character may be cut short at the end of what is not
-    `final`.
-    """
-    try:
-        text, used = codecs.utf_8_decode(data, "strict", final)
-    except UnicodeDecodeError as error:
-        wrong = error.start
-        raise DataError(
-            f"'{path}' is not UTF-8: byte {start + wrong} is 0x{data[wrong]:02x}",
-            "text in UTF-8",
-            "convert it (iconv -f latin1 -t utf-8), or leave it out with a glob",
-        ) from error
-    return text.removeprefix("\ufeff") if start == 0 else text, used
-
-
 # Folders that `datasets.save_to_disk` wrote.
 
 
 def _dataset_source(path: Path, field: str) -> Source:
     try:
         import datasets  # takes seconds: only where there is such a folder
+
+        rows = datasets.load_from_disk(str(path))
     except ImportError as error:
         raise DataError(
             f"'{path}' is a saved data set, and the library datasets is not installed",
             remedy='pip install "ncbatch[hf]"',
         ) from error
-    try:
-        rows = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable_dataset(path, error) from error
     names = rows.column_names
@@ -311,16 +292,15 @@ def _dataset_source(path: Path, field: str) -> Source:
     row_bytes = sum(file.stat().st_size for file in path.glob("*.arrow")) // max(len(rows), 1)
 
     def documents() -> Iterator[Document]:
-        number = 0
+        tables = rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_A_TIME)
+        cells = (zip(*map(table.column, columns), strict=True) for table in tables)
         try:
-            for table in rows.select_columns(columns).with_format("arrow").iter(_ROWS_AT_A_TIME):
-                for cells in zip(*map(table.column, columns), strict=True):
-                    row = dict(zip(columns, map(_plain, cells), strict=True))
-                    where = f"row {number} of '{path}'"
-                    if "input_ids" in row and row["input_ids"] is None:
-                        raise DataError(f"input_ids in {where} are null", "a list of integers")
-                    yield from _documents_of(row, field, where, row_bytes)
-                    number += 1
+            for number, values in enumerate(chain.from_iterable(cells)):
+                row = dict(zip(columns, map(_plain, values), strict=True))
+                where = f"row {number} of '{path}'"
+                if "input_ids" in row and row["input_ids"] is None:
+                    raise DataError(f"input_ids in {where} are null", "a list of integers")
+                yield from _documents_of(row, field, where, row_bytes)
         except OSError as error:
             raise _unreadable_dataset(path, error) from error
 
@@ -359,8 +339,7 @@ def _documents_of(row: Mapping[str, Any], field: str, where: str, size: int) -> 
     if field not in row:
         raise unknown_name("field", field, row, where)
     text = _checked_text(row[field], field, where)
-    parts = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
-    for piece, begins, ends in cut_into_pieces(parts):
+    for piece, begins, ends in cut_into_pieces([text]):
         yield Document(where, piece, size * begins, begins, ends)
 
 
@@ -369,15 +348,14 @@ def _checked_text(value: Any, field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"field '{field}' in {where} holds {type(value).__name__}", "text")
-    if not value.isascii():  # which is quickly known of most texts
-        # JSON may escape half a pair, which Python takes and the tokenizer does not.
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"character {error.start} of field '{field}' in {where} is half a surrogate pair",
-                "text that UTF-8 can hold",
-            ) from error
+    # JSON may escape half a pair, which Python takes and the tokenizer does not.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start} of field '{field}' in {where} is half a surrogate pair",
+            "text that UTF-8 can hold",
+        ) from error
     return value
 
 
@@ -495,20 +473,10 @@ def _numbers(values: Any, name: str, where: str, kinds: str) -> npt.NDArray[Any]
 # From documents to tokens: many at a time.
 
 
-def encoder_of(tokenizer: Any) -> Encode:
-    """Take the function that turns texts into lists of token ids.
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is neither a tokenizer of transformers nor None.
 
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase or None
-        It adds its special tokens to every text where they are asked for, and cuts and pads
-        nothing whatever its own settings are. None stands for documents that are tokenized
-        already.
-
-    Raises
-    ------
-    UsageError
-        When it is something else.
+    None stands for documents that are tokenized already.
     """
     if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise UsageError(
@@ -517,23 +485,26 @@ def encoder_of(tokenizer: Any) -> Encode:
             "transformers.AutoTokenizer.from_pretrained(...) makes one",
         )
 
-    def encode(texts: list[str], special: bool) -> list[list[int]]:
-        if tokenizer is None:
-            raise UsageError(
-                "text, but no tokenizer", "a tokenizer", "documents with input_ids need none"
-            )
-        encoded: list[list[int]] = tokenizer(
-            texts,
-            add_special_tokens=special,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # it would warn of texts longer than the model takes
-        )["input_ids"]
-        return encoded
 
-    return encode
+def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    """Turn texts into token ids, with or without the special tokens at their ends.
+
+    Nothing is cut or padded, whatever the tokenizer's own settings are.
+    """
+    if tokenizer is None:
+        raise UsageError(
+            "text, but no tokenizer", "a tokenizer", "documents with input_ids need none"
+        )
+    encoded: list[list[int]] = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # it would warn of texts longer than the model takes
+    )["input_ids"]
+    return encoded
 
 
 def vocabulary_of(tokenizer: Any) -> int:
@@ -542,15 +513,15 @@ def vocabulary_of(tokenizer: Any) -> int:
     return max([len(tokenizer), *(i + 1 for i in ids.values())])
 
 
-def tokenize(documents: Iterable[Document], encode: Encode) -> Iterator[list[TokenRow]]:
+def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[TokenRow]]:
     """Tokenize documents and pieces of them, some at a time.
 
     Parameters
     ----------
     documents : iterable of Document
         Texts, or tokens, which pass as they are.
-    encode : callable
-        From `encoder_of`.
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+        It adds its special tokens to every text.
 
     Yields
     ------
@@ -568,22 +539,25 @@ def tokenize(documents: Iterable[Document], encode: Encode) -> Iterator[list[Tok
         waiting.append(document)
         characters += len(document.content)
         if characters >= _CHARACTERS or len(waiting) >= _DOCUMENTS:
-            yield _rows_of(waiting, encode)
+            yield _rows_of(waiting, tokenizer)
             waiting = []
             characters = 0
     if waiting:
-        yield _rows_of(waiting, encode)
+        yield _rows_of(waiting, tokenizer)
 
 
-def _rows_of(documents: list[Document], encode: Encode) -> list[TokenRow]:
+def _rows_of(documents: list[Document], tokenizer: Any) -> list[TokenRow]:
     # Texts that are whole go through with their special tokens, pieces without.
     texts: dict[bool, list[str]] = {True: [], False: []}
     for document in documents:
         if isinstance(document.content, str) and document.content:
             texts[document.is_whole].append(document.content)
     try:
-        ids = {whole: iter(encode(alike, whole) if alike else []) for whole, alike in texts.items()}
-        return [_row_of(document, ids[document.is_whole], encode) for document in documents]
+        ids = {
+            whole: iter(_encode(tokenizer, alike, whole) if alike else [])
+            for whole, alike in texts.items()
+        }
+        return [_row_of(document, ids[document.is_whole], tokenizer) for document in documents]
     except NcbatchError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
@@ -594,22 +568,22 @@ def _rows_of(documents: list[Document], encode: Encode) -> list[TokenRow]:
         ) from error
 
 
-def _row_of(document: Document, ids: Iterator[list[int]], encode: Encode) -> TokenRow:
+def _row_of(document: Document, ids: Iterator[list[int]], tokenizer: Any) -> TokenRow:
     text = document.content
     if isinstance(text, TokenRow):
         return text
     tokens = next(ids) if text else []
     if document.begins != document.ends:  # special tokens stand at a document's ends only
-        before, after = _special_tokens(text, encode)
+        before, after = _special_tokens(text, tokenizer)
         tokens = [*before, *tokens] if document.begins else [*tokens, *after]
     return TokenRow.of_text(tokens, document.ends)
 
 
-def _special_tokens(text: str, encode: Encode) -> tuple[list[int], list[int]]:
+def _special_tokens(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Find the special tokens that begin and end a document."""
     for probe in (text[:_PROBE], "a", "."):
-        (plain,) = encode([probe], False)
-        (whole,) = encode([probe], True)
+        (plain,) = _encode(tokenizer, [probe], False)
+        (whole,) = _encode(tokenizer, [probe], True)
         n = len(plain)
         # From behind: a special token at the beginning may be the text's own first one.
         for start in reversed(range(len(whole) - n + 1) if n else ()):
