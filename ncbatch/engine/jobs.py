@@ -126,23 +126,23 @@ class Progress(Protocol):
 
     def begin(self, label: str, total: int, unit: str) -> None:
         """Start a pass of `total` units."""
-        ...
+        return
 
     def advance(self, size: int) -> None:
         """Count `size` units as done."""
-        ...
+        return
 
     def end(self) -> None:
         """End the pass, done or given up."""
-        ...
+        return
 
     def note(self, text: str) -> None:
         """Tell the user something."""
-        ...
+        return
 
 
 class Silent(Progress):
-    """Shows nothing."""
+    """Shows nothing: what a run tells where nobody asked for a progress."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine.jobs import Progress
+from ncbatch.engine.jobs import Progress, Silent
 from ncbatch.engine.options import takes
 from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
-from ncbatch.ingest.language.corpus import Corpus, Kind, open_corpus
+from ncbatch.ingest.language.corpus import Corpus, open_corpus
 from ncbatch.ingest.language.model import LanguageModel, open_language_model, with_checked_head
 from ncbatch.ingest.language.options import DumpRequest
 from ncbatch.ingest.language.places import choose_places, probe
@@ -25,7 +24,7 @@ from ncbatch.ingest.language.texts import Texts
 from ncbatch.ingest.model.capture import device_of
 from ncbatch.ingest.model.dumps import dump, make_target
 from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
-from ncbatch.ingest.model.room import check_rows_room, check_states_room
+from ncbatch.ingest.model.room import rows_room, states_room
 from ncbatch.ingest.model.target import Request, one_dtype, open_if_there, stored_dtypes
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import check_name
@@ -57,6 +56,8 @@ class Feed:
         Samples of a rank, about.
     n_tokens : int
         Tokens read by the model so far.
+    n_seen : int
+        Classes with samples; all where the model has yet to decide them.
 
     Parameters
     ----------
@@ -71,8 +72,9 @@ class Feed:
     """
 
     def __init__(self, model: LanguageModel, corpus: Corpus, batch_size: int, share: Share) -> None:
-        if corpus.kind != "argmax":
-            corpus.label_counts(model.n_tokens)  # refuses labels that are no classes
+        self.n_seen = model.n_tokens
+        if corpus.kind != "argmax":  # refuses labels that are no classes
+            self.n_seen = int(np.count_nonzero(corpus.label_counts(model.n_tokens)))
         if corpus.n_token_ids > model.n_embeddings:
             raise DataError(
                 f"token id {corpus.n_token_ids - 1} in the texts",
@@ -81,12 +83,9 @@ class Feed:
             )
         self._corpus = corpus
         self._batch_size = batch_size
-        self._model = model.module
+        self._model = model
         self._share = share
         self._current = 0
-        # A cache of keys and values would be kept and never used.
-        takes = inspect.signature(model.module.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in takes else {}
         self.n_samples = -(-corpus.n_samples // share.world_size)
         self.n_tokens = 0
 
@@ -96,19 +95,15 @@ class Feed:
         row = int(np.argmax(batch.attention_mask.sum(1)))
         tokens = np.flatnonzero(batch.attention_mask[row])[:_PROBE_TOKENS]
         ids = batch.input_ids[None, row, tokens]
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids), **self._options}
+        return self._model.inputs(ids, np.ones_like(ids))
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], npt.NDArray[np.int64]]]:
-        # Batches that are skipped, because their rows are stored, are no tokens that it read.
-        handle = self._model.register_forward_pre_hook(self._count)
         share = self._share
-        try:
+        # Batches that are skipped, because their rows are stored, are no tokens that it read.
+        with self._model.module.register_forward_pre_hook(self._count):
             for batch in self._corpus.batches(self._batch_size, share.rank, share.world_size):
                 self._current = int(batch.attention_mask.sum())
-                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-                yield {**inputs, **self._options}, batch.labels
-        finally:
-            handle.remove()
+                yield self._model.inputs(batch.input_ids, batch.attention_mask), batch.labels
 
     def _count(self, *_: Any) -> None:
         self.n_tokens += self._current
@@ -167,6 +162,7 @@ def dump_language_model(
         of another model or step, or the split was begun with other texts or options.
     """
     check_name("split", split)
+    progress = progress or Silent()
     asked = DumpRequest.of(options)
     if asked.means is not None and not asked.moments:
         raise UsageError(f"means '{asked.means}' without moments", "--moments (moments=True) too")
@@ -177,15 +173,20 @@ def dump_language_model(
         lm = with_checked_head(lm)
     lm.check_vocabulary()
     lm = replace(lm, name=asked.name or lm.name, step=lm.step if asked.step is None else asked.step)
-    kind = _kind_of_labels(asked.labels, lm)
+    kind = asked.labels or ("argmax" if lm.masked else "next")
+    if kind == "argmax" and lm.head is None:
+        raise UsageError(
+            f"labels 'argmax' of {lm.name}, which has no head", "labels 'next' or 'given'"
+        )
     places = choose_places(lm, [asked.layers] if isinstance(asked.layers, str) else asked.layers)
     opened = open_if_there(store)
     _check_described(opened, split, lm, asked.overwrite)
+    dtype = _stored_dtype(opened, split, places, lm, asked)
     request = Request(
         store,
         split,
         places,
-        _stored_dtype(opened, split, places, lm, asked),
+        dtype,
         lm.n_tokens,
         share,
         n_samples=1,  # not known yet
@@ -195,7 +196,7 @@ def dump_language_model(
     # What `dump` would refuse is refused before texts are read.
     target = make_target(request, moments=asked.moments, means=asked.means)
     if target.done and places.keys() <= target.opened.layer_notes.keys():
-        _note(progress, complete_resumed(target.opened, split, share))
+        progress.note(complete_resumed(target.opened, split, share))
         return target.opened
     corpus = open_corpus(
         texts,
@@ -208,12 +209,16 @@ def dump_language_model(
     )
     feed = Feed(lm, corpus, asked.batch_size, share)
     with _naming_what_is_full(store):
-        seen = probe(lm, places, feed.example(), device_of(lm.module))
-    _note(progress, _check_room(request, seen.widths, corpus, asked.moments))
-    with _timed(progress, feed, split), _naming_what_is_full(store):
+        widths, notes = probe(lm, places, feed.example(), device_of(lm.module))
+    if asked.moments:
+        room = states_room(store, split, widths, feed.n_seen, corpus.n_samples, share.world_size)
+    else:
+        room = rows_room(store, split, widths, dtype, corpus.n_samples, asked.overwrite)
+    progress.note(room)
+    with _naming_what_is_full(store):
         done = _run(lm, feed, request, corpus, asked, progress)
         if share.rank == 0:  # what all would say alike, written once
-            done.describe(model=lm.name, step=lm.step, layers=seen.notes)
+            done.describe(model=lm.name, step=lm.step, layers=notes)
         if share.several:
             finalize_if_last(done, split)
     return done
@@ -225,51 +230,48 @@ def _run(
     request: Request,
     corpus: Corpus,
     asked: DumpRequest,
-    progress: Progress | None,
+    progress: Progress,
 ) -> FeatureStore:
-    return dump(
-        lm.module,
-        feed,
-        request.store,
-        request.split,
-        list(request.places),
-        head=lm.head or False,
-        head_bias=lm.head_bias,
-        n_classes=lm.n_tokens,
-        dtype=request.dtype,
-        argmax_labels=corpus.kind == "argmax",
-        rank=request.share.rank,
-        world_size=request.share.world_size,
-        n_samples=corpus.n_samples,
-        # Stores record what a dump was begun with under these names: versions before know them.
-        identity={
-            "model": lm.name,
-            "model dtype": lm.dtype,
-            "labels": corpus.kind,
-            "texts and windows": corpus.fingerprint[:12],
-            "batch size": asked.batch_size,
-        },
-        progress=progress,
-        **_pick(asked, _KEEPING),
-    )
+    """Show the pass, and say how fast it was."""
+    progress.begin(f"dump {request.split}", feed.n_samples, "rows")
+    start = time.perf_counter()
+    try:
+        store = dump(
+            lm.module,
+            feed,
+            request.store,
+            request.split,
+            list(request.places),
+            head=lm.head or False,
+            head_bias=lm.head_bias,
+            n_classes=lm.n_tokens,
+            dtype=request.dtype,
+            argmax_labels=corpus.kind == "argmax",
+            rank=request.share.rank,
+            world_size=request.share.world_size,
+            n_samples=corpus.n_samples,
+            # Stores record what a dump was begun with under these names: versions before know them.
+            identity={
+                "model": lm.name,
+                "model dtype": lm.dtype,
+                "labels": corpus.kind,
+                "texts and windows": corpus.fingerprint[:12],
+                "batch size": asked.batch_size,
+            },
+            progress=progress,
+            **_pick(asked, _KEEPING),
+        )
+    finally:
+        progress.end()
+    seconds = time.perf_counter() - start
+    if feed.n_tokens:
+        speed = feed.n_tokens / seconds
+        progress.note(f"{feed.n_tokens:,} tokens in {seconds:,.1f} s: {speed:,.0f} tokens/s")
+    return store
 
 
 def _pick(asked: DumpRequest, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(asked, name) for name in names}
-
-
-def _check_room(request: Request, widths: dict[str, int], corpus: Corpus, moments: bool) -> str:
-    """Say what the dump takes on the disk, and what is free; refuse what does not fit."""
-    store = request.store
-    split = request.split
-    n_samples = corpus.n_samples
-    if not moments:
-        dtype = str(request.dtype)
-        return check_rows_room(store, split, widths, dtype, n_samples, request.overwrite)
-    n_seen = int(request.n_classes or 0)
-    if corpus.kind != "argmax":  # whose classes the model has yet to decide
-        n_seen = int(np.count_nonzero(corpus.label_counts(n_seen)))
-    return check_states_room(store, split, widths, n_seen, n_samples, request.share.world_size)
 
 
 def _check_described(
@@ -302,8 +304,9 @@ def _stored_dtype(
     default = "bfloat16" if lm.dtype == "bfloat16" else "float16"
     if asked.moments:
         return asked.dtype or default
-    dtypes = stored_dtypes(store, split, layers, asked.dtype, default, overwrite=asked.overwrite)
-    return one_dtype(dtypes)
+    return one_dtype(
+        stored_dtypes(store, split, layers, asked.dtype, default, overwrite=asked.overwrite)
+    )
 
 
 def _share(rank: int | None, world_size: int | None) -> Share:
@@ -317,38 +320,6 @@ def _share(rank: int | None, world_size: int | None) -> Share:
         return Share(rank, world_size)
     variables = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
     return Share(*map(int, variables)) if all(map(str.isdecimal, variables)) else Share()
-
-
-def _kind_of_labels(labels: Kind | None, model: LanguageModel) -> Kind:
-    kind = labels or ("argmax" if model.masked else "next")
-    if kind == "argmax" and model.head is None:
-        raise UsageError(
-            f"labels 'argmax' of {model.name}, which has no head", "labels 'next' or 'given'"
-        )
-    return kind
-
-
-def _note(progress: Progress | None, text: str) -> None:
-    if progress is not None:
-        progress.note(text)
-
-
-@contextmanager
-def _timed(progress: Progress | None, feed: Feed, split: str) -> Iterator[None]:
-    """Show the pass, and say how fast it was."""
-    if progress is None:
-        yield
-        return
-    progress.begin(f"dump {split}", feed.n_samples, "rows")
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        progress.end()
-    seconds = time.perf_counter() - start
-    if feed.n_tokens:
-        speed = feed.n_tokens / seconds
-        progress.note(f"{feed.n_tokens:,} tokens in {seconds:,.1f} s: {speed:,.0f} tokens/s")
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncbatch.errors import BudgetError, DataError, NcbatchError, UsageError
 from ncbatch.ingest.language.texts import vocabulary_of
-from ncbatch.ingest.model.capture import device_of
+from ncbatch.ingest.model.capture import capturing, device_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class LanguageModel:
     def config(self) -> Any:
         """The part of the model's configuration that concerns text."""
         config: Any = self.module.config
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return config.get_text_config()
 
     @property
     def n_tokens(self) -> int:
@@ -104,15 +105,12 @@ class LanguageModel:
                 "give the tokenizer that the model was trained with (--tokenizer, tokenizer=)",
             )
 
-    @property
-    def _longest(self) -> int | None:
-        """Tokens that the model takes at most, where it says so."""
-        longest: int | None = getattr(self.config, "max_position_embeddings", None)
-        for path, module in self.module.named_modules():
-            padding = getattr(module, "padding_idx", None)
-            if path.endswith("position_embeddings") and longest is not None and padding is not None:
-                return longest - int(padding) - 1  # RoBERTa counts from behind the padding
-        return longest
+    def inputs(self, ids: Any, mask: Any) -> dict[str, Any]:
+        """Name token ids (B, T), and a mask of those to attend to, as the model takes them."""
+        # A cache of keys and values would be kept and never used.
+        takes = inspect.signature(self.module.forward).parameters
+        cache = {"use_cache": False} if "use_cache" in takes else {}
+        return {"input_ids": ids, "attention_mask": mask, **cache}
 
     def context(self, asked: int | None) -> int:
         """Choose the tokens of a window: as asked, else what the model takes, 2048 at most.
@@ -122,7 +120,12 @@ class LanguageModel:
         UsageError
             When the model takes fewer.
         """
-        longest = self._longest
+        longest: int | None = getattr(self.config, "max_position_embeddings", None)
+        for path, module in self.module.named_modules():
+            padding = getattr(module, "padding_idx", None)
+            if path.endswith("position_embeddings") and longest is not None and padding is not None:
+                longest -= int(padding) + 1  # RoBERTa counts from behind the padding
+                break
         if asked is None:
             known = (longest, getattr(self.tokenizer, "model_max_length", None))
             return min([_LONGEST, *(int(n) for n in known if n)])
@@ -173,42 +176,47 @@ def open_language_model(
     DataError
         When the model or the tokenizer is not there, cannot be read, or is of another kind.
     """
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "no transformers here", "", 'pip install "ncbatch[hf]" to run language models'
+        ) from error
     dtype = model_dtype or "auto"
-    _check_transformers()
+    device = device or "auto"
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = os.path.expanduser(os.fspath(tokenizer))
     if not isinstance(model, str | os.PathLike):
-        asked_device = (device or "auto") != "auto"
-        if dtype != "auto" or asked_device or revision or trust_remote_code or allow_pickle:
+        if {dtype, device} != {"auto"} or revision or trust_remote_code or allow_pickle:
             raise UsageError(
                 "a loaded model, and options of loading",
                 "the model with the dtype and on the device that it shall have",
             )
-        opened = _take(model, tokenizer)
+        with _quietly():
+            opened = _take(model, tokenizer)
     else:
         path = os.path.expanduser(os.fspath(model))
-        where = _device(device or "auto", rank)
+        where = _device(device, rank)
         _check_there(path, "model")
         with _quietly():
             origin = {"revision": revision, "trust_remote_code": trust_remote_code}
             opened = _load(path, tokenizer, origin, dtype, allow_pickle)
-        _move(opened.module, where)
+        try:
+            opened.module.to(where)
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(
+                f"the model does not fit on {where}",
+                "",
+                "take a smaller model dtype, or load it over several GPUs yourself and give it to "
+                "nc.dump_language_model",
+            ) from error
     if opened.head is None:
         logger.warning(
             "%s has no head that was trained: no classifier is stored, NC3 and NC4 are left out",
             opened.name,
         )
     return opened
-
-
-def _check_transformers() -> None:
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "no transformers here", "", 'pip install "ncbatch[hf]" to run language models'
-        ) from error
 
 
 def _check_there(path: str, what: str) -> None:
@@ -229,8 +237,8 @@ def _device(device: str, rank: int | None) -> str:
     # torchrun says which of this machine's GPUs is whose; else ranks take turns on them.
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device in ("auto", "cuda") and n:
-        asked_rank = "" if rank is None else str(rank)
-        local = os.environ.get("LOCAL_RANK") or asked_rank or os.environ.get("RANK") or "0"
+        of_all = os.environ.get("RANK", "0") if rank is None else str(rank)
+        local = os.environ.get("LOCAL_RANK") or of_all
         return f"cuda:{int(local) % n}" if local.isdecimal() else "cuda:0"
     if device == "auto":
         return "cpu"
@@ -241,20 +249,6 @@ def _device(device: str, rank: int | None) -> str:
     if asked.type == "cuda" and (asked.index or 0) >= n:
         raise UsageError(f"device '{device}'", f"one of the {n} CUDA devices that torch finds here")
     return device
-
-
-def _move(module: Any, device: str) -> None:
-    import torch
-
-    try:
-        module.to(device)
-    except torch.OutOfMemoryError as error:
-        raise BudgetError(
-            f"the model does not fit on {device}",
-            "",
-            "take a smaller model dtype, or load it over several GPUs yourself and give it to "
-            "nc.dump_language_model",
-        ) from error
 
 
 # Taking a model that is loaded, or loading one; what transformers says becomes an error of a line.
@@ -269,8 +263,7 @@ def _take(module: Any, tokenizer: Any) -> LanguageModel:
             "a path, a name on the hub, or a model of transformers",
         )
     if isinstance(tokenizer, str):
-        with _quietly():
-            tokenizer = _load_tokenizer(tokenizer, revision=None, trust_remote_code=False)
+        tokenizer = _load_tokenizer(tokenizer, revision=None, trust_remote_code=False)
     if tokenizer is None:
         raise UsageError("a loaded model without tokenizer", "tokenizer=")
     kind = type(module).__name__
@@ -291,9 +284,8 @@ def _load(
         config = transformers.AutoConfig.from_pretrained(path, **origin)
     _check_kind(config, path)
     # Before the weights: what is wrong with it shows sooner.
-    if tokenizer is None:
-        tokenizer = _load_tokenizer(path, **origin)
-    elif isinstance(tokenizer, str):
+    tokenizer = path if tokenizer is None else tokenizer
+    if isinstance(tokenizer, str):
         of_model = origin if tokenizer == path else {**origin, "revision": None}
         tokenizer = _load_tokenizer(tokenizer, **of_model)
     names = getattr(config, "architectures", None) or []
@@ -305,7 +297,7 @@ def _load(
         module, info = auto.from_pretrained(
             path,
             **origin,
-            **_dtype_option(dtype),
+            **{_dtype_option(): dtype},
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
         )
@@ -322,14 +314,12 @@ def _load_tokenizer(path: str, **origin: Any) -> Any:
         return AutoTokenizer.from_pretrained(path, **origin)
 
 
-def _dtype_option(dtype: str) -> dict[str, Any]:
+def _dtype_option() -> str:
     """Name the option as this version of transformers does: ``torch_dtype`` before 4.56."""
-    import torch
     import transformers
 
     major, minor = (int(n) for n in transformers.__version__.split(".")[:2])
-    value = dtype if dtype == "auto" else getattr(torch, dtype)
-    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": value}
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
 def _remedy_for_pickles(folder: Path) -> str:
@@ -442,16 +432,16 @@ def _has_head(name: str) -> bool:
     """Whether a model class of this name ends in logits over tokens."""
     from transformers.models.auto import modeling_auto
 
-    known: set[str] = set()
-    for mapping in (
+    mappings = (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
-    ):
-        for names in mapping.values():
-            known.update([names] if isinstance(names, str) else names)
+    )
+    # A type of model has one class for a purpose, or a tuple of several.
+    classes = (names for mapping in mappings for names in mapping.values())
+    known = any(name == each or (isinstance(each, tuple) and name in each) for each in classes)
     ends = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")  # those that bring their own code
-    return name in known or name.endswith(ends)
+    return known or name.endswith(ends)
 
 
 def head_of(module: Any) -> str | None:
@@ -535,21 +525,11 @@ def _run_head(
     import torch
 
     calls: list[torch.Tensor] = []
-    module = model.module
-    modes = [(part, part.training) for part in module.modules()]
+    ids = torch.tensor([_probe_ids(model)], device=device_of(model.module))
     # A copy: the model may work in place on what its head gave.
-    handle = head.register_forward_hook(lambda _, __, out: calls.append(out.clone()))
-    ids = torch.tensor([_probe_ids(model)], device=device_of(module))
-    takes = inspect.signature(module.forward).parameters
-    cache = {"use_cache": False} if "use_cache" in takes else {}
-    try:
-        module.eval()
-        with torch.no_grad():
-            out: Any = module(input_ids=ids, attention_mask=torch.ones_like(ids), **cache)
-    finally:
-        handle.remove()
-        for part, mode in modes:
-            part.training = mode
+    hook = head.register_forward_hook(lambda _, __, out: calls.append(out.clone()))
+    with hook, capturing(model.module, {}), torch.no_grad():
+        out: Any = model.module(**model.inputs(ids, torch.ones_like(ids)))
     return calls, getattr(out, "logits", None)
 
 
@@ -566,14 +546,13 @@ def _bias_outside(module: Any, outputs: torch.Tensor, logits: torch.Tensor) -> t
     """Find the parameter or buffer that was added to the head's outputs."""
     import torch
 
-    for tensors in (module.parameters(), module.buffers()):
-        for values in tensors:
-            if tuple(values.shape) != tuple(logits.shape[-1:]) or not values.is_floating_point():
-                continue
+    for tensor in chain(module.parameters(), module.buffers()):
+        values = tensor.detach()
+        if values.shape == logits.shape[-1:] and values.is_floating_point():
             # To the bit: another vector of the same length gives other sums.
-            added = outputs + values.detach().to(outputs.device)
+            added = outputs + values.to(outputs.device)
             if added.dtype == logits.dtype and torch.equal(added, logits):
-                return values.detach()
+                return values
     return None
 
 

@@ -30,7 +30,7 @@ class Blocks:
     path : str
         Path of the list that holds them.
     n : int
-        L, how many.
+        L, how many; 0 where there is no such list.
     """
 
     path: str
@@ -52,23 +52,7 @@ class Blocks:
         return before / self.n
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What one small forward pass shows.
-
-    Attributes
-    ----------
-    widths : dict of str to int
-        D of every layer.
-    notes : dict of str to dict
-        ``depth`` and ``hidden_state`` of every layer, as `FeatureStore.layer_notes` has them.
-    """
-
-    widths: dict[str, int]
-    notes: dict[str, dict[str, Any]]
-
-
-def find_blocks(model: LanguageModel) -> Blocks | None:
+def find_blocks(model: LanguageModel) -> Blocks:
     """Find the stack: of the lists as long as the model is deep, the one with most weights.
 
     The experts of a block may be as many as there are blocks.
@@ -82,7 +66,7 @@ def find_blocks(model: LanguageModel) -> Blocks | None:
         for path, module in model.module.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == n
     }
-    return Blocks(max(stacks, key=stacks.__getitem__), int(n)) if n and stacks else None
+    return Blocks(max(stacks, key=stacks.__getitem__), int(n)) if n and stacks else Blocks("", 0)
 
 
 def choose_places(model: LanguageModel, layers: Sequence[str] | None) -> dict[str, Place]:
@@ -110,7 +94,7 @@ def choose_places(model: LanguageModel, layers: Sequence[str] | None) -> dict[st
     if layers is not None:
         return find_places(model.module, layers)
     blocks = find_blocks(model)
-    if blocks is None:
+    if not blocks.n:
         raise DataError(
             f"no list of {getattr(model.config, 'num_hidden_layers', 'several')} blocks in "
             f"{type(model.module).__name__}",
@@ -125,7 +109,7 @@ def choose_places(model: LanguageModel, layers: Sequence[str] | None) -> dict[st
 
 def probe(
     model: LanguageModel, places: Mapping[str, Place], inputs: Mapping[str, Any], device: Any
-) -> Probe:
+) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
     """Run a few tokens through the model and see what is where.
 
     Parameters
@@ -141,9 +125,12 @@ def probe(
 
     Returns
     -------
-    Probe
-        The index of a hidden state is measured: that which equals the layer bit for bit, None
-        where none does.
+    widths : dict of str to int
+        D of every layer.
+    notes : dict of str to dict
+        ``depth`` and ``hidden_state`` of every layer, as `FeatureStore.layer_notes` has them. The
+        index of a hidden state is measured: that which equals the layer bit for bit, None where
+        none does.
 
     Raises
     ------
@@ -157,42 +144,31 @@ def probe(
 
     shape = np.shape(inputs["input_ids"])
     batch = Batch.of(np.zeros(shape, np.int64), 0)
-    with capturing(model.module, places) as capture:
-        handle = model.module.register_forward_hook(see)
-        try:
-            rows = capture.run({**inputs, "output_hidden_states": True}, batch, device)
-        finally:
-            handle.remove()
+    with capturing(model.module, places) as capture, model.module.register_forward_hook(see):
+        rows = capture.run({**inputs, "output_hidden_states": True}, batch, device)
     blocks = find_blocks(model)
     notes: dict[str, dict[str, Any]] = {}
     for name, place in places.items():
-        depth = _depth(model, blocks, place)
-        index = _index(rows[name], states[-1], blocks, depth)
-        if depth is None and index is not None and blocks is not None:
+        depth = 1.0 if str(place) == f"{model.head}:input" else blocks.depth(place)
+        # Blocks that change nothing give several equal states: the nearest to the layer's depth.
+        expected = (depth or 0.0) * blocks.n
+        index = min(
+            _equal_states(rows[name], states[-1]), key=lambda i: abs(i - expected), default=None
+        )
+        if depth is None and index is not None and blocks.n:
             depth = min(index / blocks.n, 1.0)
         known = {} if depth is None else {"depth": depth}
         notes[name] = {**known, "hidden_state": index}
-    return Probe({name: int(values.shape[1]) for name, values in rows.items()}, notes)
+    return {name: int(values.shape[1]) for name, values in rows.items()}, notes
 
 
-def _depth(model: LanguageModel, blocks: Blocks | None, place: Place) -> float | None:
-    if model.head is not None and place == Place(model.head, of_input=True):
-        return 1.0
-    return None if blocks is None else blocks.depth(place)
-
-
-def _index(
-    rows: torch.Tensor, states: Sequence[torch.Tensor], blocks: Blocks | None, depth: float | None
-) -> int | None:
-    """Find the hidden state that equals `rows`, of several the nearest to the layer's depth."""
+def _equal_states(rows: torch.Tensor, states: Sequence[torch.Tensor]) -> list[int]:
+    """Find the hidden states that equal `rows`, bit for bit."""
     import torch
 
     flat = [state.reshape(-1, state.shape[-1]) for state in states]
-    equal = [
+    return [
         i
         for i, state in enumerate(flat)
         if state.dtype == rows.dtype and torch.equal(state.to(rows.device), rows)
     ]
-    # Blocks that change nothing give several equal ones.
-    expected = depth * blocks.n if blocks is not None and depth is not None else 0
-    return min(equal, key=lambda i: abs(i - expected), default=None)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _CODE_BYTES = 4  # a label or a prediction
 
 
-def check_rows_room(
+def rows_room(
     store: FeatureStore | str | os.PathLike[str],
     split: str,
     widths: Mapping[str, int],
@@ -76,7 +76,7 @@ def states_bytes(widths: Mapping[str, int], n_seen: int, n_samples: int, world_s
     return parts + largest  # which replaces one that is there, or that others are merged into
 
 
-def check_states_room(
+def states_room(
     store: FeatureStore | str | os.PathLike[str],
     split: str,
     widths: Mapping[str, int],

@@ -116,7 +116,7 @@ def test_the_option_is_named_as_transformers_names_it(
     from ncbatch.ingest.language.model import _dtype_option
 
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
-    assert _dtype_option("float16") == {name: torch.float16}
+    assert _dtype_option() == name
 
 
 def test_a_loaded_model(tmp_path: Path) -> None:
