@@ -30,14 +30,12 @@ from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 from ncbatch.errors import UsageError
 from ncbatch.states.fold import detached
 
-# Leading scores: the greatest scores of each row over tiles of classes, never rows x classes.
+# The sweep: best and second best score of each row over tiles of classes, never rows x classes.
 
 # Rows and classes of a tile of scores: products of this size run at nearly full speed.
 TILE_ROWS = 2048
 TILE_CLASSES = 2048
 _COMPILED_ROWS = 1024
-# Leading scores that the compiled scan keeps: near-ties have seldom more.
-KEPT_SCORES = 8
 # Rows that one compiled sweep over classes in memory takes at a time.
 _SWEEP_ROWS = 8192
 # A converted tile of classes that are not in memory as they are multiplied.
@@ -92,36 +90,16 @@ class Tiling(NamedTuple):
             return cls(TILE_ROWS, TILE_ROWS, classes, False)
         return cls(n_rows if converted else _SWEEP_ROWS, _COMPILED_ROWS, classes, True)
 
-    def bytes_of(self, n_rows: int, n_features: int, itemsize: int, *, read: bool) -> int:
-        """Price a compiled sweep: its tiles of scores and of classes, and the leading scores."""
-        rows = min(n_rows, self.sweep_rows)
-        scores = cpu_count() * min(rows, self.rows) * self.classes * itemsize
-        leading = rows * KEPT_SCORES * (itemsize + 8)
-        if not read:
-            return scores + leading
-        alive = max_pending() // -(-max(rows, 1) // self.rows) + 2
-        return scores + leading + self.classes * n_features * (alive * itemsize + 16)
 
+class Leaders(NamedTuple):
+    """Arrays (B,): the best score of each row, the position of its class, and the second best.
 
-@dataclass(frozen=True)
-class Leaders:
-    """The greatest scores of each row.
-
-    Attributes
-    ----------
-    values : array (B, T)
-        Scores, descending; -inf where there are fewer classes.
-    at : array (B, L) of int64
-        Positions of their classes: of all T, or of the first alone.
+    The lowest of equal classes leads; the second best is -inf where there is one class only.
     """
 
-    values: Array
+    best: Array
     at: Array
-
-    @property
-    def listed(self) -> bool:
-        """Whether the class of every score is known."""
-        return bool(self.at.shape[1] == self.values.shape[1])
+    second: Array
 
 
 def class_tiles(
@@ -147,7 +125,7 @@ def class_tiles(
 
 
 def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> Leaders:
-    """Find best score, its class and the runner-up of rows (B, D), in any array library.
+    """Find the leaders of rows (B, D), in any array library.
 
     Nothing is brought to the host, so that a GPU never waits between tiles.
     """
@@ -164,7 +142,7 @@ def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> 
         better = top > best
         at = xp.where(better, top_at + first, at)
         best = xp.where(better, top, best)
-    return Leaders(xp.stack([best, second], axis=1), at[:, None])
+    return Leaders(best, at, second)
 
 
 def _top_two(scores: Array) -> tuple[Array, Array, Array]:
@@ -202,18 +180,17 @@ def sweep_compiled(
     tile_rows: int,
     tile_classes: int,
 ) -> Leaders:
-    """Find the `KEPT_SCORES` leading scores of rows (B, D) in memory, on all processors.
+    """Find the leaders of rows (B, D) in memory, on all processors.
 
     The tiles of scores are dealt out to threads; tiles of classes are read or converted while
     others are worked on. What is found does not depend on threads: tiles do not, and neither do
-    the leading scores on the order in which tiles are folded in.
+    the leaders on the order in which tiles are folded in.
     """
     # numba is loaded only where a sweep runs: it takes longer than measuring a small store.
     from ncbatch.states.rules_kernel import scan_tile
 
-    kept = min(KEPT_SCORES, weight.shape[0])
-    values = np.full((len(rows), kept), -np.inf, rows.dtype)
-    at = np.zeros((len(rows), kept), np.int64)
+    best = np.full(len(rows), -np.inf, rows.dtype)
+    leaders = Leaders(best, np.zeros(len(rows), np.int64), best.copy())
     parts = [(part, threading.Lock()) for part in row_blocks(len(rows), tile_rows)]
 
     def fold(task: tuple[Any, ...]) -> None:
@@ -221,11 +198,11 @@ def sweep_compiled(
         scores = rows[part] @ block.T
         # Tiles of classes come in any order; the leaders of a row are one thread's at a time.
         with lock:
-            scan_tile(scores, offsets, first, values[part], at[part])
+            scan_tile(scores, offsets, first, Leaders(*(values[part] for values in leaders)))
 
     tiles = class_tiles(weight, bias, rows, tile_classes)
     deque(map_threads(fold, ((part, tile) for tile in tiles for part in parts)), maxlen=0)
-    return Leaders(values, at)
+    return leaders
 
 
 # Near-ties: the classes that rounding leaves in doubt, decided from float64 scores.
@@ -243,40 +220,6 @@ ExactScores = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[Any]]
 def pair_rows(n_features: int) -> int:
     """Count the pairs that are scored at a time."""
     return max(1, min(2048, _PAIR_BYTES // (8 * n_features)))
-
-
-class Contest:
-    """Rows in doubt and the best of the classes that were offered for each so far.
-
-    Parameters
-    ----------
-    features : array (R, D)
-        The rows, of any library and floating-point dtype.
-    exact : ExactScores
-        Scores of float64.
-    """
-
-    def __init__(self, features: Array, exact: ExactScores) -> None:
-        self._rows = to_numpy(features)
-        self._exact = exact
-        self._best = np.full(len(self._rows), -np.inf)
-        self.at = np.zeros(len(self._rows), np.int64)
-
-    def offer(self, row: npt.NDArray[Any], k: npt.NDArray[Any]) -> None:
-        """Let the class at position k[i] compete for row[i]; equal scores go to the first."""
-        for part in row_blocks(len(row), pair_rows(self._rows.shape[1])):
-            i = row[part]
-            c = k[part]
-            scores = self._exact(self._rows[i].astype(np.float64), c)
-            # The first of each row: greatest score, then lowest position.
-            order = np.lexsort((c, -scores, i))
-            order = order[np.r_[True, np.diff(i[order]) != 0]]
-            i = i[order]
-            c = c[order]
-            scores = scores[order]
-            better = (scores > self._best[i]) | ((scores == self._best[i]) & (c < self.at[i]))
-            self._best[i[better]] = scores[better]
-            self.at[i[better]] = c[better]
 
 
 def candidates(
@@ -298,7 +241,7 @@ def candidates(
     Yields
     ------
     tuple of two arrays (P,)
-        Rows and positions of classes, on the host.
+        Rows and positions of classes, on the host; as many as are scored at a time.
     """
     xp = namespace(rows)
     info = xp.finfo(rows.dtype)
@@ -310,19 +253,9 @@ def candidates(
         tile = min(max(LISTED_SCORES // n_rows, 1), most_classes)
         for first, block, offsets in class_tiles(weight, bias, rows, tile):
             scores = xp.matmul(rows[part, :], xp.matrix_transpose(block)) + offsets[None, :]
-            row, k = xp.nonzero(scores >= floor[part, None])
-            yield to_numpy(row) + part.start, to_numpy(k) + first
-
-
-def distinct_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Find one of each of the rows (R, D) that are equal: their numbers, and which each row is.
-
-    Rows of many candidates are often the same row: one of zeros ties with every class.
-    """
-    rows = np.ascontiguousarray(rows)
-    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
-    _, first, back = np.unique(keys, return_index=True, return_inverse=True)
-    return first, back
+            row, k = (to_numpy(found) for found in xp.nonzero(scores >= floor[part, None]))
+            for pairs in row_blocks(len(row), pair_rows(rows.shape[1])):
+                yield row[pairs] + part.start, k[pairs] + first
 
 
 def score_vectors(rows: Array, k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -400,7 +333,10 @@ class Rule:
         # Candidates are listed once the sweep's tiles are gone, but their memory may stay.
         listed = LISTED_SCORES * (itemsize + 33) + 4 * 8 * pair_rows(n_features) * n_features
         if tiles.compiled:
-            sweep = tiles.bytes_of(rows, n_features, itemsize, read=stored) + COMPILER_BYTES
+            sweep = cpu_count() * min(rows, tiles.rows) * tiles.classes * itemsize + COMPILER_BYTES
+            if stored:
+                alive = max_pending() // -(-max(rows, 1) // tiles.rows) + 2
+                sweep += tiles.classes * n_features * (alive * itemsize + 16)
         else:
             classes = min(n_classes, tiles.classes)
             sweep = min(rows, tiles.rows) * classes * itemsize * 3
@@ -412,7 +348,7 @@ class Rule:
 
         Notes
         -----
-        Scores are computed tile by tile with the running leaders of every row, in float32 as a
+        Scores are computed tile by tile with the two best of every row so far, in float32 as a
         rule. With unit of rounding u, a dot product of D terms errs by at most
         ``gamma_D |w| |x|``, ``gamma_n = n u / (1 - n u)``, in whatever order it is summed [1]_;
         rounding w and x adds 2 u |w| |x|, and b_k with its addition 2 u (|b_k| + |w| |x|). Rows
@@ -435,55 +371,36 @@ class Rule:
         xp = namespace(features)
         rows, norms, wide = self._centred(features)
         leaders = self._leaders(rows)
-        best = as_float64(leaders.values[:, 0])
-        floor = xp.where(wide, -xp.inf, best - 2.0 * self._error(norms))
-        chosen = xp.take(self.classes, leaders.at[:, 0], axis=0)
-        if leaders.values.shape[1] == 1:
-            return chosen
-        doubt = as_float64(leaders.values[:, 1]) >= floor
+        floor = xp.where(wide, -xp.inf, as_float64(leaders.best) - 2.0 * self._error(norms))
+        chosen = xp.take(self.classes, leaders.at, axis=0)
+        doubt = as_float64(leaders.second) >= floor
         # The one time per sweep that a GPU is waited for.
-        if not bool(xp.any(doubt)):
-            return chosen
-        if leaders.listed:
-            short = doubt
-            if leaders.at.shape[1] < self.weight.shape[0]:
-                short = doubt & (as_float64(leaders.values[:, -1]) < floor)
-            if bool(xp.any(short)):
-                chosen[short] = self._decide_listed(features[short], leaders, short, floor)
-            doubt = doubt & ~short
         if bool(xp.any(doubt)):
-            chosen[doubt] = self._decide_unlisted(features[doubt], rows[doubt], floor[doubt])
+            chosen[doubt] = self._decide_exactly(features[doubt], rows[doubt], floor[doubt])
         return chosen
 
-    def _decide_listed(
-        self, features: Array, leaders: Leaders, short: Array, floor: Array
-    ) -> Array:
-        """Decide rows whose candidates are all among their leading scores."""
-        values = to_numpy(leaders.values[short])
-        at = to_numpy(leaders.at[short])
-        row, column = np.nonzero(values >= to_numpy(floor[short])[:, None])
-        contest = Contest(features, self.exact)
-        contest.offer(row, at[row, column])
-        return self._ids_at(contest.at, features)
-
-    def _decide_unlisted(self, features: Array, rows: Array, floor: Array) -> Array:
-        """Decide rows from every class whose score reaches `floor`, which a sweep finds."""
+    def _decide_exactly(self, features: Array, rows: Array, floor: Array) -> Array:
+        """Decide rows by float64 scores of every class whose product reaches `floor`."""
         xp = namespace(features)
-        host = to_numpy(features)
+        host = np.ascontiguousarray(to_numpy(features))
         # A row of zeros ties with every class: it is scored once, not once per copy.
-        first, back = distinct_rows(host)
+        keys = host.view(np.dtype((np.void, host.dtype.itemsize * host.shape[1])))[:, 0]
+        _, first, copies = np.unique(keys, return_index=True, return_inverse=True)
         numbers = xp.asarray(first, device=device(features))
         rows = xp.take(rows, numbers, axis=0)
         floor = xp.take(floor, numbers, axis=0)
-        contest = Contest(host[first], self.exact)
+        best = np.full(len(first), -np.inf)
+        at = np.zeros(len(first), np.int64)
         most = self._tiles(rows).classes if self._converted else self.weight.shape[0]
         for row, k in candidates(rows, self.weight, self.bias, floor, most):
-            contest.offer(row, k)
-        return self._ids_at(contest.at[back], features)
-
-    def _ids_at(self, at: npt.NDArray[np.int64], like: Array) -> Array:
-        xp = namespace(like)
-        return xp.take(self.classes, xp.asarray(at, device=device(like)), axis=0)
+            scores = self.exact(host[first[row]].astype(np.float64), k)
+            before = best.copy()
+            np.fmax.at(best, row, scores)
+            # Equal scores go to the lowest class; a better one begins anew.
+            at[best > before] = self.weight.shape[0]
+            leads = scores == best[row]
+            np.minimum.at(at, row[leads], k[leads])
+        return xp.take(self.classes, xp.asarray(at[copies], device=device(features)), axis=0)
 
     def _leaders(self, rows: Array) -> Leaders:
         tiles = self._tiles(rows)
@@ -704,9 +621,6 @@ def _ids(rows: Array, classes: Array | None) -> Array:
 
 # The nearest class mean by FAISS: its exact search, with the decisions of the built-in rule.
 
-# Neighbours asked for: as many are decided by float64 distances where they lie close.
-_NEIGHBOURS = 4
-
 
 @dataclass(frozen=True)
 class FaissRule(Rule):
@@ -721,15 +635,14 @@ class FaissRule(Rule):
     -----
     FAISS expands squared distances of float32 rows, ``|x|^2 + |w|^2 - 2 w . x``, so they err by at
     most ``gamma_{D+8} (|x| + |w|)^2``, rounding of x and w included (see `Rule.decide`); that is
-    more than the products of the built-in rule do, whose candidates are decided where more than
-    `_NEIGHBOURS` classes lie within it.
+    more than the products of the built-in rule do, which find the candidates.
     """
 
     place: str = "cpu"
 
     def _leaders(self, rows: Array) -> Leaders:
         faiss = import_faiss(self.place)
-        kept = min(_NEIGHBOURS, self.weight.shape[0])
+        kept = min(2, self.weight.shape[0])
         if self.place == "cpu":
             squares, at = faiss.knn(rows, self.weight, kept)
         elif is_numpy_array(rows):
@@ -744,7 +657,9 @@ class FaissRule(Rule):
         wide = as_float64(rows)
         # In the units of the built-in scores: w . x - |w|^2 / 2.
         norms = namespace(rows).sum(wide * wide, axis=1)[:, None]
-        return Leaders(0.5 * (norms - as_float64(squares)), at)
+        scores = 0.5 * (norms - as_float64(squares))
+        # Of one class alone the second best is its own: in doubt, and decided all the same.
+        return Leaders(scores[:, 0], at[:, 0], scores[:, kept - 1])
 
     def _error(self, norms: Array) -> Array:
         info = np.finfo(np.float32)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states import rules as leading_scores
-from ncbatch.states import rules as near_ties
+from ncbatch.states import rules as module
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from tests.libraries import Library, each_library
@@ -21,10 +20,10 @@ from tests.strategies import REGIMES, partitions
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leading_scores, "TILE_ROWS", 60)
-    monkeypatch.setattr(leading_scores, "TILE_CLASSES", 5)
-    monkeypatch.setattr(near_ties, "pair_rows", lambda n_features: 30)
-    monkeypatch.setattr(near_ties, "LISTED_SCORES", 100)
+    monkeypatch.setattr(module, "TILE_ROWS", 60)
+    monkeypatch.setattr(module, "TILE_CLASSES", 5)
+    monkeypatch.setattr(module, "pair_rows", lambda n_features: 30)
+    monkeypatch.setattr(module, "LISTED_SCORES", 100)
 
 
 def rules(means, W, b, put=lambda a: a, **how):

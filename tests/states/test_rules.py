@@ -52,16 +52,16 @@ def gaussian(n: int = 90, k: int = 333, d: int = 9, seed: int = 0):
 
 
 def decided_in_doubt(rule: Rule, X: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Count the rows that float64 scores decided."""
+    """Count the rows that float64 scores decided, equal ones once."""
     seen: list[int] = []
-    init = rules.Contest.__init__
+    candidates = rules.candidates
 
-    def counted(self, features, exact):
-        seen.append(len(features))
-        init(self, features, exact)
+    def counted(rows, *others):
+        seen.append(rows.shape[0])
+        return candidates(rows, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rules.Contest, "__init__", counted)
+        patch.setattr(rules, "candidates", counted)
         rule.decide(X)
     return sum(seen)
 
@@ -112,10 +112,10 @@ def test_equal_scores_go_to_the_lowest_class(data):
 
 
 @both_ways
-def test_ties_across_tiles_and_more_ties_than_leading_scores(compiled: bool):
+def test_ties_across_tiles_and_of_many_classes(compiled: bool):
     X, means, _ = gaussian(k=300)
     means[[69, 70, 139, 140, 299]] = means[69]  # at the borders of tiles of 70
-    means[100:120] = means[100]  # more than the scan keeps
+    means[100:120] = means[100]
     X[:5], X[5:10] = means[69], means[100]
     near = nearest_mean_rule(means, **tiles(compiled)).decide(X)
     assert near[:5].tolist() == [69] * 5
@@ -179,23 +179,24 @@ def test_the_bound_covers_the_errors_of_products(compiled: bool):
     b = np.linspace(-1e5, 1e5, 200)
     rule = linear_rule(means, b, **large_tiles(compiled))
     rows, norms, wide = rule._centred(X)
-    values = rule._leaders(rows).values[:, 0].astype(np.float64)
+    values = rule._leaders(rows).best.astype(np.float64)
     want = (X.astype(np.longdouble) @ means.T.astype(np.longdouble) + b).max(axis=1)
     assert not wide.any()
     assert np.all(np.abs(values - want) <= rule._error(norms))
     assert np.abs(values - want).max() > 0
 
 
-def test_leading_scores_are_the_greatest_in_order():
+def test_leaders_are_the_two_best_and_the_lowest_class():
     rng = np.random.default_rng(0)
     rows, W = (rng.integers(-2, 3, size=(m, 3)).astype(np.float32) for m in (50, 200))
     bias = rng.integers(-2, 3, size=200).astype(np.float64)
     scores = rows @ W.T + bias
-    order = np.lexsort((np.broadcast_to(np.arange(200), scores.shape), -scores))[:, :8]
+    ranked = np.sort(scores, axis=1)
     for tile in (1, 7, 64, 65, 200):
-        found = rules.sweep_compiled(rows, W, bias, 16, tile)
-        np.testing.assert_array_equal(found.at, order)
-        np.testing.assert_array_equal(found.values, np.take_along_axis(scores, order, axis=1))
+        leaders = rules.sweep_compiled(rows, W, bias, 16, tile)
+        np.testing.assert_array_equal(leaders.at, scores.argmax(axis=1))
+        np.testing.assert_array_equal(leaders.best, ranked[:, -1])
+        np.testing.assert_array_equal(leaders.second, ranked[:, -2])
 
 
 @each_library
@@ -247,8 +248,8 @@ def test_threads_do_not_matter():
     for threads in (1, 3):
         with thread_limit(threads):
             found.append(rule._leaders(rows))
-    np.testing.assert_array_equal(found[0].values, found[1].values)
-    np.testing.assert_array_equal(found[0].at, found[1].at)
+    for one, three in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, three)
     with ThreadPoolExecutor(4) as pool:
         several = list(pool.map(rule.decide, [X] * 8))
     assert all((some == several[0]).all() for some in several)
