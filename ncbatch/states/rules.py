@@ -334,6 +334,8 @@ class Rule:
         listed = LISTED_SCORES * (itemsize + 33) + 4 * 8 * pair_rows(n_features) * n_features
         if tiles.compiled:
             sweep = cpu_count() * min(rows, tiles.rows) * tiles.classes * itemsize + COMPILER_BYTES
+            # Leaders, and the rows in doubt among them.
+            sweep += rows * 8 * (itemsize + 8)
             if stored:
                 alive = max_pending() // -(-max(rows, 1) // tiles.rows) + 2
                 sweep += tiles.classes * n_features * (alive * itemsize + 16)
