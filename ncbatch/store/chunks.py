@@ -201,9 +201,9 @@ def create_feature(
     group: zarr.Group,
     layer: str,
     spec: LayerSpec,
+    order: int,
     capacity: int,
     chunk: int,
-    order: int,
     *,
     complete: bool = True,
 ) -> zarr.Array[Any]:
@@ -223,30 +223,28 @@ def create_ids(
 
 def open_array(group: zarr.Group, name: str, rows: int | None = None) -> zarr.Array[Any]:
     """Open an array for writing, or its first `rows` rows for reading."""
-    array = find_node(group, name)
-    if not isinstance(array, zarr.Array):
+    array = open_arrays(group, [name], rows)[0]
+    if array is None:
         raise KeyError(f"{group.path}/{name}")
-    return _opened(array, rows)
+    return array
 
 
 def open_arrays(
     group: zarr.Group, names: Sequence[str], rows: int | None = None
 ) -> list[zarr.Array[Any] | None]:
     """Open several arrays as `open_array` does; None for one that is not there."""
-    return [
-        _opened(node, rows) if isinstance(node, zarr.Array) else None
-        for node in find_nodes(group, names)
-    ]
-
-
-def _opened(array: zarr.Array[Any], rows: int | None) -> zarr.Array[Any]:
-    # Only this view of the array ends after `rows`; what is stored keeps its shape.
-    metadata: Any = array.metadata
-    if rows is not None and rows != array.shape[0]:
-        metadata = metadata.update_shape((rows, *array.shape[1:]))
-    return zarr.Array(
-        zarr.AsyncArray(metadata=metadata, store_path=array.store_path, config=_CONFIG)
-    )
+    arrays: list[zarr.Array[Any] | None] = []
+    for node in find_nodes(group, names):
+        if not isinstance(node, zarr.Array):
+            arrays.append(None)
+            continue
+        # Only this view of the array ends after `rows`; what is stored keeps its shape.
+        metadata: Any = node.metadata
+        if rows is not None:
+            metadata = metadata.update_shape((rows, *node.shape[1:]))
+        array = zarr.AsyncArray(metadata=metadata, store_path=node.store_path, config=_CONFIG)
+        arrays.append(zarr.Array(array))
+    return arrays
 
 
 def record_arrays(group: zarr.Group) -> None:
@@ -259,18 +257,20 @@ def record_arrays(group: zarr.Group) -> None:
 def array_names(group: zarr.Group) -> list[str]:
     """Name the arrays as `Split.arrays` does."""
     ids = (name for name in ("label", "prediction") if name in group)
-    layers = (
-        f"layers/{name}"
-        for name, layer in layer_groups(group)
-        if not name.startswith(STAGED) and layer.attrs.get("complete")
-    )
-    return [*ids, *layers]
+    return [*ids, *(f"layers/{name}" for name, _ in complete_layers(group))]
 
 
 def layer_groups(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
     """Yield the groups of a split's layers by name, complete or not."""
     layers = find_node(split, "layers")
     return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
+
+
+def complete_layers(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
+    """Yield the groups of the layers whose writing has ended, under their own names."""
+    for name, layer in layer_groups(split):
+        if not name.startswith(STAGED) and layer.attrs.get("complete"):
+            yield name, layer
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ def store_classifier(
     """Store the classifier of a layer, in the place of an earlier one; visible once complete."""
     classifiers = require_group(root, CLASSIFIER)
     # Absent until the new one is complete: a mixture of both would be worse.
-    if layer in classifiers:
-        del classifiers[layer]
+    del classifiers[layer]
     group = require_group(classifiers, layer)
     rows = max(1, min(len(weight), _CHUNK_BYTES // weight[:1].nbytes))
     chunks = {"bias": weight.shape[:1], "weight": (rows, weight.shape[1])}

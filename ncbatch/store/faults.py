@@ -25,12 +25,12 @@ def find_faults(store: FeatureStore) -> list[Fault]:
     """Check every chunk of every split and classifier of `store`, in order."""
     faults: list[Fault] = []
     for name in store.splits:
-        faults.extend(_split_faults(store.split(name), store.n_classes))
+        faults.extend(_split_faults(store.split(name)))
     for name, n in store.lost_splits.items():
         faults.append(Fault(f"{name}/label", 0, n, "array is missing"))
     for layer in store.classifiers:
         for array in store.classifier_arrays(layer):
-            faults.extend(_array_faults(array, None))
+            faults.extend(_array_faults(array))
     for name in store.state_splits:
         faults.extend(_state_faults(store, name))
     return faults
@@ -44,48 +44,46 @@ def _state_faults(store: FeatureStore, split: str) -> Iterator[Fault]:
             yield Fault(f"{split}/{STATES}/{layer}/{kind}", 0, store.n_classes, error.found)
             continue
         for array in arrays.values():
-            yield from _array_faults(array, None)
+            yield from _array_faults(array)
 
 
-def _split_faults(split: Split, n_classes: int) -> Iterator[Fault]:
+def _split_faults(split: Split) -> Iterator[Fault]:
     label = split.arrays["label"]
-    bad = list(_array_faults(label, None, split.label_chunks_expected))
+    bad = list(_array_faults(label, split.label_chunks_expected))
     yield from bad
     # Stores of earlier versions have no list of their arrays.
     for name in read_attributes(split.group).get(ARRAYS, ()):
         if name not in split.arrays:
             yield Fault(f"{split.name}/{name}", 0, split.n_rows, "array is missing")
     # Which rows exist is no longer known then: every chunk is expected.
-    if bad:
-        exists = np.ones(split.n_rows, np.bool_)
-    else:
+    exists = np.ones(split.n_rows, np.bool_)
+    if not bad:
         labels = split.labels()
         exists = labels >= 0
-        yield from _range_faults(label, labels, n_classes, "label")
+        yield from _range_faults(label, labels, split.n_classes)
         yield from _record_faults(split, int(np.count_nonzero(exists)))
     for name, array in split.arrays.items():
-        if name != "label":
-            yield from _array_faults(array, exists)
-    if "prediction" in split.arrays and not bad:
-        array = split.arrays["prediction"]
-        if not list(_array_faults(array, exists)):
-            yield from _range_faults(array, split.predictions(), n_classes, "prediction")
+        if name == "label":
+            continue
+        # A chunk whose rows are all holes need not be there.
+        holds = np.logical_or.reduceat(exists, np.arange(0, exists.size, array.chunks[0]))
+        faults = list(_array_faults(array, holds))
+        yield from faults
+        if name == "prediction" and not faults and not bad:
+            yield from _range_faults(array, split.predictions(), split.n_classes)
 
 
 def _array_faults(
-    array: zarr.Array[Any],
-    exists: npt.NDArray[np.bool_] | None,
-    expected: npt.NDArray[np.bool_] | None = None,
+    array: zarr.Array[Any], expected: npt.NDArray[np.bool_] | None = None
 ) -> Iterator[Fault]:
-    """Find chunks that cannot be read, or that are missing although they hold rows."""
+    """Find chunks that cannot be read, or that are missing though all, or those marked, must be."""
     present = chunks.present_chunks(array)
 
     def fault(index: int) -> Fault | None:
         if present[index]:
             return chunks.read_fault(array, index)
-        if expected is not None and not expected[index]:
-            return None
-        if exists is None or exists[slice(*chunks.chunk_range(array, index))].any():
+        # By a slice: an array whose metadata was altered may be longer than the labels.
+        if expected is None or expected[index : index + 1].any():
             return chunks.chunk_fault(array, index, "chunk is missing")
         return None
 
@@ -94,13 +92,11 @@ def _array_faults(
 
 
 def _range_faults(
-    array: zarr.Array[Any], values: npt.NDArray[Any], n_classes: int, what: str
+    array: zarr.Array[Any], values: npt.NDArray[Any], n_classes: int
 ) -> Iterator[Fault]:
     for row in np.flatnonzero(values >= n_classes)[:1].tolist():
-        index = row // array.chunks[0]
-        yield chunks.chunk_fault(
-            array, index, f"{what} {int(values[row])} in row {row}, expected below {n_classes}"
-        )
+        what = f"{array.basename} {int(values[row])} in row {row}, expected below {n_classes}"
+        yield chunks.chunk_fault(array, row // array.chunks[0], what)
 
 
 def _record_faults(split: Split, exist: int) -> Iterator[Fault]:

@@ -305,8 +305,7 @@ class FeatureStore(StoreHeader, StoredStates):
 
     def release(self, split: str, task: str) -> None:
         """Give back a task that was taken."""
-        if f"{split}/{task}" in self._root:
-            del self._root[f"{split}/{task}"]
+        del self._root[f"{split}/{task}"]
 
     def layers(self, split: str | None = None) -> list[str]:
         """Name the complete layers of a split, or of any split, in the order written."""
@@ -376,17 +375,10 @@ class FeatureStore(StoreHeader, StoredStates):
             self.check_width(name, spec.n_features, but=split if overwrite else None)
         if head is not None and head not in specs:
             raise unknown_name("head layer", head, specs, f"the layers of split '{split}'")
+        if overwrite:
+            self.delete_split(split)
         return Writer(
-            self._root,
-            split,
-            self.path,
-            self.n_classes,
-            specs,
-            share=share,
-            n_samples=n_samples,
-            head=head,
-            resume=resume,
-            overwrite=overwrite,
+            self._root, split, self.path, self.n_classes, specs, share, n_samples, head, resume
         )
 
     def add_layers(
@@ -463,8 +455,7 @@ class FeatureStore(StoreHeader, StoredStates):
 
     def delete_split(self, split: str) -> None:
         """Delete a split with all its layers, if it is there."""
-        if split in self._root:
-            del self._root[split]
+        del self._root[split]
 
     def check_width(self, layer: str, n_features: int, but: str | None = None) -> None:
         """Refuse a layer whose width differs from that in other splits, or from its classifier's.

@@ -272,7 +272,7 @@ class Layout:
     def create_arrays(self, group: zarr.Group) -> None:
         """Make every array of the split that is not there, features first."""
         for order, (name, spec) in enumerate(self.layers.items()):
-            chunks.create_feature(group, name, spec, self.capacity, self.chunk_rows[name], order)
+            chunks.create_feature(group, name, spec, order, self.capacity, self.chunk_rows[name])
         if self.head is not None:
             chunks.create_ids(group, "prediction", self.capacity, self.base_block, head=self.head)
         chunks.create_ids(group, "label", self.capacity, self.base_block)

@@ -100,11 +100,8 @@ class Split:
     @cached_property
     def features(self) -> dict[str, zarr.Array[Any]]:
         """The stored feature arrays of the complete layers, by name, in the order written."""
-        orders = {
-            name: layer.attrs.get("order", 0)
-            for name, layer in chunks.layer_groups(self.group)
-            if not name.startswith(STAGED) and layer.attrs.get("complete")
-        }
+        complete = chunks.complete_layers(self.group)
+        orders = {name: layer.attrs.get("order", 0) for name, layer in complete}
         # Layers are listed as they were written, not by name.
         names = sorted(orders, key=lambda name: (orders[name], name))
         arrays = self._arrays([f"layers/{name}/feature" for name in names])

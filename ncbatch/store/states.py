@@ -75,8 +75,7 @@ class StoredStates:
         group = chunks.require_group(states, layer)
         # Elsewhere nothing can be renamed; there the attributes, written last, make it complete.
         staged = STAGED + kind if isinstance(group.store, LocalStore) else kind
-        if staged in group:
-            del group[staged]
+        del group[staged]
         # A full disk, or a signal, leaves nothing behind.
         try:
             state = chunks.require_group(group, staged)
@@ -85,8 +84,7 @@ class StoredStates:
             record = {"arrays": list(values), "attributes": dict(attributes or {})}
             state.update_attributes({ATTRIBUTE: {"complete": True, **record}})
         except BaseException:
-            if staged in group:
-                del group[staged]
+            del group[staged]
             raise
         if staged != kind:
             rename(group, staged, kind)
@@ -166,9 +164,7 @@ class StoredStates:
 
     def delete_state(self, split: str, layer: str, kind: str) -> None:
         """Delete a state, if it is there."""
-        path = f"{split}/{STATES}/{layer}/{kind}"
-        if path in self._root:
-            del self._root[path]
+        del self._root[f"{split}/{STATES}/{layer}/{kind}"]
 
     def _state_group(self, split: str, layer: str, kind: str) -> zarr.Group | None:
         group = self._root.get(f"{split}/{STATES}/{layer}/{kind}")

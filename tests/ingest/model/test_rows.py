@@ -161,8 +161,8 @@ def kill_at(path: str, moment: str, count: int) -> None:
 
     owners = {
         "flush": writing.RowBuffer,
-        "save": writing.CommitRecord,
-        "finalize_split": writing,
+        "save": writing.ranks.CommitRecord,
+        "finalize_split": writing.ranks,
     }
     if moment != "batch":
         before(owners[moment], moment)
