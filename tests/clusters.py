@@ -94,3 +94,17 @@ def kill_worker(client: Any) -> str:
     worker, process = next(iter(client.run(os.getpid).items()))
     os.kill(process, signal.SIGKILL)
     return str(worker)
+
+
+def wait_until_idle(client: Any, seconds: float = 60) -> None:
+    """Wait until no worker computes or is about to: items that were begun are finished, and kept."""
+    end = time.monotonic() + seconds
+    while any(client.run(_count_tasks).values()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"workers are still busy after {seconds} seconds")
+        time.sleep(0.05)
+
+
+def _count_tasks(dask_worker: Any) -> int:
+    state = dask_worker.state
+    return len(state.executing) + len(state.ready) + len(state.waiting)

@@ -59,13 +59,15 @@ class Module:
             counts[kind] += 1
         return counts
 
-    def imports(self) -> Iterator[tuple[str, bool]]:
-        """Names imported from this package, and whether within a function."""
-        yield from self._imports(self.tree, False)
+    @cached_property
+    def imports(self) -> list[tuple[list[str], bool]]:
+        """What each import of this package brings, and whether it stands within a function."""
+        return list(self._imports(self.tree, False))
 
-    def _imports(self, node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
+    def _imports(self, node: ast.AST, inside: bool) -> Iterator[tuple[list[str], bool]]:
         for child in ast.iter_child_nodes(node):
-            if _is_type_checking(child):
+            # Expressions hold no statements.
+            if isinstance(child, ast.expr) or _is_type_checking(child):
                 continue
             if isinstance(child, ast.Import):
                 names = [alias.name for alias in child.names]
@@ -73,7 +75,8 @@ class Module:
                 names = [f"{child.module}.{alias.name}" for alias in child.names]
             else:
                 names = []
-            yield from ((name, inside) for name in names if name.split(".")[0] == "ncbatch")
+            if names and names[0].split(".")[0] == "ncbatch":
+                yield names, inside
             is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             yield from self._imports(child, inside or is_function)
 
@@ -100,7 +103,8 @@ class House:
 
     def imported_by(self, name: str) -> set[str]:
         """Modules that a module imports when it is loaded."""
-        targets = {self._module_of(t) for t, inside in self.modules[name].imports() if not inside}
+        imports = self.modules[name].imports
+        targets = {self._module_of(t) for names, inside in imports if not inside for t in names}
         return {target for target in targets if target and target != name}
 
     @cached_property
@@ -154,10 +158,10 @@ class House:
     def function_imports(self, *, outside: str = "") -> list[str]:
         """List imports of this package within functions, without those of the room `outside`."""
         return [
-            f"{module.name}: {target}"
+            f"{module.name}: {names[0]}"
             for module in self.modules.values()
             if not outside or not f"{module.name}.".startswith(f"ncbatch.{outside}.")
-            for target, inside in _statements(module)
+            for names, inside in module.imports
             if inside
         ]
 
@@ -192,6 +196,7 @@ class House:
                 lengths.append((length, f"{module.name}:{function.name}"))
         return sorted(lengths, reverse=True)
 
+    @cached_property
     def figures(self) -> dict[str, float]:
         """Return what the package is held to, as numbers."""
         lines = self.lines
@@ -211,16 +216,6 @@ class House:
         }
 
 
-def _statements(module: Module) -> Iterator[tuple[str, bool]]:
-    """Import statements of this package: the first name of each, and whether within a function."""
-    functions = {id(node) for f in module.functions for node in ast.walk(f)}
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ncbatch":
-            yield f"{node.module}.{node.names[0].name}", id(node) in functions
-        elif isinstance(node, ast.Import) and node.names[0].name.split(".")[0] == "ncbatch":
-            yield node.names[0].name, id(node) in functions
-
-
 def top_entries(folder: Path = PACKAGE) -> list[str]:
     """List what stands at the top of the package."""
     return sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
@@ -229,7 +224,7 @@ def top_entries(folder: Path = PACKAGE) -> list[str]:
 def main() -> None:
     """Print the figures, and where each habit is seen with ``-v``."""
     house = House.read()
-    for name, value in house.figures().items():
+    for name, value in house.figures.items():
         print(f"{name:40} {value:>8,}")
     if "-v" in sys.argv:
         print("longest chain:", *house.longest_chain, sep="\n  ")

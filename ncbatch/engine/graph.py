@@ -163,6 +163,8 @@ class _Graph:
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Run until every job has its result; anew, where workers died of nothing that lasts."""
+        from distributed import Future
+
         results: dict[int, Any] = {}
         n_rounds = 0
         unexplained: list[str] = []
@@ -172,7 +174,10 @@ class _Graph:
                 deaths = self._wait(list(ends.values()))
                 results |= {j: end.result() for j, end in ends.items() if end.status == "finished"}
             finally:
-                self._client.cancel(list(ends.values()))
+                # By key: whoever holds the traceback of an error holds its items' futures too, and
+                # workers would go on with items that nobody waits for.
+                begun = [Future(key, self._client) for key in self._leaves]
+                self._client.cancel([*ends.values(), *begun])
             # Dask blames all tasks that wait on a worker that dies, so each is tried alone.
             suspects = [self._leaves[key] for key in deaths if key in self._leaves]
             others = [key for key in deaths if key not in self._leaves]

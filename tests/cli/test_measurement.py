@@ -81,7 +81,8 @@ def test_clusters_print_what_a_plain_loop_prints(tmp_path, cluster):
         (("--precision", "tf32", "--device", "cpu"), "precision 'tf32' on the CPU"),
     ],
 )
-def test_what_is_not_there_is_named_in_two_lines(ncbatch, options, said):
+def test_what_is_not_there_is_named_in_two_lines(ncbatch, options, said, monkeypatch):
+    monkeypatch.setattr("ncbatch.engine.cluster.CONNECT_SECONDS", 0.5)
     answer = ncbatch("measure", "run.zarr", *options)
     assert answer.code == 1
     assert said in answer.err

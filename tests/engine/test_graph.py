@@ -15,7 +15,14 @@ from ncbatch.engine.graph import run_graph
 from ncbatch.engine.jobs import Call, Item, Job, Sweep
 from ncbatch.engine.loop import run_jobs
 from ncbatch.errors import WorkerError
-from tests.clusters import ROOT, dask_process, kill_worker, wait_for_file, wait_for_workers
+from tests.clusters import (
+    ROOT,
+    dask_process,
+    kill_worker,
+    wait_for_file,
+    wait_for_workers,
+    wait_until_idle,
+)
 from tests.engine.counting import Adder, Count, Counting
 from tests.engine.test_loop import NUMBERS, Recorder, _give, _text
 
@@ -188,14 +195,22 @@ def test_a_scheduler_that_dies_ends_the_run(tmp_path, monkeypatch):
                 run_graph(client, [job(Counting(MANY, tmp_path / "log", slow=0.5))])
 
 
+def test_items_that_were_not_begun_are_not_done_after_an_error(client, tmp_path):
+    bad = Counting((-1, *MANY[1:]), log := tmp_path / "log", slow=0.5)
+    with pytest.raises(ValueError, match="negative") as error:
+        run_graph(client, [job(bad)])
+    wait_until_idle(client)
+    assert len(log.read_text().split()) < 7  # all but the bad one
+    assert error.tb is not None  # what a notebook holds, and with it the futures of all items
+
+
 @pytest.mark.slow
 def test_kept_items_are_not_done_again(processes, tmp_path):
     log, state = tmp_path / "log", tmp_path / "state"
     bad = Counting((*MANY[:-1], -1), log)
     with pytest.raises(ValueError, match="negative"):
         run_graph(processes, [job(bad)], state=state)
-    done = log.read_text().split()
-    time.sleep(0.5)  # items that workers had begun are finished, and kept
+    wait_until_idle(processes)
     done = log.read_text().split()
     kept = {path.stem.removeprefix("item-") for path in state.glob("*/item-*.npz")}
     assert kept == set(done)
@@ -225,7 +240,7 @@ def test_a_killed_client_resumes_to_the_same_bits(processes, scheduler_address, 
         time.sleep(0.05)
     process.kill()
     process.wait()
-    time.sleep(1.5)  # items that workers had begun are finished, and kept
+    wait_until_idle(processes)
     done = log.read_text().split()
     assert len(done) < N // 3
     found = run_graph(processes, [job(Counting(MANY, log))], state=state)
