@@ -52,7 +52,6 @@ def open_cluster(
     cluster: str | os.PathLike[str] | Client | None,
     *,
     memory: int | None = None,
-    n_workers: int | None = None,
 ) -> Iterator[Client | None]:
     """Open what a user named as the cluster, and close what was opened.
 
@@ -67,8 +66,6 @@ def open_cluster(
     memory : int, optional
         Bytes that each worker may use; where the number of processes is not given, no more are
         started than fit into the memory that is free.
-    n_workers : int, optional
-        How many threads or processes, instead of the number in `cluster`.
 
     Yields
     ------
@@ -91,16 +88,20 @@ def open_cluster(
         _check_client(cluster)
         yield cluster
         return
-    place = _parse(cluster, n_workers)
-    if place is None:
+    name = "sync" if cluster is None else os.fspath(cluster)
+    if name == "sync":
         yield None
         return
+    # What makes no sense is refused before distributed is imported.
+    local = _LOCAL.fullmatch(name)
+    n_workers = _number_of_workers(*local.groups()) if local else None
+    address = "" if local else _find_address(name)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        if isinstance(place, _Local):
-            client = _start_local(place.kind, place.n_workers, memory, stack)
+        if local:
+            client = _start_local(local[1], n_workers, memory, stack)
         else:
-            client = _connect(place, stack)
+            client = _connect(address, stack)
         _check_versions(client)
         yield client
 
@@ -108,31 +109,28 @@ def open_cluster(
 # ------------------------------------------------------------------------------ what was asked for
 
 
-class _Local(NamedTuple):
-    """A cluster to start on this machine: of threads, processes or cuda, and how many."""
-
-    kind: str
-    n_workers: int | None
-
-
-def _parse(cluster: str | os.PathLike[str] | None, n_workers: int | None) -> _Local | str | None:
-    """Read what was asked for: None for no cluster, or the address of a scheduler that runs."""
-    name = "sync" if cluster is None else os.fspath(cluster)
-    if name == "sync":
+def _number_of_workers(kind: str, number: str | None) -> int | None:
+    if number is None:
         return None
-    if local := _LOCAL.fullmatch(name):
-        kind, number = local.groups()
-        if number is not None and not number.isdecimal():
-            raise UsageError(f"cluster '{name}'", f"a number of workers, as in {kind}:2")
-        if n_workers is None and number is not None:
-            n_workers = int(number)
-        if n_workers is not None and n_workers < 1:
-            raise UsageError(f"a cluster of {n_workers} workers", "1 or more")
-        return _Local(kind, n_workers)
+    if not number.isdecimal():
+        raise UsageError(f"cluster '{kind}:{number}'", f"a number of workers, as in {kind}:2")
+    if int(number) < 1:
+        raise UsageError(f"a cluster of {int(number)} workers", "1 or more")
+    return int(number)
+
+
+def _find_address(name: str) -> str:
+    """Find the address of the scheduler that is named, itself or by its file."""
     if re.match(r"(tcp|tls)://", name):
         return name
     if Path(name).is_file():
-        return _read_address(Path(name))
+        try:
+            return str(json.loads(Path(name).read_text(encoding="utf-8"))["address"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"'{name}' is no scheduler file",
+                "JSON with an 'address', as a Dask scheduler writes it",
+            ) from error
     if "://" not in name and (os.sep in name or name.endswith(".json")):
         raise UsageError(
             f"no scheduler file '{name}'",
@@ -140,16 +138,6 @@ def _parse(cluster: str | os.PathLike[str] | None, n_workers: int | None) -> _Lo
             "start the scheduler first; every machine must see the file under this path",
         )
     raise UsageError(f"cluster '{name}'", _EXPECTED)
-
-
-def _read_address(file: Path) -> str:
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["address"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"'{file}' is no scheduler file",
-            "JSON with an 'address', as a Dask scheduler writes it",
-        ) from error
 
 
 def _check_client(client: Client) -> None:
@@ -357,17 +345,16 @@ def _cuda_cluster(n_workers: int | None) -> Any:
         ) from error
     # One thread per GPU: it keeps tasks from sharing a device, and resources would keep Dask from
     # queueing them. Spilling is off: it knows the results of tasks only, not what they hold.
-    options = {
-        **_local_options(),
-        "host": _LOOPBACK,
-        "preload": [__name__],
-        "n_workers": n_workers,
-        "threads_per_worker": 1,
-        "device_memory_limit": 0,
-        **_memory_pool(),
-    }
     try:
-        return dask_cuda.LocalCUDACluster(**options)
+        return dask_cuda.LocalCUDACluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            device_memory_limit=0,
+            host=_LOOPBACK,
+            preload=[__name__],
+            **_memory_pool(),
+            **_local_options(),
+        )
     except Exception as error:  # the driver's own errors have no common class
         number = f", {n_workers} of them" if n_workers else ""
         raise WorkerError(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ncbatch.arrays.named_arrays import pack, unpack
 from ncbatch.arrays.threads import thread_limit
 from ncbatch.engine.cluster import task_slots, task_threads
-from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep
+from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep, counted
 from ncbatch.engine.kept import About, find_finished
 from ncbatch.engine.loop import load_state, say_changes
 from ncbatch.errors import DataError, WorkerError
@@ -52,17 +52,13 @@ def run_graph(
         When an item kills every worker that takes it; it names the item's rows.
     """
     sweeps = [step for job in jobs for step in job.steps if isinstance(step, Sweep)]
-    if progress:
-        for step in sweeps:
-            say_changes(step, state, progress)
-        n_items = sum(len(step.items) for step in sweeps if step.finished(state) is None)
-        n_workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        progress.begin(f"{len(jobs)} layers on {n_workers} workers", n_items, "items")
-    try:
-        return _Graph(client, state, progress).run(jobs)
-    finally:
-        if progress:
-            progress.end()
+    for step in sweeps:
+        say_changes(step, state, progress)
+    n_items = sum(len(step.items) for step in sweeps if step.finished(state) is None)
+    n_workers = len(client.scheduler_info(n_workers=-1)["workers"])
+    label = f"{len(jobs)} layers on {n_workers} workers"
+    with counted(progress, label, n_items, "items") as advance:
+        return _Graph(client, state, advance).run(jobs)
 
 
 # ------------------------------------------------------------------------------------- the tasks
@@ -152,10 +148,10 @@ class _Leaf(NamedTuple):
 class _Graph:
     """The tasks of all jobs that have no result yet."""
 
-    def __init__(self, client: Any, state: Path | None, progress: Progress | None) -> None:
+    def __init__(self, client: Any, state: Path | None, advance: Callable[[int], None]) -> None:
         self._client = client
         self._state = state
-        self._progress = progress
+        self._advance = advance
         self._slots = task_slots(client)
         self._futures: list[Any] = []  # of items that are not done
         self._leaves: dict[str, _Leaf] = {}  # by key
@@ -233,7 +229,7 @@ class _Graph:
 
         futures = [*ends, *self._futures]
         self._futures = []
-        deaths: list[str] = []
+        deaths: dict[str, None] = {}  # a set in order
         for future in _completed(self._client, futures):
             if future.status != "error":
                 self._tell(self._leaves.pop(future.key, None))
@@ -245,14 +241,14 @@ class _Graph:
             if not isinstance(error, KilledWorker):
                 raise error
             # What depends on the task that killed ends with the same error.
-            deaths.append(str(error.task))
-        return list(dict.fromkeys(deaths))
+            deaths[str(error.task)] = None
+        return list(deaths)
 
     def _tell(self, leaf: _Leaf | None) -> None:
         """Count an item as done, once, though a later round may do it again."""
-        if leaf is not None and self._progress and (id(leaf.step), leaf.item) not in self._told:
+        if leaf is not None and (id(leaf.step), leaf.item) not in self._told:
             self._told.add((id(leaf.step), leaf.item))
-            self._progress.advance(1)
+            self._advance(1)
 
     def _forget(self, about: About) -> None:
         """Delete a state that cannot be read, so that the next round makes it."""

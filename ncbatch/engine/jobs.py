@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
@@ -143,6 +144,21 @@ class Progress(Protocol):
 
 class Silent(Progress):
     """Shows nothing: what a run tells where nobody asked for a progress."""
+
+
+@contextmanager
+def counted(
+    progress: Progress | None, label: str, total: int, unit: str
+) -> Iterator[Callable[[int], None]]:
+    """Show a pass of `total` units while it runs; yields what counts units as done."""
+    if progress is None:
+        yield lambda size: None
+        return
+    progress.begin(label, total, unit)
+    try:
+        yield progress.advance
+    finally:
+        progress.end()
 
 
 @dataclass(frozen=True)

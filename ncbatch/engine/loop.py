@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ncbatch.arrays.named_arrays import pack, unpack
-from ncbatch.engine.jobs import Call, Job, Pass, Progress, Step, Sweep
+from ncbatch.engine.jobs import Call, Job, Pass, Progress, Step, Sweep, counted
 from ncbatch.engine.kept import Kept
 from ncbatch.errors import DataError
 
@@ -91,16 +91,13 @@ def _run_sweep(
         if result is not None:
             return result
     say_changes(step, state, progress)
-    if progress:
-        progress.begin(step.label, sum(item.size for item in step.items), step.unit)
-    try:
-        return _fold_items(work, step, progress, step.kept(state))
-    finally:
-        if progress:
-            progress.end()
+    with counted(progress, step.label, sum(item.size for item in step.items), step.unit) as advance:
+        return _fold_items(work, step, advance, step.kept(state))
 
 
-def _fold_items(work: Pass[Any], step: Sweep, progress: Progress | None, kept: Kept | None) -> Any:
+def _fold_items(
+    work: Pass[Any], step: Sweep, advance: Callable[[int], None], kept: Kept | None
+) -> Any:
     """Fold the items into one running state, which is kept from time to time."""
     arrays = kept.load("running") if kept is not None else None
     n_done = 0
@@ -122,8 +119,7 @@ def _fold_items(work: Pass[Any], step: Sweep, progress: Progress | None, kept: K
                 kept.save("running", {**fold.arrays(), "items_done": np.array(number)})
                 last_kept = time.monotonic()
                 keeping = last_kept - now
-        if progress:
-            progress.advance(item.size)
+        advance(item.size)
     result = work.finish(fold.seal())
     if kept is not None:
         kept.conclude(pack(result))

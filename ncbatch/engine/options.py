@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, ForwardRef, Literal, TypeVar, Union, get_args, get_origin
@@ -162,6 +162,8 @@ class Declared:
         for option in options_of(type(self)):
             value = getattr(self, option.name)
             option.check(value)
+            if isinstance(value, str) and Iterable[str] in option.kinds:
+                value = [value]  # one name, not its letters
             if isinstance(value, Iterator | Collection) and not isinstance(value, str | Mapping):
                 # An iterator can be read once only, and what is frozen shall not change.
                 object.__setattr__(self, option.name, tuple(value))

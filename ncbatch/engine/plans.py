@@ -159,8 +159,15 @@ def _rounded_up(n_bytes: int) -> str:
     return f"{(n_bytes // step + 2) * step // 2**20}MiB"
 
 
-def check_budget(plan: Plan) -> None:
+def check_budget(plan: Plan, otherwise: str = ", or measure fewer metrics") -> None:
     """Refuse a plan of which a step does not fit; steps run one after the other.
+
+    Parameters
+    ----------
+    plan : Plan
+        What shall run.
+    otherwise : str, optional
+        What else than more memory would help.
 
     Raises
     ------
@@ -175,5 +182,5 @@ def check_budget(plan: Plan) -> None:
         f"{dearest.step}{at_once} needs {format_bytes(plan.peak_bytes)} resident, "
         f"the interpreter's {format_bytes(plan.base_bytes)} included",
         f"at most {format_bytes(plan.budget)}",
-        f"give at least --memory {_rounded_up(plan.peak_bytes)}, or measure fewer metrics",
+        f"give at least --memory {_rounded_up(plan.peak_bytes)}{otherwise}",
     )

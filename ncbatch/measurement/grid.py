@@ -12,74 +12,24 @@ import numpy as np
 import zarr
 
 from ncbatch.arrays.atomic import replacing
-from ncbatch.engine.jobs import Job, Price, Progress, Sweep
+from ncbatch.engine.jobs import Job, Price, Progress, counted
 from ncbatch.engine.loop import run_jobs
 from ncbatch.engine.options import Declared, Limits
-from ncbatch.engine.plans import Plan, format_bytes, memory_budget, resident_bytes
-from ncbatch.errors import BudgetError, DataError, OutputError
-from ncbatch.measurement.passes import MomentsPass
-from ncbatch.measurement.samples import Samples, Selection, count_labels, select_classes
+from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
+from ncbatch.errors import BudgetError, OutputError
+from ncbatch.measurement.layers import Layer, find_layers, open_stores
+from ncbatch.measurement.options import Options, conventions
+from ncbatch.measurement.samples import Mode
+from ncbatch.measurement.steps import Work, read_moments
 from ncbatch.metrics.statistics import Statistics
 from ncbatch.results.files import check_output
-from ncbatch.states.moments import MomentsAccumulator
 from ncbatch.states.pairs.sweep import PairTiles
-from ncbatch.store.feature_store import FeatureStore
 from ncbatch.version import __version__
 
 _TILE_CLASSES = 1024
 # Arrays of a tile's size that are held at once: its distances, masks and logarithms, the mirror
 # image, and what the codec makes of it.
 _TILE_ARRAYS = 12
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Writes the tiles of a grid, both triangles."""
-
-    pairs: PairTiles
-    kind: str
-    dist_exp: float
-    variances: Any
-    grid: zarr.Array[Any]
-
-    def write(self, progress: Progress | None) -> None:
-        """Write all tiles, each with its mirror image."""
-        tiles = list(self.pairs.tiles(_TILE_CLASSES))
-        sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
-        if progress:
-            progress.begin(f"{self.kind} grid", sum(sizes), "pairs")
-        try:
-            for (rows, columns), size in zip(tiles, sizes, strict=True):
-                values = self._values(rows, columns)
-                self.grid[rows, columns] = values
-                if rows.start != columns.start:
-                    self.grid[columns, rows] = values.T
-                if progress:
-                    progress.advance(size)
-        finally:
-            if progress:
-                progress.end()
-
-    def _values(self, rows: slice, columns: slice) -> Any:
-        if self.kind == "interference":
-            return self.pairs.interference(rows, columns)
-        if self.kind == "cdnv":
-            squares = self.pairs.square_distances(rows, columns)
-            apart = self.pairs.apart(rows, columns, squares)
-            spread = 0.5 * (self.variances[rows][:, None] + self.variances[columns][None, :])
-            return np.where(apart, spread / np.where(apart, squares, 1.0) ** self.dist_exp, np.nan)
-        squares = self.pairs.square_distances(rows, columns, directions=True)
-        squares = np.where(self.pairs.directed(rows, columns), squares, np.nan)
-        if self.kind == "cosine":
-            return 1.0 - 0.5 * squares
-        if self.kind == "distance":
-            return np.sqrt(squares)
-        logs = -0.5 * np.log(np.where(squares > 2e-24, squares, np.nan))
-        if self.kind == "log":
-            return logs
-        s = self.pairs.n_features - 2
-        with np.errstate(over="ignore"):
-            return np.sign(s) * np.exp(s * logs)
 
 
 @dataclass(frozen=True)
@@ -137,55 +87,37 @@ class GridRequest(Declared):
         return Path(self.out)
 
     @cached_property
-    def store(self) -> FeatureStore:
-        """The store."""
-        return FeatureStore.open(self.path)
+    def source(self) -> Layer:
+        """The layer of the class means; finding it reads the labels."""
+        options = Options(
+            train=self.split,
+            # No other split matters, whatever state it is in.
+            test=self.split,
+            ood=self.split,
+            weighted=self.weighted,
+            ddof=self.ddof,
+            device="cpu",
+        )
+        (layer,) = find_layers(open_stores(self.path), [self.layer], options, scanned=True)
+        return layer
 
     @cached_property
-    def selection(self) -> Selection:
-        """The classes that have samples; reads the labels."""
-        part = self.store.split(self.split)
-        part.feature(self.layer)
-        selection = select_classes(count_labels(part))
-        if len(selection.classes) < 2:
-            raise DataError(f"{len(selection.classes)} class in split '{self.split}'", "at least 2")
-        return selection
-
-    @property
-    def source(self) -> Samples:
-        """The rows of the layer."""
-        return Samples(self.store.split(self.split), self.layer, self.selection.index)
+    def job(self) -> Job:
+        """What reads the class means, as for `ncbatch.measure`."""
+        return Job(self.source.where, tuple(read_moments(Work(self.source, Mode()))))
 
     def plan(self) -> Plan:
         """Say what writing it reads, computes, holds and takes on disk; reads labels alone."""
-        source = self.source
-        part = self.store.split(self.split)
-        k = len(self.selection.classes)
-        d = source.n_features
-        n = part.n_rows
-        spec = part.spec(self.layer)
+        k = self.source.n_used
+        d = self.source.train.n_features
         side = min(_TILE_CLASSES, k)
-        itemsize = 8 if spec.dtype == "float64" else 4
-        read = Price(
-            f"moments of {self.split}/{self.layer}",
-            source.read_bytes
-            + self.store.n_classes * 32
-            + MomentsAccumulator.peak_bytes(
-                k, d, source.block_rows, scatter=False, n_rows=n, itemsize=itemsize
-            ),
-            bytes_read=n * (spec.row_bytes + 4),
-            flops=4 * n * d,
-            n_items=len(source.items),
-            block_rows=source.block_rows,
-            n_reads=1,
-        )
-        n_tiles = -(-k // side) * (-(-k // side) + 1) // 2
+        n_strips = -(-k // side)
         write = Price(
             f"{self.kind} grid of {k:,} x {k:,}",
             # Means, two blocks of them with what is made of each, and a tile with its temporaries.
             k * (d * 8 + 256) + 8 * min(k, 2 * side) * d * 8 + side * side * 8 * _TILE_ARRAYS,
             flops=k * k * d,
-            n_items=n_tiles,
+            n_items=n_strips * (n_strips + 1) // 2,
             tile_classes=side,
             disk_bytes=k * k * 8,
         )
@@ -194,7 +126,8 @@ class GridRequest(Declared):
             f"disk: up to {format_bytes(write.disk_bytes)} in '{self.out}', "
             f"of {format_bytes(free)} free"
         )
-        return Plan([read, write], resident_bytes(), memory_budget(self.memory), notes=[note])
+        prices = [*self.job.prices, write]
+        return Plan(prices, resident_bytes(), memory_budget(self.memory), notes=[note])
 
     def check(self, plan: Plan) -> None:
         """Refuse what does not fit.
@@ -204,13 +137,7 @@ class GridRequest(Declared):
         BudgetError
             When memory or disk do not suffice; says what would.
         """
-        if plan.peak_bytes > plan.budget:
-            raise BudgetError(
-                f"{self.kind} grid needs {format_bytes(plan.peak_bytes)} resident, the "
-                f"interpreter's {format_bytes(plan.base_bytes)} included",
-                f"at most {format_bytes(plan.budget)}",
-                f"give at least --memory {-(-plan.peak_bytes // 2**20) + 16}MiB",
-            )
+        check_budget(plan, otherwise="")
         free = shutil.disk_usage(self.target.absolute().parent).free
         if plan.disk_bytes > free:
             raise BudgetError(
@@ -243,23 +170,15 @@ def write_grid(request: GridRequest, progress: Progress | None = None) -> int:
         When it cannot be written.
     """
     request.check(request.plan())
-    source = request.source
-    classes = request.selection.classes
-    source.split.check_chunks(request.layer)
-    read = MomentsPass(source, len(classes), False, "exact")
-    step = Sweep(
-        "moments", f"moments of {request.split}/{request.layer}", lambda: read, source.items
-    )
-    moments = run_jobs([Job(request.layer, (step,))], progress)[0].moments
-    statistics = Statistics(moments, weighted=request.weighted, ddof=request.ddof)
-    pairs = PairTiles(moments.means, statistics.global_mean, quantities=[])
+    request.source.train.check_chunks()
+    (measured,) = run_jobs([request.job], progress)
     try:
         with replacing(request.target) as temporary:
-            grid = _create(temporary, classes, request)
-            Grid(pairs, request.kind, request.dist_exp, statistics.variances, grid).write(progress)
+            grid = _create(temporary, measured.classes, request)
+            _fill(grid, measured.statistics, request, progress)
     except OSError as error:
         raise OutputError(f"'{request.out}' cannot be written: {error}") from error
-    return len(classes)
+    return len(measured.classes)
 
 
 def _create(path: Path, classes: Any, request: GridRequest) -> zarr.Array[Any]:
@@ -267,17 +186,14 @@ def _create(path: Path, classes: Any, request: GridRequest) -> zarr.Array[Any]:
         "kind": request.kind,
         "layer": request.layer,
         "split": request.split,
-        "global_mean": "mean of samples" if request.weighted else "unweighted mean of class means",
+        "global_mean": conventions(request.source.options)["global_mean"],
         "dist_exp": request.dist_exp,
         "ddof": request.ddof,
-        "store_id": request.store.id,
+        "store_id": request.source.store.id,
         "producer": f"ncbatch {__version__}",
     }
     group = zarr.create_group(str(path.absolute()), zarr_format=3, attributes=about)
-    ids = group.create_array(
-        "class", shape=classes.shape, dtype="int64", dimension_names=["class_i"]
-    )
-    ids[:] = classes
+    group.create_array("class", data=classes, dimension_names=["class_i"])
     k = len(classes)
     side = min(k, _TILE_CLASSES)
     return group.create_array(
@@ -288,3 +204,45 @@ def _create(path: Path, classes: Any, request: GridRequest) -> zarr.Array[Any]:
         dimension_names=["class_i", "class_j"],
         fill_value=float("nan"),
     )
+
+
+def _fill(
+    grid: zarr.Array[Any], statistics: Statistics, request: GridRequest, progress: Progress | None
+) -> None:
+    """Write all tiles of the upper triangle, each with its mirror image."""
+    pairs = PairTiles(statistics.moments.means, statistics.global_mean, quantities=[])
+    tiles = list(pairs.tiles(_TILE_CLASSES))
+    sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in tiles]
+    with counted(progress, f"{request.kind} grid", sum(sizes), "pairs") as advance:
+        for (rows, columns), size in zip(tiles, sizes, strict=True):
+            values = _values(pairs, statistics.variances, request, rows, columns)
+            grid[rows, columns] = values
+            if rows.start != columns.start:
+                grid[columns, rows] = values.T
+            advance(size)
+
+
+def _values(
+    pairs: PairTiles, variances: Any, request: GridRequest, rows: slice, columns: slice
+) -> Any:
+    kind = request.kind
+    if kind == "interference":
+        return pairs.interference(rows, columns)
+    if kind == "cdnv":
+        squares = pairs.square_distances(rows, columns)
+        apart = pairs.apart(rows, columns, squares)
+        spread = 0.5 * (variances[rows][:, None] + variances[columns][None, :])
+        return np.where(apart, spread / np.where(apart, squares, 1.0) ** request.dist_exp, np.nan)
+    squares = pairs.square_distances(rows, columns, directions=True)
+    squares = np.where(pairs.directed(rows, columns), squares, np.nan)
+    if kind == "cosine":
+        return 1.0 - 0.5 * squares
+    if kind == "distance":
+        return np.sqrt(squares)
+    logs = -0.5 * np.log(np.where(squares > 2e-24, squares, np.nan))
+    if kind == "log":
+        return logs
+    s = pairs.n_features - 2
+    # Near classes of many features leave float64's range: their energy is infinite.
+    with np.errstate(over="ignore"):
+        return np.sign(s) * np.exp(s * logs)

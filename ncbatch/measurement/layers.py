@@ -176,38 +176,26 @@ class Layer:
 
     # ------------------------------------------------------------------- why statistics are absent
 
-    def no_classifier(self) -> str | None:
-        """Say why there is no classifier."""
-        return None if self.has_classifier else "no classifier"
-
-    def no_samples(self) -> str | None:
-        """Say why the samples of train cannot be read."""
-        return self.train.no_samples
-
-    def no_scatter(self) -> str | None:
-        """Say why there is no pooled scatter."""
-        return self.train.no_scatter(drops_classes=self._drops_classes)
-
-    def no_ood(self) -> str | None:
-        """Say why there is no outside data."""
-        return _absent(self.ood_split, "out-of-distribution") if self.ood is None else None
-
-    def no_test(self) -> str | None:
-        """Say why there are no moments of test samples."""
-        if self.test is None:
-            return _absent(self.test_split, "test")
-        return "no test split" if self.test.name == self.train.name else self.test.no_moments
-
-    def no_decisions(self) -> str | None:
-        """Say why there are no decisions."""
-        return self.decided.undecided(
-            self.train, classifier=self.has_classifier, drops_classes=self._drops_classes
-        )
-
     @property
-    def _drops_classes(self) -> bool:
-        """Whether a filter leaves out a class that has samples; a plan takes it that none does."""
-        return self.selection is not None and self.selection.drops_classes
+    def absent(self) -> dict[str, str | None]:
+        """Why statistics cannot be had, by their names; None for those that can."""
+        # A plan, which knows no classes, takes it that a filter leaves out none with samples.
+        drops_classes = self.selection is not None and self.selection.drops_classes
+        no_test: str | None = "no test split"
+        if self.test is None:
+            no_test = _absent(self.test_split, "test")
+        elif self.test.name != self.train.name:
+            no_test = self.test.no_moments
+        return {
+            "scatter": self.train.no_scatter(drops_classes=drops_classes),
+            "ood": _absent(self.ood_split, "out-of-distribution") if self.ood is None else None,
+            "classifier": None if self.has_classifier else "no classifier",
+            "decisions": self.decided.undecided(
+                self.train, classifier=self.has_classifier, drops_classes=drops_classes
+            ),
+            "test": no_test,
+            "directional": self.train.no_samples,
+        }
 
     # ----------------------------------------------------------------------- what results depend on
 

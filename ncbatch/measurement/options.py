@@ -177,6 +177,14 @@ class MeasureRequest(PlanRequest):
     ] = None
     collapse_below: Annotated[float | None, Limits(0)] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.collapse_below is None or self.metrics is None or "nc1_cdnv" in self.metrics:
+            return
+        raise UsageError(
+            "collapse_below without metric nc1_cdnv", "it among the metrics", "add it to --metrics"
+        )
+
 
 def records(declaration: type[Options] = Options) -> dict[str, Recorded]:
     """List what results record, by the option that it tells of."""
@@ -222,9 +230,3 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "divide_by_k": True,
     },
 }
-
-
-def check_device(precision: str, device: str) -> None:
-    """Refuse a precision that the device does not have."""
-    if precision == "tf32" and device == "cpu":
-        raise UsageError("precision 'tf32' on the CPU", "a GPU for it", "use --precision fp32")

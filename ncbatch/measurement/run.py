@@ -24,12 +24,11 @@ from ncbatch.engine.options import takes
 from ncbatch.engine.plans import Plan, check_budget, format_bytes, memory_budget, resident_bytes
 from ncbatch.errors import BudgetError, UsageError
 from ncbatch.measurement.layers import Layer, StoreLike, open_stores
-from ncbatch.measurement.options import MeasureRequest, PlanRequest, check_device, conventions
+from ncbatch.measurement.options import MeasureRequest, PlanRequest, conventions
 from ncbatch.measurement.samples import Mode
-from ncbatch.measurement.steps import choose_mode, choose_tasks, job_of, wanted_metrics
+from ncbatch.measurement.steps import choose_mode, choose_tasks, job_of
 from ncbatch.measurement.update import Saved
 from ncbatch.metrics.catalogue import CATALOGUE
-from ncbatch.metrics.metric import Metric
 from ncbatch.results.dataset import (
     Cell,
     Place,
@@ -51,6 +50,8 @@ if TYPE_CHECKING:
 # Of a GPU's free memory, what arrays may take; the rest is for libraries' own work space.
 _DEVICE_SHARE = 0.85
 _BASE_STEP = 128 * 2**20
+# Clusters of this machine.
+_LOCAL = ("sync", "threads", "processes", "cuda")
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,10 @@ class Workers:
     device: Literal["cpu", "cuda"]
     device_name: str
     device_memory: int | None
-    shares_disk: bool = True
+    shares_disk: bool
 
     @classmethod
-    def find(
-        cls, client: Any, memory: str | int | None, device: str, *, shares_disk: bool = True
-    ) -> Workers:
+    def find(cls, client: Any, asked: PlanRequest) -> Workers:
         """Ask this process, or the workers of `client`, what they have.
 
         Raises
@@ -99,9 +98,9 @@ class Workers:
         """
         at_once = sharers = 1
         if client is None:
-            machines = [_Machine.look(device)]
+            machines = [_Machine.look(asked.device)]
         else:
-            machines = list(client.run(_Machine.look, device).values())
+            machines = list(client.run(_Machine.look, asked.device).values())
             workers = client.scheduler_info(n_workers=-1)["workers"].values()
             at_once = max(worker["nthreads"] for worker in workers)
             # Workers of one host share its memory, each of them may take its part.
@@ -115,15 +114,20 @@ class Workers:
         # Any worker may get any task: what the poorest has is what tasks are chosen for.
         available = min(machine.available for machine in machines)
         base = max(machine.resident for machine in machines)
-        budget = memory_budget(memory) if memory is not None else base + available // sharers
+        budget = base + available // sharers
+        if asked.memory is not None:
+            budget = memory_budget(asked.memory)
         rooms = [m.device_memory for m in machines if m.device_memory is not None]
         room = int(min(rooms) * _DEVICE_SHARE) if rooms else None
-        return cls(client, budget, base, at_once, first.device, first.name, room, shares_disk)
+        # Workers elsewhere may share no disk with this machine.
+        name = asked.cluster
+        is_local = name is None or str(name).partition(":")[0] in _LOCAL
+        return cls(client, budget, base, at_once, first.device, first.name, room, is_local)
 
     def place(self, tasks: Sequence[Layer]) -> list[Layer]:
         """Let tasks run where these workers compute."""
-        for task in tasks:
-            check_device(task.options.precision, self.device)
+        if self.device == "cpu" and any(task.options.precision == "tf32" for task in tasks):
+            raise UsageError("precision 'tf32' on the CPU", "a GPU for it", "use --precision fp32")
         return [replace(t, options=replace(t.options, device=self.device)) for t in tasks]
 
     def plan(self, tasks: Sequence[Layer]) -> tuple[Plan, list[Mode]]:
@@ -216,7 +220,6 @@ def _folders(needed: int, state: Path | None) -> Iterator[Callable[[About], Path
 def arrange(
     tasks: list[Layer],
     measured: Mapping[Place, Cell],
-    metrics: list[Metric],
     device: str,
     saved: Saved | None = None,
 ) -> xr.Dataset:
@@ -228,8 +231,6 @@ def arrange(
         The layers of this run.
     measured : mapping of (store, layer) to Cell
         What was measured of them now.
-    metrics : list of Metric
-        What this run gives.
     device : str
         Where it was measured.
     saved : Saved, optional
@@ -242,20 +243,20 @@ def arrange(
     layers = list(dict.fromkeys(task.layer for task in tasks))
     notes = {task.name: StoreNotes.of(task.store) for task in tasks}
     attributes = conventions(tasks[0].options)
+    names = {name for task in tasks for name in task.metric_names}
     cells = dict(measured)
     if saved is not None:
         cells, stores = saved.union(tasks, measured)
         layers = list(dict.fromkeys([*saved.layers, *layers]))
         notes = saved.notes | notes
-        names = dict.fromkeys([*saved.metrics, *(metric.name for metric in metrics)])
-        metrics = [metric for name, metric in CATALOGUE.items() if name in names]
+        names |= set(saved.metrics)
         if attributes["null_seed"] == "no null":
             attributes["null_seed"] = saved.attributes["null_seed"]
     return to_dataset(
         cells,
         stores,
         layers,
-        metrics,
+        [metric for name, metric in CATALOGUE.items() if name in names],
         {
             "ncbatch_version": __version__,
             "date": now,
@@ -315,16 +316,13 @@ def measure(
     """
     asked = MeasureRequest.of(options)
     opened = open_stores(stores)
-    wanted, named = wanted_metrics(asked.metrics)
-    _check_threshold(asked.collapse_below, wanted)
     saved = None if asked.update is None else Saved.of(asked.update)
     if saved is not None:
         saved.check(conventions(asked))
         saved, opened = saved.renamed(opened)
-    tasks = choose_tasks(opened, layers, asked.options, wanted, named, scanned=True)
-    applied = [m for m in wanted if named or any(m in t.metrics for t in tasks)]
+    tasks = choose_tasks(opened, layers, asked.options, scanned=True)
     with _cluster(asked) as client:
-        workers = Workers.find(client, asked.memory, asked.device, shares_disk=_is_local(asked))
+        workers = Workers.find(client, asked)
         tasks = workers.place(tasks)
         todo = tasks if saved is None else _unserved(tasks, saved, progress)
         cells = workers.measure(todo, progress, _state_folder(asked.state))
@@ -332,7 +330,6 @@ def measure(
         arrange(
             tasks,
             {(task.name, task.layer): cell for task, cell in zip(todo, cells, strict=True)},
-            applied,
             workers.device_name,
             saved,
         ),
@@ -347,15 +344,6 @@ def _unserved(tasks: list[Layer], saved: Saved, progress: Progress | None) -> li
         served = len(tasks) - len(unserved)
         progress.note(f"{served} of {len(tasks)} layers are taken from {saved.where}")
     return unserved
-
-
-def _check_threshold(below: float | None, wanted: list[Metric]) -> None:
-    if below is None:
-        return
-    if not any(metric.name == "nc1_cdnv" for metric in wanted):
-        raise UsageError(
-            "collapse_below without metric nc1_cdnv", "it among the metrics", "add it to --metrics"
-        )
 
 
 @takes(PlanRequest)
@@ -386,10 +374,9 @@ def plan(
     """
     asked = PlanRequest.of(options)
     opened = open_stores(stores)
-    wanted, named = wanted_metrics(asked.metrics)
-    tasks = choose_tasks(opened, layers, asked.options, wanted, named, scanned=False)
+    tasks = choose_tasks(opened, layers, asked.options, scanned=False)
     with _cluster(asked) as client:
-        workers = Workers.find(client, asked.memory, asked.device)
+        workers = Workers.find(client, asked)
         plan, _ = workers.plan(workers.place(tasks))
     check_budget(plan)
     return plan
@@ -403,14 +390,6 @@ def _cluster(asked: PlanRequest) -> Any:
 
     memory = None if asked.memory is None else memory_budget(asked.memory)
     return open_cluster(asked.cluster, memory=memory)
-
-
-def _is_local(asked: PlanRequest) -> bool:
-    """Whether a cluster's workers are of this machine: others may share no disk with it."""
-    name = asked.cluster
-    if isinstance(name, str):
-        name = name.partition(":")[0]
-    return name in (None, "sync", "threads", "processes", "cuda")
 
 
 def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:

@@ -500,40 +500,18 @@ def _directional_pass(layer: Layer, samples: Samples, measured: Measured) -> Dir
 # All of them: jobs, and which metrics a layer allows.
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """What metrics may read of a layer.
-
-    Attributes
-    ----------
-    name : str
-        As `Metric.reads` calls it.
-    absent : callable
-        ``absent(layer)`` says why a layer has none; None where it has.
-    steps : callable
-        ``steps(work)`` makes the steps, nothing where no metric reads them. The last one's result
-        is the attribute of `Statistics` of its name or, where there is none, in its `others`.
-    """
-
-    name: str
-    absent: Callable[[Layer], str | None]
-    steps: Callable[[Work], Iterable[Step]]
-
-
-def _always(layer: Layer) -> str | None:
-    return None
-
-
-# In the order in which they run and are planned.
-STATISTICS = (
-    Statistic("scatter", Layer.no_scatter, read_moments),
-    Statistic("ood", Layer.no_ood, read_outside),
-    Statistic("pairs", _always, sweep_pairs),
-    Statistic("null_pairs", _always, partial(sweep_pairs, null=True)),
-    Statistic("classifier", Layer.no_classifier, lambda work: ()),
-    Statistic("decisions", Layer.no_decisions, decide),
-    Statistic("test", Layer.no_test, read_test),
-    Statistic("directional", Layer.no_samples, sweep_directions),
+# What metrics may read of a layer, by the functions that make the steps of it, nothing where no
+# metric reads it; `Layer.absent` says why a layer has none. In the order in which they run and are
+# planned: memory that one leaves behind is in the prices of those after it. The last step's result
+# is the attribute of `Statistics` of its name or, where there is none, in its `others`.
+STATISTICS: tuple[Callable[[Work], Iterable[Step]], ...] = (
+    read_moments,
+    read_outside,
+    sweep_pairs,
+    partial(sweep_pairs, null=True),
+    decide,
+    read_test,
+    sweep_directions,
 )
 
 
@@ -541,7 +519,7 @@ def job_of(layer: Layer, mode: Mode, folder_of: Callable[[About], Path] | None =
     """Make the job that measures a layer; without `folder_of` only for its prices."""
     work = Work(layer, mode, folder_of)
     # The last step of each statistic has its result; those before only lead to it.
-    chains = [steps for each in STATISTICS if (steps := list(each.steps(work)))]
+    chains = [steps for make in STATISTICS if (steps := list(make(work)))]
     names = tuple(steps[-1].name for steps in chains)
     scatter = "scatter" in layer.reads
     formulas = Statistics.peak_bytes(layer.n_used, work.n_features, scatter=scatter)
@@ -588,31 +566,22 @@ def choose_mode(
     return next((mode for mode in modes if fits(mode)), modes[-1])
 
 
-def wanted_metrics(metrics: Iterable[str] | None) -> tuple[list[Metric], bool]:
-    """Find the metrics asked for, and whether they were named."""
-    names = [metrics] if isinstance(metrics, str) else metrics
-    return find_metrics(names), metrics is not None
-
-
 def choose_tasks(
     opened: Mapping[str, FeatureStore],
     layers: Iterable[str] | None,
     options: Options,
-    wanted: list[Metric],
-    named: bool,
     *,
     scanned: bool,
 ) -> list[Layer]:
     """Find the layers of every store, and what is measured of each.
 
+    Metrics that a layer does not allow are left out there; one that was named and that no layer
+    allows is refused.
+
     Parameters
     ----------
     opened, layers, options, scanned
         As for `find_layers`.
-    wanted : list of Metric
-        The metrics; those that a layer does not allow are left out there.
-    named : bool
-        Whether the user named them: one that no layer allows is refused then.
 
     Raises
     ------
@@ -621,11 +590,12 @@ def choose_tasks(
     DataError
         When there is nothing to measure.
     """
+    wanted = find_metrics(options.metrics)
     tasks = [
         _with_metrics(layer, wanted)
         for layer in find_layers(opened, layers, options, scanned=scanned)
     ]
-    for metric in wanted if named else ():
+    for metric in wanted if options.metrics is not None else ():
         if not any(metric.name in task.metric_names for task in tasks):
             why = next(why for why, names in tasks[0].missing.items() if metric.name in names)
             raise DataError(
@@ -639,7 +609,7 @@ def choose_tasks(
 
 def _with_metrics(layer: Layer, wanted: list[Metric]) -> Layer:
     """Split metrics into those that a layer allows, and the rest by reason."""
-    absent = {each.name: each.absent(layer) for each in STATISTICS}
+    absent = layer.absent
     applied: list[str] = []
     missing: dict[str, tuple[str, ...]] = {}
     for metric in wanted:

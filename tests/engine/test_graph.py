@@ -38,7 +38,7 @@ def client():
 
     workers = {"n_workers": 2, "threads_per_worker": 1, "processes": False}
     with (
-        LocalCluster(**workers, dashboard_address=None, memory_limit=0) as cluster,
+        LocalCluster(**workers, dashboard_address="127.0.0.1:0", memory_limit=0) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client

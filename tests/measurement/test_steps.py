@@ -14,9 +14,10 @@ import ncbatch as nc
 from ncbatch.engine.jobs import Call, Price
 from ncbatch.engine.plans import memory_budget
 from ncbatch.measurement import steps
+from ncbatch.measurement.layers import Layer
 from ncbatch.measurement.options import Options
 from ncbatch.measurement.samples import Mode, Selection
-from ncbatch.measurement.steps import choose_mode, choose_tasks, job_of, wanted_metrics
+from ncbatch.measurement.steps import choose_mode, choose_tasks, job_of
 from ncbatch.metrics import CATALOGUE
 from ncbatch.metrics.metric import Metric, reads
 from ncbatch.states.moments import _COMPILER_BYTES
@@ -58,7 +59,7 @@ def test_less_memory_means_more_class_blocks_until_nothing_fits(tmp_path):
     with store.writer("train", n_samples=100) as writer:
         writer.append({"h": np.zeros((100, 4096), np.float16)}, np.arange(100))
     options = Options(device="cpu")
-    (task,) = choose_tasks({"s": store}, None, options, *wanted_metrics(None), scanned=False)
+    (task,) = choose_tasks({"s": store}, None, options, scanned=False)
     everyone = Selection(np.ones(200_000, np.int64), np.arange(200_000), filtered=False)
     layer = replace(task, selection=everyone)
     modes = [choose_mode(layer, gib * 2**30) for gib in (64, 12, 8, 4, 3)]
@@ -195,11 +196,11 @@ def test_measured_peak_of_states_stays_below_the_planned(tmp_path, budget: str):
 
 
 def test_a_plan_and_a_run_make_the_same_steps(stores):
-    named = [m for m in CATALOGUE.values() if m.name != "nc1_cdnv_directional_exact"]
-    for metrics in (named, list(CATALOGUE.values())):
-        options = Options(device="cpu", null=True)
+    named = [name for name in CATALOGUE if name != "nc1_cdnv_directional_exact"]
+    for metrics in (named, CATALOGUE):
+        options = Options(device="cpu", null=True, metrics=metrics)
         opened = {store.path: store for store in stores}
-        for task in choose_tasks(opened, None, options, metrics, False, scanned=True):
+        for task in choose_tasks(opened, None, options, scanned=True):
             for mode in (Mode(), Mode(2, stored=True)):
                 planned = job_of(task, mode).prices
                 run = job_of(task, mode, lambda about: Path(f"{about['state']}"))
@@ -214,10 +215,12 @@ def test_a_further_statistic_is_one_entry_of_the_list(stores, monkeypatch):
             yield Call("coldest", lambda measured: measured.classes[-1], ("measured",), price=price)
 
     def absent(layer):
-        return None if layer.layer == "h" else "no thermometer"
+        why = None if layer.layer == "h" else "no thermometer"
+        return {**known.__get__(layer), "coldest": why}
 
-    further = steps.Statistic("coldest", absent, count)
-    monkeypatch.setattr(steps, "STATISTICS", (*steps.STATISTICS, further))
+    known = Layer.absent
+    monkeypatch.setattr(Layer, "absent", property(absent))
+    monkeypatch.setattr(steps, "STATISTICS", (*steps.STATISTICS, count))
     metric = Metric("nc1_coldest", "", "", "", reads("coldest"), lambda s: s.others["coldest"])
     monkeypatch.setitem(CATALOGUE, metric.name, metric)
     plan = nc.plan(stores, metrics=["nc1_coldest", "nc1_quot"], null=True)
