@@ -71,16 +71,10 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("step", "reads", "items", "block rows", "tile", "read", "FLOP", "peak", "GPU peak")
-        rows = [head, *(_cells(price, self.base_bytes) for price in self.prices)]
-        total = {
-            "step": "all",
-            "items": f"{self.items:,}",
-            "read": format_bytes(self.bytes_read),
-            "FLOP": f"{self.flops:.2e}",
-            "peak": format_bytes(self.peak_bytes),
-            "GPU peak": _size(self.device_bytes),
-        }
-        rows.append(tuple(total.get(name, "") for name in head))
+        # Tasks that run at once add up.
+        peak = self.peak_bytes - self.base_bytes
+        total = Price("all", peak, self.device_bytes, self.bytes_read, self.flops, self.items)
+        rows = [head, *(_cells(price, self.base_bytes) for price in [*self.prices, total])]
         used = [column for column in zip(*rows, strict=True) if any(column[1:])]
         columns = [_aligned(column, left=column is used[0]) for column in used]
         lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]

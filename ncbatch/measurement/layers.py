@@ -454,12 +454,7 @@ class _Part:
         """
         # Labels are read once for all layers, states are each of their own samples.
         counts = source.counts() if source.no_samples else self._label_counts
-        selection = select_classes(
-            counts,
-            min_count=options.min_count,
-            max_count=options.max_count,
-            classes=options.classes,
-        )
+        selection = select_classes(counts, options)
         if not counts.any():
             raise DataError(
                 f"split '{source.name}' of {source.where} has no rows",

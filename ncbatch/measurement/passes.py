@@ -31,17 +31,13 @@ class _RowsPass:
 
     source: Samples
     device: str
-
-    @property
-    def matmul_precision(self) -> Precision:
-        """Of products on the device."""
-        # The bound within which near-ties are decided again is that of float32, not of TF32.
-        return "fp32"
+    # The bound within which near-ties are decided again is that of float32, not of TF32.
+    precision: Precision = "fp32"
 
     def fold(self, fold: Any, item: Item) -> None:
         """Add the samples of an item."""
         device = find_device(self.device)
-        with device.matmul_precision(self.matmul_precision):
+        with device.matmul_precision(self.precision):
             for block in device.stream(self._staged(fold, item)):
                 fold.add(*block)
 
@@ -155,11 +151,6 @@ class MomentsPass(_RowsPass):
     block: tuple[int, int] | None = None
     rows_at: Path | None = None
     kind: ClassVar[Any] = MomentsRead
-
-    @property
-    def matmul_precision(self) -> Precision:
-        """Of products on the device."""
-        return self.precision
 
     def start(self) -> MomentsFold:
         """Make the fold of no samples."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,23 +94,15 @@ def count_labels(split: Split) -> Index:
     return counts
 
 
-def select_classes(
-    counts: Index,
-    *,
-    min_count: int = 1,
-    max_count: int | None = None,
-    classes: Iterable[int] | None = None,
-) -> Selection:
+def select_classes(counts: Index, options: Options) -> Selection:
     """Choose the classes to use: seen, and within the filters.
 
     Parameters
     ----------
     counts : array (K,)
         Samples per class.
-    min_count, max_count : int, optional
-        Least and greatest number of samples.
-    classes : iterable of int, optional
-        Class ids to choose among.
+    options : Options
+        The filters are among them.
 
     Raises
     ------
@@ -118,19 +110,17 @@ def select_classes(
         When a class id is not below K.
     """
     # A class without samples has no mean, so that it is never used.
-    used = counts >= max(min_count, 1)
-    if max_count is not None:
-        used &= counts <= max_count
-    if classes is not None:
-        ids = np.asarray(list(classes), np.int64)
-        bad = ids[(ids < 0) | (ids >= counts.shape[0])]
+    used = counts >= options.min_count
+    if options.max_count is not None:
+        used &= counts <= options.max_count
+    if options.classes is not None:
+        ids = np.asarray(options.classes, np.int64)
+        bad = ids[(ids < 0) | (ids >= len(counts))]
         if bad.size:
             raise DataError(f"class {int(bad[0])} in the list of classes", f"0..{len(counts) - 1}")
-        listed = np.zeros(counts.shape[0], np.bool_)
-        listed[ids] = True
-        used &= listed
-    filtered = min_count > 1 or max_count is not None or classes is not None
-    return Selection(counts, np.flatnonzero(used).astype(np.int64), filtered)
+        used &= np.isin(np.arange(len(counts)), ids)
+    filters = (options.min_count > 1, options.max_count is not None, options.classes is not None)
+    return Selection(counts, np.flatnonzero(used).astype(np.int64), any(filters))
 
 
 # What a read of moments gives, and how its class means get to files.
@@ -161,18 +151,20 @@ class MomentsRead:
 
     def merge(self, other: MomentsRead) -> MomentsRead:
         """Combine with what other rows gave."""
-        # Both have it or neither: whether there is a null is an option of the whole read.
-        null = None
-        if self.null is not None and other.null is not None:
-            null = self.null.merge(other.null)
-        return MomentsRead(self.moments.merge(other.moments), null)
+        return self._combine(other, Moments.merge)
 
     def join(self, other: MomentsRead) -> MomentsRead:
         """Join with another class block of the same rows, both with their means in files."""
+        return self._combine(other, _stack)
+
+    def _combine(
+        self, other: MomentsRead, combine: Callable[[Moments, Moments], Moments]
+    ) -> MomentsRead:
         null = None
+        # Both have it or neither: whether there is a null is an option of the whole read.
         if self.null is not None and other.null is not None:
-            null = _stack(self.null, other.null)
-        return MomentsRead(_stack(self.moments, other.moments), null)
+            null = combine(self.null, other.null)
+        return MomentsRead(combine(self.moments, other.moments), null)
 
 
 def _stack(a: Moments, b: Moments) -> Moments:
@@ -479,15 +471,12 @@ class Samples:
             stop = min(block + base, item.stop)
             labels = self.split.labels(start, stop)
             for first in range(start, stop, self.chunk_rows):
-                y = self._relabelled(labels[first - start : first - start + self.chunk_rows])
+                y = labels[first - start : first - start + self.chunk_rows].astype(np.int64)
+                if self.index is not None:
+                    # Rows that are no samples have no class to look up.
+                    y = np.where(y >= 0, self.index[np.maximum(y, 0)], -1)
                 if (y >= 0).any():
                     yield first, y
-
-    def _relabelled(self, labels: npt.NDArray[np.int32]) -> Index:
-        y = np.full(labels.shape, -1, np.int64)
-        exists = labels >= 0
-        y[exists] = labels[exists] if self.index is None else self.index[labels[exists]]
-        return y
 
     def _finite(self, block: npt.NDArray[Any], labels: Index, numbers: Index) -> Block:
         # One pass over the block, where `isfinite` of all would write a mask as large.

@@ -155,7 +155,7 @@ def read_outside(work: Work) -> Iterator[Step]:
         f"outside data of {layer.where}",
         work.about("moments", ood),
         _most_outside(layer, ood),
-        None if work.folder_of is None else select_classes(ood.counts()),
+        None if work.folder_of is None else select_classes(ood.counts(), Options()),
         beside=work.held,
     )
     yield from _moments(work, ood, reading)
@@ -245,20 +245,18 @@ def _moments_price(work: Work, samples: Samples, reading: Reading) -> Price:
     k = -(-reading.n_classes // b)
     states = 2 if reading.null else 1
 
-    def accumulated(scatter: bool) -> int:
-        return MomentsAccumulator.peak_bytes(
-            k,
-            d,
-            block_rows,
-            scatter=scatter,
-            # Nothing is compiled for arrays of a device.
-            n_rows=0 if on_device else n_rows,
-            itemsize=8 if samples.wide else 4,
-        )
-
-    arrays = accumulated(scatter)
+    accumulated = partial(
+        MomentsAccumulator.peak_bytes,
+        k,
+        d,
+        block_rows,
+        # Nothing is compiled for arrays of a device.
+        n_rows=0 if on_device else n_rows,
+        itemsize=8 if samples.wide else 4,
+    )
+    arrays = accumulated(scatter=scatter)
     if reading.null:
-        arrays += accumulated(False)
+        arrays += accumulated(scatter=False)
     if b > 1:  # a block's rows of the classes at hand, and their residuals' mask and labels
         row_bytes = samples.split.spec(samples.layer).row_bytes
         arrays += 2 * block_rows * (row_bytes + 32)
@@ -298,13 +296,13 @@ def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
     d = work.n_features
     label = f"{name.replace('_', ' ')} of {layer.where}"
     side = PairTiles.side(k, stored=stored)
-    tiles = -(-k // side) * (-(-k // side) + 1) // 2
+    items = _tile_items(k, stored)
     price = Price(
         label,
         work.held + PairTiles.peak_bytes(k, d, quantities, stored=stored),
         device_bytes=k * d * 12 + side * side * 64 if work.on_device else 0,
         flops=k * k * d * (2 if "cdnv_directional" in quantities else 1),
-        n_items=min(tiles, _ITEMS),
+        n_items=len(items),
         tile_classes=side,
     )
 
@@ -322,7 +320,7 @@ def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
         name,
         label,
         partial(_pair_pass, options, quantities, null),
-        _tile_items(k, stored),
+        items,
         needs=("measured",),
         unit="pairs",
         about=work.about(name, layer.train, depends),
@@ -410,15 +408,13 @@ def decide(work: Work) -> Iterator[Step]:
     # Rules score in the dtype of the features, and decide near-ties in float64.
     itemsize = 8 if layer.train.wide else 4
 
-    def rule(n: int, stored: bool) -> int:
-        return Rule.peak_bytes(n, d, samples.block_rows, itemsize, stored=stored)
-
     # One rule over the means of the classes used, one over all rows of the classifier.
     # FAISS holds a copy of the means, stored ones too.
-    arrays = rule(k, stored and layer.options.ncc != "faiss")
+    size = (d, samples.block_rows, itemsize)
+    arrays = Rule.peak_bytes(k, *size, stored=stored and layer.options.ncc != "faiss")
     scores = k
     if not samples.by_predictions:
-        arrays += rule(n_classes, stored)
+        arrays += Rule.peak_bytes(n_classes, *size, stored=stored)
         scores += n_classes
 
     def depends() -> dict[str, Any]:

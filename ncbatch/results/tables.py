@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ncbatch.metrics.catalogue import CATALOGUE
@@ -29,7 +29,6 @@ _HEADLINES = [
 ]
 # With more layers than this, layers become lines and metrics columns.
 _MOST_COLUMNS = 5
-_NUMBER_WIDTH = len("-1.2346e-300")
 _LEFT_OUT = {
     "n_rows_skipped": "rows with values that are not finite were left out",
     "n_classes_filtered": "classes were left out by a filter",
@@ -65,13 +64,8 @@ def result_tables(dataset: xr.Dataset, width: int = 100) -> list[RenderableType]
     tables: list[RenderableType] = [Text(title, style="bold")]
     for place in dict.fromkeys(CATALOGUE[name].place for name in names):
         chosen = [name for name in names if CATALOGUE[name].place == place]
-        parts = fitting(
-            ["layer", *layers], chosen, width, lambda name: max(len(name), _NUMBER_WIDTH)
-        )
-        for part in parts:
-            table = Table(title=place, title_justify="left")
-            values = {name: dataset[name].values[0] for name in part}
-            tables.append(_filled(table, "layer", layers, values))
+        columns = {name: dataset[name].values[0] for name in chosen}
+        tables += _tables(place, "layer", layers, columns, width)
     return tables
 
 
@@ -92,18 +86,6 @@ def _by_metric(dataset: xr.Dataset, names: Sequence[str], title: str) -> Table:
             yardstick = f"{name}_{suffix}"
             cells.append(number(dataset[yardstick].values[0, 0]) if yardstick in dataset else "")
         table.add_row(name, str(dataset[name].attrs.get("long_name", "")), *cells)
-    return table
-
-
-def _filled(
-    table: Table, corner: str, lines: Sequence[str], values: Mapping[str, npt.NDArray[np.float64]]
-) -> Table:
-    """Fill a table with columns of numbers, a line each."""
-    # One row of cells that hold all lines: rich needs a third of the time that many rows take.
-    table.add_column(corner, no_wrap=True)
-    for column in values:
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_row("\n".join(lines), *("\n".join(map(number, column)) for column in values.values()))
     return table
 
 
@@ -128,34 +110,6 @@ def _titles(dataset: xr.Dataset) -> list[str]:
 def number(value: float) -> str:
     """Write a value; nothing where there is none."""
     return "" if math.isnan(value) else f"{value:.5g}"
-
-
-def fitting(
-    head: Sequence[str], names: Sequence[str], width: int, need: Callable[[str], int]
-) -> list[list[str]]:
-    """Part columns so that a table of each part fits the terminal, its first column included.
-
-    Parameters
-    ----------
-    head : sequence of str
-        The entries of the first column.
-    names : sequence of str
-        The other columns.
-    width : int
-        Columns of the terminal.
-    need : callable
-        How wide a column is.
-    """
-    parts: list[list[str]] = []
-    room = 0
-    for name in names:
-        needed = need(name) + 3
-        if room < needed:
-            parts.append([])
-            room = width - max(map(len, head)) - 4
-        parts[-1].append(name)
-        room -= needed
-    return parts
 
 
 # Results of several stores: checkpoints and models side by side, a metric at a time.
@@ -250,13 +204,24 @@ def _tables(
     width: int,
 ) -> list[RenderableType]:
     """Lay out columns of numbers, a line each, in as many tables as the terminal needs."""
-    widths = {
-        name: max(len(name), *(len(number(value)) for value in values))
-        for name, values in columns.items()
-    }
+    parts: list[list[tuple[str, str]]] = []
+    room = 0
+    for name, values in columns.items():
+        numbers = [number(value) for value in values]
+        needed = max(map(len, [name, *numbers])) + 3
+        if room < needed:
+            parts.append([(corner, "\n".join(lines))])
+            room = width - max(map(len, [corner, *lines])) - 4
+        parts[-1].append((name, "\n".join(numbers)))
+        room -= needed
     tables: list[RenderableType] = [Text(title, style="italic")]  # a table's own would wrap
-    for part in fitting([corner, *lines], list(columns), width, widths.__getitem__):
-        tables.append(_filled(Table(), corner, lines, {name: columns[name] for name in part}))
+    for part in parts:
+        (head, *names), texts = zip(*part, strict=True)
+        numeric = [Column(name, justify="right", no_wrap=True) for name in names]
+        table = Table(Column(head, no_wrap=True), *numeric)
+        # One row of cells that hold all lines: rich needs a third of the time that many rows take.
+        table.add_row(*texts)
+        tables.append(table)
     return tables
 
 

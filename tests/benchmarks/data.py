@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ncbatch import FeatureStore
 from ncbatch.engine.jobs import Item, Job, Pass, Sweep
 from ncbatch.engine.loop import run_jobs
+from ncbatch.measurement.options import Options
 from ncbatch.measurement.samples import Samples, count_labels, select_classes
 from tests.benchmarks.case import Shape
 from tests.benchmarks.limits import feature_files, raw_read
@@ -86,7 +87,7 @@ def _make(path: Path, shape: Shape, dtype: str) -> None:
 def rows_of(store: FeatureStore) -> tuple[Samples, int]:
     """Give the rows of a store as passes read them, and how many classes are used."""
     split = store.split("train")
-    selection = select_classes(count_labels(split))
+    selection = select_classes(count_labels(split), Options())
     return Samples(split, LAYER, selection.index), len(selection.classes)
 
 

@@ -258,7 +258,11 @@ def near_scheduler() -> Iterator[str]:
 
     options: dict[str, Any] = {"processes": False, "protocol": "tcp", "host": "127.0.0.1"}
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0, **options
+        n_workers=2,
+        threads_per_worker=1,
+        dashboard_address="127.0.0.1:0",
+        memory_limit=0,
+        **options,
     ) as cluster:
         yield cluster.scheduler_address
 

@@ -94,7 +94,7 @@ def test_the_first_class_blocks_say_nothing_of_changes(stores, tmp_path, monkeyp
 def test_any_partition_of_the_items_gives_the_same_state(tmp_path, small_chunks):
     data = REGIMES["zipf"](1)
     samples = Samples(make_store(tmp_path / "s.zarr", data).split("train"), "h")
-    selection = select_classes(samples.counts())
+    selection = select_classes(samples.counts(), Options())
     counts = selection.counts[selection.classes]
     moments = MomentsPass(
         samples.labelled(selection.index, OPTIONS), len(counts), True, "exact", null_counts=counts

@@ -7,6 +7,7 @@ import pytest
 
 import ncbatch as nc
 from ncbatch.errors import DataError
+from ncbatch.measurement.options import Options
 from ncbatch.measurement.samples import Samples, count_labels, select_classes
 from tests.measurement.stores import (
     assert_equals_oracle,
@@ -48,14 +49,14 @@ def test_classes_are_those_seen_and_within_the_filters():
         ({"min_count": 2, "max_count": 5}, [0, 4], True),
         ({"classes": [4, 1, 3]}, [3, 4], True),
     ):
-        selection = select_classes(counts, **options)
+        selection = select_classes(counts, Options(**options))
         assert selection.classes.tolist() == classes
         assert selection.filtered is filtered
         assert selection.drops_classes is (len(classes) < 4)
         assert [int(selection.index[c]) for c in classes] == list(range(len(classes)))
         assert (np.delete(selection.index, classes) == -1).all()
     with pytest.raises(DataError, match="class -1 in the list of classes"):
-        select_classes(counts, classes=[0, -1])
+        select_classes(counts, Options(classes=[0, -1]))
 
 
 def test_blocks_are_every_sample_used_once(tmp_path, small_chunks):
@@ -63,7 +64,7 @@ def test_blocks_are_every_sample_used_once(tmp_path, small_chunks):
     split = make_store(tmp_path / "s.zarr", data).split("train")
     counts = count_labels(split)
     assert counts.tolist() == np.bincount(data.y, minlength=data.n_classes).tolist()
-    selection = select_classes(counts, min_count=3)
+    selection = select_classes(counts, Options(min_count=3))
     samples = Samples(split, "h", selection.index)
     items = samples.items
     assert [item.start for item in items[1:]] == [item.stop for item in items[:-1]]
