@@ -6,11 +6,10 @@ away is asked for several things at once.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,9 +20,10 @@ import zarr
 from zarr.abc.store import Store, SuffixByteRequest
 from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
+from zarr.core.common import concurrent_map
+from zarr.core.sync import collect_aiterator, sync
 from zarr.errors import ContainsArrayError
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
 from ncbatch.errors import CorruptionError, StoreError
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, BFloat16, LayerSpec, read_attributes
@@ -31,6 +31,7 @@ from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, BFloat16, LayerSpec,
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+# Metadata and checksums: what an object store takes in hand at once, for all of a round trip.
 SMALL_REQUESTS = 64
 # One connection to an object store gives a part of what the line does, and each chunk costs memory.
 _CHUNKS_AT_ONCE = 4
@@ -69,17 +70,6 @@ def map_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-async def gather(requests: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Wait for many small requests, a bounded number at once; results come in their order."""
-    gate = asyncio.Semaphore(SMALL_REQUESTS)
-
-    async def gated(request: Coroutine[Any, Any, Result]) -> Result:
-        async with gate:
-            return await request
-
-    return await asyncio.gather(*(gated(request) for request in requests))
-
-
 def require_group(
     parent: zarr.Group, name: str, attributes: Mapping[str, Any] | None = None
 ) -> zarr.Group:
@@ -93,33 +83,27 @@ def require_group(
         When an array has that name.
     """
     if name not in parent:
-        path = "/".join(part for part in (parent.path, name) if part)
-        make_group(parent.store, path, attributes or {})
+        make_group(parent.store_path / name, attributes or {})
     group = parent[name]
     if not isinstance(group, zarr.Group):
         raise StoreError(f"'{parent.path}/{name}' is an array", "a group")
     return group
 
 
-def make_group(store: Store, path: str, attributes: Mapping[str, Any]) -> None:
+def make_group(place: StorePath, attributes: Mapping[str, Any]) -> None:
     """Make a group unless it is there; of several processes exactly one makes it."""
     # zarr would look first and then write. This is one step in folders, and in object stores that
     # write on condition (S3's ``If-None-Match``).
     metadata = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
     content = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata).encode())
-    key = f"{path}/zarr.json" if path else "zarr.json"
-    sync(store.set_if_not_exists(key, content))
+    sync((place / "zarr.json").set_if_not_exists(content))
 
 
 def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
     """Yield the groups in a group by name, sorted."""
-
     # `zarr.Group.groups` would warn of a folder that another process has begun to make, or has left
     # behind when it was killed; here it is passed over.
-    async def list_names() -> list[str]:
-        return [name async for name in group.store.list_dir(group.path) if name != "zarr.json"]
-
-    names = sorted(sync(list_names()))
+    names = sorted({*collect_aiterator(group.store.list_dir(group.path))} - {"zarr.json"})
     for name, node in zip(names, find_nodes(group, names), strict=True):
         if isinstance(node, zarr.Group):
             yield name, node
@@ -146,11 +130,11 @@ def find_nodes(
         try:
             return await asked.get(name)
         except (ValueError, TypeError) as error:
-            key = "/".join(part for part in (group.path, name, "zarr.json") if part)
+            key = (group.store_path / name / "zarr.json").path
             raise CorruptionError(f"metadata '{key}' cannot be read", "", "restore it") from error
 
     kinds: dict[type, Any] = {zarr.AsyncArray: zarr.Array, zarr.AsyncGroup: zarr.Group}
-    nodes = sync(gather(node(name) for name in names))
+    nodes = sync(concurrent_map([(name,) for name in names], node, SMALL_REQUESTS))
     return [None if node is None else kinds[type(node)](node) for node in nodes]
 
 
@@ -338,7 +322,8 @@ def trim(array: zarr.Array[Any], rows: int) -> None:
     # `zarr.Array.resize` would go through every chunk that the old shape has room for, and room
     # reserved for several writers can be millions of chunks that were never stored.
     beyond = [index for index in stored_chunks(array) if index * array.chunks[0] >= rows]
-    sync(gather(array.store.delete(chunk_key(array, index)) for index in sorted(beyond)))
+    keys = [(chunk_key(array, index),) for index in sorted(beyond)]
+    sync(concurrent_map(keys, array.store.delete, SMALL_REQUESTS))
     sync(array.async_array.resize((rows, *array.shape[1:]), delete_outside_chunks=False))
 
 
@@ -346,11 +331,8 @@ def stored_chunks(array: zarr.Array[Any]) -> list[int]:
     """List the numbers of the chunks of rows that exist, in any order."""
     # No mask: that would take memory for all chunks that the array only has room for.
     prefix = f"{array.path}/c"
-
-    async def list_keys() -> list[str]:
-        return [key async for key in array.store.list_prefix(prefix)]
-
-    numbers = ((key, key.removeprefix(f"{prefix}/").split("/")[0]) for key in sync(list_keys()))
+    keys = collect_aiterator(array.store.list_prefix(prefix))
+    numbers = ((key, key.removeprefix(f"{prefix}/").split("/")[0]) for key in keys)
     return [
         int(number)
         for key, number in numbers
@@ -405,9 +387,10 @@ def checksums(array: zarr.Array[Any]) -> bytes:
     indices = range(-(-array.shape[0] // array.chunks[0]))
     prototype = default_buffer_prototype()
     tail = SuffixByteRequest(_CHECKSUM_BYTES)
-    reads = (array.store.get(chunk_key(array, index), prototype, tail) for index in indices)
+    reads = [(chunk_key(array, index), prototype, tail) for index in indices]
+    tails = sync(concurrent_map(reads, array.store.get, SMALL_REQUESTS))
     digest = hashlib.sha256(repr((array.shape, array.chunks, str(array.dtype))).encode())
-    for index, content in zip(indices, sync(gather(reads)), strict=True):
+    for index, content in zip(indices, tails, strict=True):
         digest.update(index.to_bytes(8, "little"))
         digest.update(b"missing" if content is None else content.to_bytes())
     return digest.digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import array_api_compat.numpy
@@ -20,7 +20,7 @@ _CHUNK_BYTES = 16 * 2**20
 
 def check_classifier(
     weight: Array, bias: Array | None, n_classes: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+) -> dict[str, npt.NDArray[Any]]:
     """Check shapes and values of a classifier.
 
     Parameters
@@ -34,8 +34,8 @@ def check_classifier(
 
     Returns
     -------
-    tuple of array and array or None
-        Both as floats in memory.
+    dict of str to array
+        ``weight`` and, where there is one, ``bias``, as floats in memory.
 
     Raises
     ------
@@ -62,26 +62,22 @@ def check_classifier(
         if not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
             raise DataError(f"classifier {name} is not finite in row {row}", "finite values")
-    return parts["weight"], parts.get("bias")
+    return parts
 
 
-def store_classifier(
-    root: zarr.Group, layer: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None
-) -> None:
+def store_classifier(root: zarr.Group, layer: str, parts: Mapping[str, npt.NDArray[Any]]) -> None:
     """Store the classifier of a layer, in the place of an earlier one; visible once complete."""
     classifiers = require_group(root, CLASSIFIER)
     # Absent until the new one is complete: a mixture of both would be worse.
     del classifiers[layer]
     group = require_group(classifiers, layer)
+    weight = parts["weight"]
     rows = max(1, min(len(weight), _CHUNK_BYTES // weight[:1].nbytes))
     chunks = {"bias": weight.shape[:1], "weight": (rows, weight.shape[1])}
-    for name, values in (("bias", bias), ("weight", weight)):
-        if values is not None:
-            dimensions = ("class", "unit")[: values.ndim]
-            array = create_array(
-                group, name, values.shape, chunks[name], str(values.dtype), dimensions
-            )
-            array[...] = values
+    for name, values in parts.items():
+        dimensions = ("class", "unit")[: values.ndim]
+        array = create_array(group, name, values.shape, chunks[name], str(values.dtype), dimensions)
+        array[...] = values
     group.update_attributes({"complete": True})
 
 

@@ -136,10 +136,9 @@ class StoreHeader:
             header["model"] = str(model)
         if step is not None:
             header["step"] = int(step)
-        if layers:
-            kept = self.layer_notes
-            added = {name: {**kept.get(name, {}), **notes} for name, notes in layers.items()}
-            header["layer_notes"] = kept | added
+        for name, notes in (layers or {}).items():
+            kept = header.get("layer_notes", {})
+            header["layer_notes"] = kept | {name: {**kept.get(name, {}), **notes}}
         self._root.update_attributes({ATTRIBUTE: header})
         self._header = header
 
@@ -252,12 +251,12 @@ class FeatureStore(StoreHeader, StoredStates):
     @property
     def lost_splits(self) -> dict[str, int]:
         """Complete splits whose labels are gone, with the samples that they had."""
-        counts = {
+        there = self.splits
+        return {
             name: read_attributes(group)["n_samples"]
             for name, group in chunks.subgroups(self._root)
-            if "n_samples" in read_attributes(group)
+            if name not in there and "n_samples" in read_attributes(group)
         }
-        return {name: n for name, n in counts.items() if name not in self.splits}
 
     def split(self, name: str) -> Split:
         """Open a split for reading.
@@ -282,12 +281,11 @@ class FeatureStore(StoreHeader, StoredStates):
         group = self._root.get(split)
         return Layout.read(group) if isinstance(group, zarr.Group) else None
 
-    def claim(self, split: str, task: str, token: str | None = None) -> bool:
+    def claim(self, split: str, task: str, token: str) -> bool:
         """Take a task of a split; True for one of the processes that ask, until it is released.
 
         `token` is what `claimant` tells the others; no two processes may give the same.
         """
-        token = token or str(uuid.uuid4())
         try:
             group = chunks.require_group(
                 chunks.require_group(self._root, split), task, {"token": token}
@@ -508,9 +506,9 @@ class FeatureStore(StoreHeader, StoredStates):
             When shapes do not fit or a value is not finite.
         """
         check_name("layer", layer)
-        w, b = check_classifier(weight, bias, self.n_classes)
-        self.check_width(layer, w.shape[1], but=CLASSIFIER)
-        store_classifier(self._root, layer, w, b)
+        parts = check_classifier(weight, bias, self.n_classes)
+        self.check_width(layer, parts["weight"].shape[1], but=CLASSIFIER)
+        store_classifier(self._root, layer, parts)
 
     def classifier(
         self, layer: str, *, lazily: bool = False

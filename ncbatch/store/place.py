@@ -14,25 +14,19 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import zarr
 import zarr.errors
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, ObjectStore
+from zarr.storage import LocalStore, ObjectStore, StorePath
 
 from ncbatch.arrays.atomic import take_name
 from ncbatch.errors import CorruptionError, StoreError, UsageError, first_line
-from ncbatch.store.chunks import (
-    SMALL_REQUESTS,
-    find_nodes,
-    gather,
-    layer_groups,
-    make_group,
-    record_arrays,
-)
+from ncbatch.store import chunks
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, read_attributes
 
 Result = TypeVar("Result")
@@ -113,7 +107,7 @@ def make_root(
     attributes = {ATTRIBUTE: dict(header)}
     if isinstance(place, Store):
         # Another process may make one at the same time: whose header is read back has won.
-        make_group(place, "", attributes)
+        chunks.make_group(StorePath(place), attributes)
         root = zarr.open_group(place, mode="r+", zarr_format=3)
         if root.attrs.get(ATTRIBUTE) != attributes[ATTRIBUTE]:
             raise StoreError(f"'{where}' exists", "a path that is free", "choose another")
@@ -140,8 +134,15 @@ def open_root(where: str, storage_options: Mapping[str, Any] | None = None) -> z
     if not remote and not Path(where).is_dir():
         raise StoreError(f"'{where}' is a file", "the directory of a store")
     place = _place(where, storage_options)
+    # A URL that is no object store's is opened as zarr does.
     if remote and isinstance(place, str):
-        return _open_for_reading(place)
+        try:
+            return zarr.open_group(place, mode="r", zarr_format=3)
+        except Exception as error:  # of any library of file systems
+            raise StoreError(
+                f"'{place}' cannot be opened: {first_line(error)}",
+                f"a store, in a folder or at a URL of {_SCHEMES_TEXT}",
+            ) from error
     try:
         return zarr.open_group(place, mode="r+", zarr_format=3)
     except StoreError:
@@ -154,17 +155,6 @@ def open_root(where: str, storage_options: Mapping[str, Any] | None = None) -> z
         raise StoreError(
             f"'{where}' is no store: no Zarr v3 group can be read there",
             remedy="make one with 'ncbatch import' or nc.FeatureStore.create",
-        ) from error
-
-
-def _open_for_reading(url: str) -> zarr.Group:
-    """Open a URL that is no object store's as zarr does."""
-    try:
-        return zarr.open_group(url, mode="r", zarr_format=3)
-    except Exception as error:  # of any library of file systems
-        raise StoreError(
-            f"'{url}' cannot be opened: {first_line(error)}",
-            f"a store, in a folder or at a URL of {_SCHEMES_TEXT}",
         ) from error
 
 
@@ -228,8 +218,8 @@ async def _copy(store: RemoteStore, staged: str, name: str) -> None:
     await store.delete(name + metadata)
     await store.delete_dir(name)
     keys = [key async for key in store.list_prefix(staged)]
-    inner = [key.removeprefix(staged) for key in keys if key != staged + metadata]
-    await gather(store.copy(staged + key, name + key) for key in inner)
+    inner = [(key, name + key.removeprefix(staged)) for key in keys if key != staged + metadata]
+    await concurrent_map(inner, store.copy, chunks.SMALL_REQUESTS)
     await store.copy(staged + metadata, name + metadata)
     await store.delete_dir(staged)
 
@@ -241,10 +231,10 @@ def finish_renaming(split: zarr.Group) -> None:
         return
     complete = [
         name
-        for name, group in layer_groups(split)
+        for name, group in chunks.layer_groups(split)
         if name.startswith(STAGED) and group.attrs.get("complete")
     ]
-    current, staged = find_nodes(split, ["prediction", f"{STAGED}prediction"])
+    current, staged = chunks.find_nodes(split, ["prediction", f"{STAGED}prediction"])
     # Staged predictions are complete when a staged layer is, or when those that the split had are
     # gone: both come after the last of them was stored.
     lost = "prediction" in read_attributes(split).get(ARRAYS, ()) and current is None
@@ -253,13 +243,24 @@ def finish_renaming(split: zarr.Group) -> None:
     for name in complete:
         rename(split, f"layers/{name}", f"layers/{name.removeprefix(STAGED)}")
     if complete or lost:
-        record_arrays(split)
+        chunks.record_arrays(split)
 
 
 def _place(where: str, storage_options: Mapping[str, Any] | None) -> Store | str:
-    """Return what zarr opens: a store, or the path or URL of one."""
+    """Return what zarr opens: a store, or the path or URL of one.
+
+    Raises
+    ------
+    UsageError
+        When the library is missing, or an option is unknown.
+    StoreError
+        When nothing answers, there is no such bucket, or access is refused.
+    """
     if _is_object_store(where):
-        return connect(where, storage_options)
+        # One question, to see that it answers: with few retries, so that an error comes at once.
+        with _explain_errors(where):
+            _library(where).list_with_delimiter(_open_place(where, storage_options, _FIRST))
+        return RemoteStore(where, storage_options)
     if storage_options:
         raise UsageError("storage_options for a local path", f"a URL of {_SCHEMES_TEXT}")
     # When zarr (3.1.6) lists keys it cuts the store's path out wherever it occurs: a store at ``s``
@@ -271,28 +272,6 @@ def _is_object_store(where: str) -> bool:
     return is_remote(where) and where.partition("://")[0] in SCHEMES
 
 
-def connect(url: str, storage_options: Mapping[str, Any] | None = None) -> RemoteStore:
-    """Open a place in an object store, and ask it one question to see that it answers.
-
-    Parameters
-    ----------
-    url : str
-        Such as ``s3://bucket/prefix``.
-    storage_options : mapping, optional
-        Settings of obstore for this kind of store, which go before those of the environment.
-
-    Raises
-    ------
-    UsageError
-        When the library is missing, or an option is unknown.
-    StoreError
-        When nothing answers, there is no such bucket, or access is refused.
-    """
-    with _explain_errors(url):
-        _library(url).list_with_delimiter(_open_place(url, storage_options, _FIRST))
-    return RemoteStore(url, storage_options)
-
-
 class RemoteStore(ObjectStore[Any]):
     """zarr's store of obstore, whose errors say what to do, and which is sent without credentials.
 
@@ -301,25 +280,19 @@ class RemoteStore(ObjectStore[Any]):
     url : str
         Where it is.
     storage_options : mapping, optional
-        As for `connect`. Other processes open the place with them and their own environment.
-    read_only : bool, optional
-        Refuse to write.
+        Settings of obstore for this kind of store, which go before those of the environment. Other
+        processes open the place with them and their own environment.
     """
 
-    def __init__(
-        self, url: str, storage_options: Mapping[str, Any] | None = None, read_only: bool = False
-    ) -> None:
-        super().__init__(_open_place(url, storage_options, _LATER), read_only=read_only)
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(_open_place(url, storage_options, _LATER))
         self.url = url
         self._options = dict(storage_options or {})
         self._library = _library(url)
 
     # `ObjectStore` pickles obstore's object, which holds the credentials of the environment.
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url, self._options, self.read_only)
-
-    def with_read_only(self, read_only: bool = False) -> Self:
-        return type(self)(self.url, self._options, read_only)
+        return type(self), (self.url, self._options)
 
     async def _ask(
         self,
@@ -349,34 +322,26 @@ class RemoteStore(ObjectStore[Any]):
         return await self._ask(self._library.head, key, ignore=FileNotFoundError) is not None
 
     async def set(self, key: str, value: Buffer) -> None:
-        self._check_writable()
         await self._ask(self._library.put, key, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write an object unless there is one; of several processes exactly one succeeds."""
-        self._check_writable()
         exists = self._library.exceptions.AlreadyExistsError
         content = value.as_buffer_like()
         await self._ask(self._library.put, key, content, mode="create", ignore=exists)
 
     async def delete(self, key: str) -> None:
-        self._check_writable()
         # S3 says nothing of what is not there, others do.
         await self._ask(self._library.delete, key, ignore=FileNotFoundError)
 
     async def delete_dir(self, prefix: str) -> None:
         """Delete all objects below a key, many with one request where the store can."""
-        self._check_writable()
         if keys := [key async for key in self.list_prefix(prefix)]:
             await self._ask(self._library.delete, keys, ignore=FileNotFoundError)
 
     async def copy(self, source: str, target: str) -> None:
         """Copy an object within the store, without reading it."""
-        self._check_writable()
         await self._ask(self._library.copy, source, target)
-
-    def list(self) -> AsyncGenerator[str, None]:
-        return self.list_prefix("")
 
     async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
         def collect(store: Any) -> Any:
@@ -393,7 +358,7 @@ class RemoteStore(ObjectStore[Any]):
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(SMALL_REQUESTS, thread_name_prefix="ncbatch-requests")
+    return ThreadPoolExecutor(chunks.SMALL_REQUESTS, thread_name_prefix="ncbatch-requests")
 
 
 def _read(store: Any, key: str, part: ByteRequest | None) -> Any:

@@ -85,12 +85,8 @@ class CommitRecord:
 
     def save(self, group: zarr.Group) -> None:
         """Store the record in the split's `group`, in the place of this writer's last one."""
-        # A record follows every block: once it is there, one request finds it.
-        home = chunks.find_node(group, f"writers/{self.share.rank}")
-        if not isinstance(home, zarr.Group):
-            home = chunks.require_group(
-                chunks.require_group(group, "writers"), str(self.share.rank)
-            )
+        # Made when the writer claimed its rank.
+        home: Any = group[f"writers/{self.share.rank}"]
         home.update_attributes({ATTRIBUTE: self._attributes()})
 
     def _attributes(self) -> dict[str, Any]:
@@ -197,15 +193,6 @@ class Layout:
     head: str | None
 
     @classmethod
-    def plan(
-        cls, layers: Mapping[str, LayerSpec], world_size: int, n_samples: int, head: str | None
-    ) -> Self:
-        """Derive the layout: no chunk is longer than an even share of the rows needs."""
-        share = -(-n_samples // world_size)
-        rows = {name: chunk_rows(spec, share) for name, spec in layers.items()}
-        return cls(world_size, n_samples, dict(layers), rows, head)
-
-    @classmethod
     def read(cls, group: zarr.Group) -> Self | None:
         """Read the layout of a split; None for one of a single writer, and once it is finalized."""
         record = read_attributes(group).get(_LAYOUT)
@@ -307,7 +294,9 @@ def join_split(
             "the rows that all writers together will append at most",
             "too large a number costs nothing",
         )
-    asked = Layout.plan(layers, world_size, n_samples, head)
+    # No chunk is longer than an even share of the rows needs.
+    rows = {name: chunk_rows(spec, -(-n_samples // world_size)) for name, spec in layers.items()}
+    asked = Layout(world_size, n_samples, layers, rows, head)
     # Whoever makes the group decides: the others read what it has.
     group = chunks.require_group(root, split, asked.attributes)
     stored = Layout.read(group)
@@ -355,11 +344,8 @@ def _check_ended(records: list[CommitRecord], world_size: int, named: str) -> No
     begun = {record.share.rank: record for record in records}
     missing = [str(rank) for rank in range(world_size) if rank not in begun]
     writing = [str(rank) for rank, record in begun.items() if not record.final]
-    reasons = []
-    if missing:
-        reasons.append(f"no record of writer {', '.join(missing)}")
-    if writing:
-        reasons.append(f"no end of writer {', '.join(writing)}")
+    lacking = {"no record": missing, "no end": writing}
+    reasons = [f"{what} of writer {', '.join(each)}" for what, each in lacking.items() if each]
     if reasons:
         raise StoreError(
             f"{named} has {' and '.join(reasons)}",

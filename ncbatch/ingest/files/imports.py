@@ -9,12 +9,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine.jobs import Progress
+from ncbatch.engine.jobs import Progress, Silent
 from ncbatch.engine.options import Limits
 from ncbatch.errors import DataError, StoreError, UsageError, unknown_name
 from ncbatch.ingest.files.labels import Opened, Sources
@@ -168,7 +168,7 @@ def import_features(
         else:
             writer = into.add_layers(split, rows.widths, dtype, head=head, overwrite=overwrite)
         with writer:
-            _copy(writer, opened, dtype, progress)
+            _copy(writer, opened, dtype, progress or Silent())
     if opened.labels is None:
         n_samples = rows.n_rows if target is None else target.n_samples
     return Imported(into, rows.names, rows.streams[0], rows.axes, k, n_samples, store is None)
@@ -319,10 +319,10 @@ def check_classes(
     # Labels first: they may say what K is, and then predictions must be below it.
     n_samples = 0
     for stream in filter(None, (y, p)):
-        largest = _find_largest(stream)
+        largest, row, n = _find_largest(stream)
         if stream is y:
-            n_samples = largest.n_samples
-            if not n_samples:
+            n_samples = n
+            if not n:
                 raise DataError(
                     f"none of the {stream.n_rows} rows is a sample",
                     "a label from 0 on that no mask leaves out",
@@ -330,10 +330,10 @@ def check_classes(
                     "and negative labels mark no samples",
                 )
         if k is None:
-            k = max(largest.value + 1, 1)
-        if largest.value >= k:
+            k = max(largest + 1, 1)
+        if largest >= k:
             raise DataError(
-                f"{stream.what.removesuffix('s')} {largest.value} in {stream.row_of(largest.row)}",
+                f"{stream.what.removesuffix('s')} {largest} in {stream.row_of(row)}",
                 f"{stream.what} below {k}, the number of classes",
                 "give a larger --classes" if store is None else "",
             )
@@ -341,26 +341,19 @@ def check_classes(
     return k, n_samples
 
 
-class _Largest(NamedTuple):
-    """The first row of the largest value, the value, and how many are not negative."""
-
-    row: int
-    value: int
-    n_samples: int
-
-
-def _find_largest(stream: RowStream) -> _Largest:
+def _find_largest(stream: RowStream) -> tuple[int, int, int]:
+    """Return the largest value, the first row that has it, and how many are not negative."""
+    largest = -1
     row = 0
-    value = -1
     start = 0
     n_samples = 0
     for block in stream.batches(read_rows_of(stream.dtype.itemsize)):
-        if int(block.max()) > value:
-            value = int(block.max())
+        if int(block.max()) > largest:
+            largest = int(block.max())
             row = start + int(block.argmax())
         n_samples += int(np.count_nonzero(block >= 0))
         start += len(block)
-    return _Largest(row, value, n_samples)
+    return largest, row, n_samples
 
 
 def check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
@@ -403,15 +396,12 @@ def _stored_dtype(rows: Layers) -> str:
 # ------------------------------------------------------------- writing, and the store as it was
 
 
-def _copy(
-    writer: Writer | LayerWriter, opened: Opened, dtype: str, progress: Progress | None
-) -> None:
+def _copy(writer: Writer | LayerWriter, opened: Opened, dtype: str, progress: Progress) -> None:
     rows = opened.rows
     n = rows.rows_at_once
     labels = repeat(None) if opened.labels is None else opened.labels.batches(n)
     predictions = repeat(None) if opened.predictions is None else opened.predictions.batches(n)
-    if progress:
-        progress.begin(f"import of {', '.join(rows.names[:3])}", rows.n_rows, "rows")
+    progress.begin(f"import of {', '.join(rows.names[:3])}", rows.n_rows, "rows")
     try:
         for blocks, y, p in zip(rows.batches(n), labels, predictions, strict=False):
             size = len(blocks[rows.names[0]])
@@ -422,11 +412,9 @@ def _copy(
                 name: block.astype(DTYPES[dtype], copy=False) for name, block in blocks.items()
             }
             writer.append(features, y, p)
-            if progress:
-                progress.advance(size)
+            progress.advance(size)
     finally:
-        if progress:
-            progress.end()
+        progress.end()
 
 
 @contextmanager

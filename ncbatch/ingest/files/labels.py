@@ -11,18 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ncbatch.errors import DataError, UsageError
+from ncbatch.ingest.files import layers
 from ncbatch.ingest.files.formats.shard import Blocks, Shard
-from ncbatch.ingest.files.layers import (
-    Axes,
-    Layers,
-    RowStream,
-    as_rows,
-    find_paths,
-    join_shards,
-    n_rows,
-    open_layers,
-    open_shards,
-)
+from ncbatch.ingest.files.layers import Axes, Layers, RowStream
 
 # Sequences in order: how many, how long; equal neighbours joined.
 Runs = list[tuple[int, int]]
@@ -62,7 +53,7 @@ class Sources:
         shards = () if source is None else self._open(source, what)
         if by_next:
             shards = without_columns(shards)
-        rows = open_layers(self.features, layer, axes, layer_index, shards)
+        rows = layers.open_layers(self.features, layer, axes, layer_index, shards)
         runs = None
         if "T" in rows.axes:
             runs = sequences(rows.shards, rows.axes)
@@ -97,9 +88,9 @@ class Sources:
     def _open(self, source: str, what: str) -> tuple[Shard, ...]:
         """Open arrays; ``:key`` means the files of the features."""
         if source.startswith(":"):
-            _, key = find_paths(self.features, "features")
+            _, key = layers.find_paths(self.features, "features")
             source = self.features.removesuffix(f":{key}") + source
-        return open_shards(source, what)
+        return layers.open_shards(source, what)
 
     def _check(self) -> None:
         if self.labels == NEXT and self.tokens is None:
@@ -142,7 +133,7 @@ def sequences(shards: Sequence[Shard], axes: Axes) -> Runs:
 def without_columns(shards: Sequence[Shard]) -> tuple[Shard, ...]:
     """View arrays (N, 1), which are no sequences of length 1 but a column, as (N,)."""
     if all(len(shard.shape) == 2 and shard.shape[1] == 1 for shard in shards):
-        return tuple(as_rows(shard, ("B", "T")) for shard in shards)
+        return tuple(layers.as_rows(shard, ("B", "T")) for shard in shards)
     return tuple(shards)
 
 
@@ -170,8 +161,8 @@ def view_beside(
     # Labels of shape (N, 1) beside flat features are one column of a table: to be looked at.
     flat = what in ("labels", "predictions") and "B" not in features.axes
     by_sequence = len(shards[0].shape) == 2 and not flat
-    rows = [as_rows(shard, ("B", "T")) for shard in shards] if by_sequence else shards
-    stream = join_shards(rows, what)
+    rows = [layers.as_rows(shard, ("B", "T")) for shard in shards] if by_sequence else shards
+    stream = layers.join_shards(rows, what)
     is_mask = what.endswith("mask")
     if stream.row_shape != () or stream.dtype.kind not in ("iub" if is_mask else "iu"):
         also = " or (B, T)" if "B" in features.axes else ""
@@ -191,7 +182,7 @@ def _check_rows(stream: RowStream, features: Layers) -> None:
     what = stream.what
     if len(stream.shards) == len(features.shards) > 1:
         for shard, other in zip(stream.shards, features.shards, strict=True):
-            n = n_rows(features.axes, other.shape)
+            n = layers.n_rows(features.axes, other.shape)
             if shard.shape[0] != n:
                 raise DataError(
                     f"{shard.shape[0]} {what} in '{shard.path}' for {n} rows in '{other.path}'",

@@ -6,6 +6,7 @@ import glob
 import itertools
 import math
 import re
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,27 +267,25 @@ class RowStream:
         """Name an input row, and its shard where there are several."""
         if len(self.shards) == 1:
             return f"row {row}"
-        start = 0
-        for shard in self.shards:
-            if row < start + shard.shape[0]:
-                return f"row {row} (row {row - start} of '{shard.path}')"
-            start += shard.shape[0]
-        return f"row {row}"
+        starts = [0, *itertools.accumulate(shard.shape[0] for shard in self.shards)]
+        number = bisect(starts, row) - 1
+        return f"row {row} (row {row - starts[number]} of '{self.shards[number].path}')"
 
     def batches(self, n: int) -> Blocks:
         """Read all rows in order, exactly `n` at a time but for the last."""
         held: list[npt.NDArray[Any]] = []
         count = 0
         for shard in self.shards:
-            for block in _intact(shard, self.what, n):
-                held.append(block)
-                count += len(block)
-                # Blocks of a format end where it likes; callers read several streams in step.
-                while count >= n:
-                    joined = held[0] if len(held) == 1 else np.concatenate(held)
-                    yield joined[:n]
-                    held = [joined[n:]]
-                    count -= n
+            with readable(shard.path, self.what):
+                for block in shard.blocks(n):
+                    held.append(block)
+                    count += len(block)
+                    # Blocks of a format end where it likes; callers read several streams in step.
+                    while count >= n:
+                        joined = held[0] if len(held) == 1 else np.concatenate(held)
+                        yield joined[:n]
+                        held = [joined[n:]]
+                        count -= n
         if count:
             yield np.concatenate(held)
 
@@ -377,12 +376,6 @@ def find_paths(source: str, what: str) -> tuple[list[str], str | None]:
         if paths:
             return paths, source[end + 1 :] or None
     raise DataError(f"no {what} at '{source}'", "an existing file, or a glob of shards")
-
-
-def _intact(shard: Shard, what: str, n: int) -> Blocks:
-    """Read a shard block by block; damage is named."""
-    with readable(shard.path, what):
-        yield from shard.blocks(n)
 
 
 # ------------------------------------------------------- layers: by an axis, or an array per layer
@@ -526,16 +519,16 @@ def _open_numbered(source: str) -> dict[int | None, tuple[Shard, ...]]:
         )
     before, _, after = key.partition(WILD)
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-    files = [_find_numbered(path, key, pattern) for path in paths]
-    for path, names in zip(paths, files, strict=True):
-        if names.keys() != files[0].keys():
+    files = {path: _find_numbered(path, key, pattern) for path in paths}
+    first = files[paths[0]]
+    for path, names in files.items():
+        if names.keys() != first.keys():
             raise DataError(
-                f"'{path}' holds layers {_list(names)}", f"{_list(files[0])}, as '{paths[0]}'"
+                f"'{path}' holds layers {_list(names)}", f"{_list(first)}, as '{paths[0]}'"
             )
-    pairs = list(zip(paths, files, strict=True))
     return {
-        number: tuple(open_shard(path, names[number], "features") for path, names in pairs)
-        for number in sorted(files[0])
+        number: tuple(open_shard(path, names[number], "features") for path, names in files.items())
+        for number in sorted(first)
     }
 
 

@@ -13,14 +13,8 @@ from typing import Any
 import numpy as np
 
 from ncbatch.errors import DataError
-from ncbatch.ingest.files.formats.shard import (
-    Block,
-    Blocks,
-    Shard,
-    check_array,
-    choose_key,
-    library,
-)
+from ncbatch.ingest.files.formats import shard
+from ncbatch.ingest.files.formats.shard import Block, Blocks, Shard
 
 _FILE_MAGIC = b"ARROW1"
 Columns = Iterator[Any]
@@ -159,22 +153,17 @@ class Table:
     columns: Callable[[str, int], Columns]
 
 
-def column_keys(path: str, read: Callable[[str], Table]) -> list[str]:
-    """Name the columns of a file or folder that `read` opens."""
-    return list(read(path).schema.names)
-
-
 def open_column(path: str, key: str | None, what: str, read: Callable[[str], Table]) -> Shard:
     """Open a column of a file or folder that `read` opens."""
-    pa = library("pyarrow", "files", path)
+    pa = shard.library("pyarrow", "files", path)
     table = read(path)
-    name = choose_key(path, key, table.schema.names, "column")
+    name = shard.choose_key(path, key, table.schema.names, "column")
     if table.schema.names.count(name) > 1:
         raise DataError(f"'{path}' holds several columns '{name}'", "columns of different names")
     where = f"{path}:{name}"
     n_rows = table.n_rows()
     shape, dtype = _row_shape(pa, where, name, table)
-    check_array(where, (n_rows, *shape), dtype)
+    shard.check_array(where, (n_rows, *shape), dtype)
 
     def blocks(n: int) -> Blocks:
         start = 0
@@ -210,7 +199,7 @@ def _row_shape(
 
 def read_parquet(path: str) -> Table:
     """Open a Parquet file."""
-    parquet = library("pyarrow.parquet", "files", path)
+    parquet = shard.library("pyarrow.parquet", "files", path)
 
     def columns(name: str, n: int) -> Columns:
         # Not buffered ahead: a row group may be larger than memory.
@@ -225,8 +214,8 @@ def read_parquet(path: str) -> Table:
 
 def read_arrow(path: str) -> Table:
     """Open an Arrow file, of the file or the stream format (Feather is the former)."""
-    pa = library("pyarrow", "files", path)
-    library("pyarrow.ipc", "files", path)
+    pa = shard.library("pyarrow", "files", path)
+    shard.library("pyarrow.ipc", "files", path)
     with open(path, "rb") as plain:
         in_order = plain.read(len(_FILE_MAGIC)) != _FILE_MAGIC
     with pa.OSFile(path) as file:
@@ -244,7 +233,7 @@ def read_arrow(path: str) -> Table:
 
     def n_rows() -> int:
         if not in_order:  # from the metadata
-            dataset = library("pyarrow.dataset", "files", path)
+            dataset = shard.library("pyarrow.dataset", "files", path)
             return int(dataset.dataset(path, format="ipc").count_rows())
         # A map, so that no value is touched unless it is compressed.
         with pa.memory_map(path) as source:

@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 
 from ncbatch.errors import DataError, UsageError
-from ncbatch.ingest.files.formats.shard import (
-    BFLOAT16,
-    Block,
-    Blocks,
-    Index,
-    Shard,
-    check_array,
-    choose_key,
-    mapped_shard,
-    shard_of_parts,
-)
+from ncbatch.ingest.files.formats import shard
+from ncbatch.ingest.files.formats.shard import BFLOAT16, Block, Blocks, Index, Shard
 
 BINS = {".fbin": "<f4", ".ibin": "<i4", ".u8bin": "u1", ".i8bin": "i1"}
 VECS = {".fvecs": "<f4", ".ivecs": "<i4", ".bvecs": "u1"}
@@ -56,7 +47,7 @@ def open_npy(path: str, key: str | None, what: str) -> Shard:
         dtype = BFLOAT16
     else:
         refuse_key(path, key)
-    return mapped_shard(path, shape, dtype, start, fortran=fortran)
+    return shard.mapped_shard(path, shape, dtype, start, fortran=fortran)
 
 
 def npz_keys(path: str) -> list[str]:
@@ -70,10 +61,10 @@ def open_npz(path: str, key: str | None, what: str) -> Shard:
     members = npz_keys(path)
     if not members:
         raise DataError(f"'{path}' holds no array", "an archive made by numpy.savez")
-    key = choose_key(path, key, members)
+    key = shard.choose_key(path, key, members)
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
         shape, fortran, dtype = _npy_header(file)
-    check_array(path, shape, dtype)
+    shard.check_array(path, shape, dtype)
     if fortran and len(shape) > 1:
         raise DataError(
             f"'{path}:{key}' is stored by columns", "rows in order", "save it as .npy, or by rows"
@@ -134,7 +125,7 @@ def open_raw(path: str, key: str | None, what: str) -> Shard:
             f"{what} '{path}' of {file_bytes} bytes: {rows} rows and {rest} bytes",
             f"whole rows of {row_bytes} bytes ({key})",
         )
-    return mapped_shard(path, (rows, *row), dtype)
+    return shard.mapped_shard(path, (rows, *row), dtype)
 
 
 # ---------------------------------------------------------------------------------------- vectors
@@ -155,7 +146,7 @@ def open_bin(path: str, key: str | None, what: str) -> Shard:
             f"{what} '{path}' of {file_bytes} bytes",
             f"{expected}, for the {rows} rows of {width} values that its header names",
         )
-    return mapped_shard(path, _flat_labels((rows, width), what), dtype, 8)
+    return shard.mapped_shard(path, _flat_labels((rows, width), what), dtype, 8)
 
 
 def open_vecs(path: str, key: str | None, what: str) -> Shard:
@@ -183,7 +174,7 @@ def open_vecs(path: str, key: str | None, what: str) -> Shard:
             return np.ascontiguousarray(values[..., 0])
         return np.ascontiguousarray(values[(slice(None), *index[1:])])
 
-    return shard_of_parts(path, shape, dtype, read)
+    return shard.shard_of_parts(path, shape, dtype, read)
 
 
 def _flat_labels(shape: tuple[int, int], what: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ class Format:
 
     form: str
     open: Callable[[str, str | None, str], Shard]
-    keys: Callable[[str], list[str]] = lambda path: []
+    keys: Callable[[str], Iterable[str]] = lambda path: ()
 
 
 def _open_bin(path: str, key: str | None, what: str) -> Shard:
@@ -38,8 +38,8 @@ def _open_bin(path: str, key: str | None, what: str) -> Shard:
     return binary.open_raw(path, key, what)
 
 
-def _bin_keys(path: str) -> list[str]:
-    return tensors.torch_keys(path) if _is_checkpoint(path) else []
+def _bin_keys(path: str) -> Iterable[str]:
+    return tensors.load_tensors(path) if _is_checkpoint(path) else ()
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -48,36 +48,29 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _columns(form: str, read: Callable[[str], arrow.Table]) -> Format:
-    return Format(
-        form, partial(arrow.open_column, read=read), partial(arrow.column_keys, read=read)
-    )
+    return Format(form, partial(arrow.open_column, read=read), lambda path: read(path).schema.names)
 
 
 _RAW = Format(".bin:dtype:width", _open_bin, _bin_keys)
-_TORCH = Format(".pt:key", tensors.open_torch, tensors.torch_keys)
+_TORCH = Format(".pt:key", tensors.open_torch, tensors.load_tensors)
 _HDF5 = Format(".h5:dataset", groups.open_hdf5, groups.hdf5_keys)
-_PARQUET = _columns(".parquet:column", arrow.read_parquet)
-_ARROW = _columns(".arrow:column", arrow.read_arrow)
+_SHARDED = Format(".safetensors.index.json:key", tensors.open_index, tensors.weight_map)
 _DATASET = _columns("a folder of datasets:column", arrow.read_dataset)
-
-_SAFETENSORS = Format(".safetensors:key", tensors.open_safetensors, tensors.safetensors_keys)
-_SHARDED = Format(".safetensors.index.json:key", tensors.open_index, tensors.index_keys)
+_ZARR = Format("a Zarr array", groups.open_zarr, groups.zarr_keys)
 
 FORMATS: dict[str, Format] = {
     ".npy": Format(".npy", binary.open_npy),
     ".npz": Format(".npz:key", binary.open_npz, binary.npz_keys),
-    ".safetensors": _SAFETENSORS,
+    ".safetensors": Format(".safetensors:key", tensors.open_safetensors, tensors.safetensors_keys),
     ".safetensors.index.json": _SHARDED,
     **dict.fromkeys((".pt", ".pth"), _TORCH),
-    ".parquet": _PARQUET,
-    **dict.fromkeys((".arrow", ".feather"), _ARROW),
+    ".parquet": _columns(".parquet:column", arrow.read_parquet),
+    **dict.fromkeys((".arrow", ".feather"), _columns(".arrow:column", arrow.read_arrow)),
     **dict.fromkeys((".h5", ".hdf5"), _HDF5),
     **dict.fromkeys((".bin", ".raw", ".dat", ".memmap", ".mmap"), _RAW),
     **dict.fromkeys(binary.BINS, Format(".fbin", binary.open_bin)),
     **dict.fromkeys(binary.VECS, Format(".fvecs", binary.open_vecs)),
 }
-
-_ZARR = Format("a Zarr array", groups.open_zarr, groups.zarr_keys)
 
 
 def find_format(path: str, what: str) -> Format:
@@ -130,4 +123,4 @@ def open_shard(path: str, key: str | None, what: str) -> Shard:
 def array_names(path: str, what: str) -> list[str]:
     """Name the arrays in a path that exists; none where it holds a single one."""
     with readable(path, what):
-        return find_format(path, what).keys(path)
+        return list(find_format(path, what).keys(path))

@@ -13,7 +13,7 @@ import json
 import math
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,8 @@ import numpy as np
 
 from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError
-from ncbatch.ingest.files.formats.shard import (
-    BFLOAT16,
-    Block,
-    Index,
-    Shard,
-    choose_key,
-    library,
-    mapped_shard,
-    shard_of_parts,
-)
+from ncbatch.ingest.files.formats import shard
+from ncbatch.ingest.files.formats.shard import BFLOAT16, Block, Index, Shard
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     f"{kind.upper()}{8 * size}": np.dtype(f"<{kind}{size}")
@@ -41,15 +33,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 # ------------------------------------------------------------------------------------ safetensors
 
 
-def safetensors_keys(path: str) -> list[str]:
+def safetensors_keys(path: str) -> Iterable[str]:
     """Name the tensors of a file."""
-    return sorted(_header(path)[0])
+    return _header(path)[0]
 
 
 def open_safetensors(path: str, key: str | None, what: str) -> Shard:
     """Open a tensor of a ``.safetensors`` file."""
     tensors, data_start = _header(path)
-    key = choose_key(path, key, sorted(tensors), "tensor")
+    key = shard.choose_key(path, key, sorted(tensors), "tensor")
     kind = tensors[key]["dtype"]
     shape = tensors[key]["shape"]
     start, stop = tensors[key]["data_offsets"]
@@ -58,18 +50,13 @@ def open_safetensors(path: str, key: str | None, what: str) -> Shard:
     # A header that lies would have neighbours' bytes read as this tensor's.
     if stop - start != math.prod(shape) * _DTYPES[kind].itemsize:
         raise ValueError(f"tensor '{key}' of shape {tuple(shape)} in bytes {start} to {stop}")
-    return mapped_shard(path, shape, _DTYPES[kind], data_start + start, name=f"{path}:{key}")
-
-
-def index_keys(path: str) -> list[str]:
-    """Name the tensors of a sharded checkpoint."""
-    return sorted(_weight_map(path))
+    return shard.mapped_shard(path, shape, _DTYPES[kind], data_start + start, name=f"{path}:{key}")
 
 
 def open_index(path: str, key: str | None, what: str) -> Shard:
     """Open a tensor of a sharded checkpoint, by its ``.safetensors.index.json``."""
-    files = _weight_map(path)
-    key = choose_key(path, key, sorted(files), "tensor")
+    files = weight_map(path)
+    key = shard.choose_key(path, key, sorted(files), "tensor")
     return open_safetensors(str(Path(path).parent / files[key]), key, what)
 
 
@@ -90,7 +77,8 @@ def _header(path: str) -> tuple[dict[str, Any], int]:
     return tensors, 8 + length
 
 
-def _weight_map(path: str) -> dict[str, str]:
+def weight_map(path: str) -> dict[str, str]:
+    """Name the tensors of a sharded checkpoint, and the file that holds each."""
     index = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(index, dict) or "weight_map" not in index:
         raise ValueError("it holds no weight_map")
@@ -100,20 +88,15 @@ def _weight_map(path: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ torch
 
 
-def torch_keys(path: str) -> list[str]:
-    """Name the tensors of a file; nested names are joined by dots."""
-    return list(_tensors(path))
-
-
 def open_torch(path: str, key: str | None, what: str) -> Shard:
     """Open a tensor of a ``.pt`` or ``.pth`` file.
 
     It is mapped, not loaded, but for files of the format before PyTorch 1.6.
     """
-    tensors = _tensors(path)
+    tensors = load_tensors(path)
     if key is not None and key not in tensors and key.replace("/", ".") in tensors:
         key = key.replace("/", ".")
-    key = choose_key(path, key, tensors, "tensor")
+    key = shard.choose_key(path, key, tensors, "tensor")
     tensor = tensors[key]
     try:
         dtype = to_numpy(tensor.new_empty(0)).dtype
@@ -122,14 +105,14 @@ def open_torch(path: str, key: str | None, what: str) -> Shard:
 
     def read(index: Index) -> Block:
         # Loaded anew per block: its map goes with the pages that were read.
-        return np.array(to_numpy(_tensors(path)[key][index]))
+        return np.array(to_numpy(load_tensors(path)[key][index]))
 
-    return shard_of_parts(f"{path}:{key}" if key else path, tensor.shape, dtype, read)
+    return shard.shard_of_parts(f"{path}:{key}" if key else path, tensor.shape, dtype, read)
 
 
-def _tensors(path: str) -> dict[str, Any]:
-    """Load the dense tensors of a file by name, '' for one by itself."""
-    torch = library("torch", "torch", path)
+def load_tensors(path: str) -> dict[str, Any]:
+    """Load the dense tensors of a file by name, nested ones joined by dots; '' for one alone."""
+    torch = shard.library("torch", "torch", path)
     try:
         with warnings.catch_warnings():  # about pickles of other protocols, which it then refuses
             warnings.simplefilter("ignore")
