@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,42 +30,6 @@ _ALIGNMENT = 256
 # One thread copies within the host at a fraction of what the bus takes; beyond this size, several.
 _FILL_BYTES = 8 * 2**20
 _FILL_THREADS = 4
-
-
-class Lane(Protocol):
-    """What a device must do for staged copies: two queues of work, and events in them."""
-
-    def pinned(self, size: int) -> npt.NDArray[np.uint8]:
-        """Allocate host memory that the device can read by itself."""
-        ...
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Allocate an array on the device, for the queue that computes."""
-        ...
-
-    def fork(self) -> None:
-        """Let copies to come wait for all that the computing queue was given so far."""
-        ...
-
-    def copy(self, source: HostArray, target: Array) -> None:
-        """Queue a copy."""
-        ...
-
-    def mark(self) -> Any:
-        """Make an event that is reached when the copies queued so far are done."""
-        ...
-
-    def reached(self, event: Any) -> None:
-        """Wait, on the host, for an event."""
-        ...
-
-    def join(self, event: Any) -> None:
-        """Let the computing queue wait for an event."""
-        ...
-
-    def drain(self) -> None:
-        """Wait, on the host, for all copies."""
-        ...
 
 
 def staged_copies(
@@ -95,27 +59,18 @@ def staged_copies(
     caller's, the one that waits, and the one being copied.
     """
     slots = [_Slot(lane), _Slot(lane)]
-    flights: deque[_Flight] = deque()
+    flights: deque[Callable[[], tuple[Array, ...]]] = deque()
     with ThreadPoolExecutor(min(_FILL_THREADS, cpu_count())) as pool:
         try:
             for number, block in enumerate(blocks):
                 flights.append(slots[number % 2].send(block, pool))
                 if len(flights) == 2:
-                    yield _land(flights.popleft(), lane)
+                    yield flights.popleft()()
             while flights:
-                yield _land(flights.popleft(), lane)
+                yield flights.popleft()()
         finally:
             # Neither buffers nor arrays may be freed under a copy that still runs.
             lane.drain()
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A block on its way: its arrays on the device, what they hold, and the end of the copy."""
-
-    arrays: tuple[Array, ...]
-    dtypes: tuple[np.dtype[Any], ...]
-    event: Any
 
 
 class _Slot:
@@ -126,7 +81,8 @@ class _Slot:
         self._buffer: npt.NDArray[np.uint8] | None = None
         self._event: Any = None
 
-    def send(self, block: tuple[HostArray, ...], pool: Executor) -> _Flight:
+    def send(self, block: tuple[HostArray, ...], pool: Executor) -> Callable[[], tuple[Array, ...]]:
+        """Queue the copy of a block; what is returned waits for its end, on the device only."""
         if self._event is not None:
             self._lane.reached(self._event)
         sources = [as_bits(np.asarray(array)) for array in block]
@@ -137,8 +93,14 @@ class _Slot:
         self._lane.fork()
         for view, array in zip(staging, arrays, strict=True):
             self._lane.copy(view, array)
-        self._event = self._lane.mark()
-        return _Flight(arrays, tuple(np.asarray(a).dtype for a in block), self._event)
+        event = self._event = self._lane.mark()
+        dtypes = [np.asarray(array).dtype for array in block]
+
+        def land() -> tuple[Array, ...]:
+            self._lane.join(event)
+            return tuple(map(widened, arrays, dtypes))
+
+        return land
 
     def _views(self, sources: list[HostArray]) -> list[HostArray]:
         """Lay the arrays out in the buffer, which grows to the largest block."""
@@ -152,13 +114,6 @@ class _Slot:
             self._buffer[start : start + source.nbytes].view(source.dtype).reshape(source.shape)
             for start, source in zip(starts, sources, strict=False)
         ]
-
-
-def _land(flight: _Flight, lane: Lane) -> tuple[Array, ...]:
-    lane.join(flight.event)
-    return tuple(
-        widened(array, dtype) for array, dtype in zip(flight.arrays, flight.dtypes, strict=True)
-    )
 
 
 def _fill(target: HostArray, source: HostArray, pool: Executor) -> None:
@@ -210,35 +165,6 @@ _TF32_MATH = 3
 
 # TF32 came with this compute capability.
 _TF32_CAPABILITY = 80
-
-
-class Device(Protocol):
-    """Where arrays live and products are computed."""
-
-    @property
-    def name(self) -> str:
-        """What results record: ``cpu``, or the device's number and model."""
-        ...
-
-    def put(self, values: HostArray) -> Array:
-        """Bring an array to the device."""
-        ...
-
-    def stream(self, blocks: Iterable[Block]) -> Iterator[tuple[Array, ...]]:
-        """Bring blocks to the device one after another, each ahead of its use."""
-        ...
-
-    def matmul_precision(self, precision: Precision) -> AbstractContextManager[None]:
-        """Say how products of float32 are computed within a ``with``."""
-        ...
-
-    def free_bytes(self) -> int | None:
-        """Count the bytes that new arrays can take; None where the plan of the host decides."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until all work is done."""
-        ...
 
 
 def find_device(asked: str = "auto") -> Device:
@@ -345,7 +271,7 @@ class CudaDevice:
         tuple of cupy.ndarray
             bfloat16 and float16 as float32. At most three blocks are on the device.
         """
-        return staged_copies(blocks, _CudaLane(self.number))
+        return staged_copies(blocks, Lane(self.number))
 
     def matmul_precision(self, precision: Precision) -> AbstractContextManager[None]:
         """Say how products of float32 are computed within a ``with``, whatever CUPY_TF32 says.
@@ -388,6 +314,10 @@ class CudaDevice:
         _cupy().cuda.Device(self.number).synchronize()
 
 
+# Where arrays live and products are computed.
+Device: TypeAlias = HostDevice | CudaDevice
+
+
 def cuda_chunk(values: HostArray) -> Array:
     """Copy a chunk of a Dask array to the GPU of the worker it is on; bfloat16 arrives as float32.
 
@@ -412,8 +342,11 @@ def cuda_meta(dtype: npt.DTypeLike) -> Array:
 # ------------------------------------------------------------------------------------ CuPy's side
 
 
-class _CudaLane:
-    """Copies on a stream of their own, for the stream that is current when they begin."""
+class Lane:
+    """What a device must do for staged copies: two queues of work, and events in them.
+
+    Copies go on a stream of their own, for the stream that is current when they begin.
+    """
 
     def __init__(self, number: int) -> None:
         self._cupy = _cupy()
@@ -424,35 +357,43 @@ class _CudaLane:
             self._copies = self._cupy.cuda.Stream(non_blocking=True)
 
     def pinned(self, size: int) -> npt.NDArray[np.uint8]:
+        """Allocate host memory that the device can read by itself."""
         # Not from CuPy's pool, which rounds up to powers of two.
         memory = self._cupy.cuda.PinnedMemoryPointer(self._cupy.cuda.PinnedMemory(size), 0)
         return np.frombuffer(memory, np.uint8, size)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Allocate an array on the device, for the queue that computes."""
         # Pools are kept per stream: memory returns to that of the stream it was allocated for.
         with self._device, self._compute:
             return self._cupy.empty(shape, dtype)
 
     def fork(self) -> None:
+        """Let copies to come wait for all that the computing queue was given so far."""
         with self._device:
             self._copies.wait_event(self._compute.record(self._event()))
 
     def copy(self, source: HostArray, target: Array) -> None:
+        """Queue a copy."""
         with self._device:
             target.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._copies)
 
     def mark(self) -> Any:
+        """Make an event that is reached when the copies queued so far are done."""
         with self._device:
             return self._copies.record(self._event())
 
     def reached(self, event: Any) -> None:
+        """Wait, on the host, for an event."""
         event.synchronize()
 
     def join(self, event: Any) -> None:
+        """Let the computing queue wait for an event."""
         with self._device:
             self._compute.wait_event(event)
 
     def drain(self) -> None:
+        """Wait, on the host, for all copies."""
         with self._device:
             self._copies.synchronize()
 

@@ -87,7 +87,6 @@ def unpack(
             return None
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        arrays = _renamed(arrays, name, getattr(kind, "earlier", {}))
         names = {field: _joined(name, field) for field in _hints(kind)}
         return kind(
             **{
@@ -109,19 +108,6 @@ def unpack(
     if kind in (int, float, bool):
         return kind(arrays[name])
     return put(arrays[name])
-
-
-def _renamed(
-    arrays: Mapping[str, Array], name: str, earlier: Mapping[str, str]
-) -> Mapping[str, Array]:
-    """Let arrays that an earlier version packed have the names of today."""
-    renamed = dict(arrays)
-    for before, now in earlier.items():
-        prefix = _joined(name, before)
-        for key in [key for key in renamed if key == prefix or key.startswith(f"{prefix}.")]:
-            place = _joined(name, now) if now else name
-            renamed[place + key.removeprefix(prefix)] = renamed.pop(key)
-    return renamed
 
 
 def _holds(arrays: Mapping[str, Array], name: str) -> bool:

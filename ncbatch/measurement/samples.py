@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -141,13 +141,6 @@ class MomentsRead:
 
     moments: Moments
     null: Moments | None = None
-    # How states were kept before `Moments` knew their classes.
-    earlier: ClassVar[Mapping[str, str]] = {
-        "seen.moments": "moments",
-        "seen.classes": "moments.classes",
-        "null.moments": "null",
-        "skipped": "moments.skipped",
-    }
 
     def merge(self, other: MomentsRead) -> MomentsRead:
         """Combine with what other rows gave."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from array_api_compat import device, is_numpy_array
@@ -39,8 +39,6 @@ class Decisions(NamedArrays):
     clf_hits: Array
     skipped: int = 0
     called = "decisions"
-    # How states were kept before they counted rows left out.
-    earlier: ClassVar[Mapping[str, str]] = {"decisions": ""}
     later = frozenset({"skipped"})
 
     @classmethod

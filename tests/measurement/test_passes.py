@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import reduce
 
 import numpy as np
 import pytest
 
 import ncbatch as nc
-from ncbatch.arrays.named_arrays import Arrays, pack, unpack
+from ncbatch.arrays.named_arrays import Arrays, pack
 from ncbatch.engine.jobs import Item
 from ncbatch.measurement import run as execution
 from ncbatch.measurement.options import Options
 from ncbatch.measurement.passes import MomentsFold, MomentsPass
 from ncbatch.measurement.samples import Mode, MomentsRead, Samples, select_classes
-from ncbatch.states.decisions import DECISIONS, Decisions
-from ncbatch.states.moments import Moments
 from tests.engine.test_loop import Recorder
 from tests.measurement.stores import assert_same, make_store, refuse_to_read
 from tests.oracles import base_metrics
@@ -122,25 +119,3 @@ def test_any_partition_of_the_items_gives_the_same_state(tmp_path, small_chunks)
     resumed = folded(items[2:], folded(items[:2]).arrays()).seal()
     for name, array in pack(resumed).items():
         np.testing.assert_array_equal(array, pack(whole)[name], err_msg=name)
-
-
-def test_states_of_earlier_versions_are_read():
-    rng = np.random.default_rng(0)
-    state = Moments.from_block(rng.normal(size=(20, 3)), np.arange(20) % 4, 5).seen()
-    read = MomentsRead(replace(state, skipped=2), replace(state, scatter=None))
-    arrays = {
-        "value.seen.classes": state.classes, "value.null.classes": state.classes,
-        "value.skipped": np.array(2), "value.seen.moments.scatter": state.scatter,
-        **{
-            f"value.{part}.moments.{name}": getattr(state, name)
-            for part in ("seen", "null")
-            for name in ("counts", "means", "traces")
-        },
-    }  # fmt: skip
-    found, wanted = pack(unpack(MomentsRead, arrays)), pack(read)
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-    counts = np.arange(4)
-    earlier = {f"value.decisions.{name}": counts for name in DECISIONS} | {"value.skipped": 3}
-    assert unpack(Decisions, earlier).skipped == 3

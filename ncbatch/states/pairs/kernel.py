@@ -29,16 +29,17 @@ N_COUNTS = 7
 # Extremes: columns of (minimum, maximum).
 CDNV_RANGE, SQUARE_RANGE, COSINE_RANGE, INNER_RANGE, LOG_RANGE = range(0, 10, 2)
 N_EXTREMES = 10
-# Sums that are taken of differences from a reference, and the count each goes with.
-REFERENCED = {
-    CDNV: VARIED,
-    DIST: DIRECTIONS,
-    LOG: DIRECTIONS_APART,
-    INNER: PAIRS,
-    COS: DIRECTIONS,
-    DEV: DIRECTIONS,
-    CORRECTED: CORRECTABLE,
-    DIRECTED: ALONG,
+# Names of tallies, their first column of sums, and the count that goes with it.
+TALLIES = {
+    "cdnv": (CDNV, VARIED),
+    "cdnv_corrected": (CORRECTED, CORRECTABLE),
+    "cdnv_directional": (DIRECTED, ALONG),
+    "distance": (DIST, DIRECTIONS),
+    "log": (LOG, DIRECTIONS_APART),
+    "interference": (INNER, PAIRS),
+    "cosine": (COS, DIRECTIONS),
+    "deviation": (DEV, DIRECTIONS),
+    "uniformity": (UNIFORM, DIRECTIONS),
 }
 
 

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import device, is_numpy_array
 
-from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays.namespace import Array, as_float64, scalar, to_numpy
 from ncbatch.arrays.rows import block_rows, product_rows, row_blocks, take_rows
 from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
 from ncbatch.errors import DataError, UsageError
@@ -128,7 +129,11 @@ class PairTiles(PairMeans):
         super().__init__(
             means, center, within if "cdnv_directional" in self.quantities else None, scratch
         )
-        self._variances = None if variances is None else _or_minus_one(as_float64(variances))
+        self._variances = None
+        if variances is not None:
+            variances = as_float64(variances)
+            # -1 for NaN, which compiled code does not know.
+            self._variances = self._xp.where(variances >= 0.0, variances, -1.0)
         self._counts = None if counts is None else as_float64(counts)
         self._dist_exp = float(dist_exp)
         self._ddof = ddof
@@ -151,7 +156,8 @@ class PairTiles(PairMeans):
     @staticmethod
     def tile_list(n_classes: int, *, stored: bool = False) -> list[tuple[slice, slice]]:
         """List the tiles of so many classes, in the order of `tiles`."""
-        return list(_upper_tiles(n_classes, PairTiles.side(n_classes, stored=stored)))
+        side = PairTiles.side(n_classes, stored=stored)
+        return list(combinations_with_replacement(row_blocks(n_classes, side), 2))
 
     @staticmethod
     def peak_bytes(
@@ -197,8 +203,8 @@ class PairTiles(PairMeans):
 
     def tiles(self, tile_classes: int | None = None) -> Iterator[tuple[slice, slice]]:
         """Cut the upper triangle into tiles, pairs of class slices, in a fixed order."""
-        tile_classes = tile_classes or self.side(self.n_classes, stored=self.stored)
-        return _upper_tiles(self.n_classes, tile_classes)
+        side = tile_classes or self.side(self.n_classes, stored=self.stored)
+        return combinations_with_replacement(row_blocks(self.n_classes, side), 2)
 
     def fold(self, tiles: Iterable[tuple[slice, slice]]) -> PairStats:
         """Tally the pairs i < j of some tiles, on all processors; merged in their order."""
@@ -336,13 +342,19 @@ class PairTiles(PairMeans):
         angles = xp.where(pairs & self.directed(rows, columns), angles, xp.inf)
         state = Nearest.none(self.n_classes)
         for axis, mine, others in ((1, rows, columns), (0, columns, rows)):
-            side = Nearest.none(self.n_classes)
-            side.square[mine] = to_numpy(xp.min(squares, axis=axis))
-            side.index[mine] = to_numpy(xp.argmin(squares, axis=axis)) + others.start
-            side.direction_square[mine] = to_numpy(xp.min(angles, axis=axis))
-            side.index[~np.isfinite(side.square)] = -1
+            square = to_numpy(xp.min(squares, axis=axis))
+            index = to_numpy(xp.argmin(squares, axis=axis)) + others.start
+            index[~np.isfinite(square)] = -1
+            side = self._nearest_to(mine, index, square, to_numpy(xp.min(angles, axis=axis)))
             state = state.merge(side)
         return state
+
+    def _nearest_to(self, classes: slice, index: Array, square: Array, angle: Array) -> Nearest:
+        nearest = Nearest.none(self.n_classes)
+        nearest.index[classes] = index
+        nearest.square[classes] = square
+        nearest.direction_square[classes] = angle
+        return nearest
 
     @cached_property
     def _corrected(self) -> tuple[Array, Array]:
@@ -351,10 +363,9 @@ class PairTiles(PairMeans):
         assert self._variances is not None
         assert self._counts is not None
         several = self._counts > 1.5
-        n = xp.where(several, self._counts, xp.full_like(self._counts, 2.0))
+        n = xp.where(several, self._counts, 2.0)
         unbiased = self._variances * ((n - self._ddof) / (n - 1.0))
-        corrected = xp.where(several, unbiased, xp.full_like(n, -1.0))
-        return corrected, xp.where(several, unbiased / n, xp.zeros_like(n))
+        return xp.where(several, unbiased, -1.0), xp.where(several, unbiased / n, 0.0)
 
     def _read_rows(
         self, tiles: Iterable[tuple[slice, slice]]
@@ -434,9 +445,11 @@ class PairTiles(PairMeans):
         sums = out.sums.sum(axis=0)
         counts = out.counts.sum(axis=0)
         references = np.zeros(kernel.N_SUMS)
-        for column, counted in kernel.REFERENCED.items():
+        for column, counted in kernel.TALLIES.values():
             if counts[counted]:
                 references[column] = sums[column] / counts[counted]
+        # All are positive: nothing cancels, and the kernel subtracts nothing.
+        references[kernel.UNIFORM] = 0.0
         return references
 
     def _run_kernel(
@@ -467,15 +480,68 @@ class PairTiles(PairMeans):
     def _fold_compiled(self, rows: slice, a: _Operand, columns: slice) -> PairStats:
         b = a if rows == columns else self._operand(columns)
         out = self._run_kernel(rows, a, columns, b, self._references)
-        tallies = _TileSums(out, self._references, self._numbers).tallies(self.quantities)
-        if "cosine" in self.quantities:
-            tallies["histogram"] = out.histogram
-            tallies["top_cosine"] = _top_pairs(out.top[1], out.top_at[1])
-        if "cdnv" in self.quantities:
-            tallies["top_cdnv"] = _top_pairs(out.top[0], out.top_at[0])
+        tallies = self._tallies(out)
         if "nearest" in self.quantities:
-            tallies["nearest"] = _nearest(out, rows, columns, self.n_classes)
-        return PairStats(**tallies)
+            mine = self._nearest_to(rows, out.near_at, *out.near.T)
+            theirs = self._nearest_to(columns, out.column_near_at, *out.column_near)
+            tallies["nearest"] = theirs.merge(mine)
+        return PairStats(
+            **tallies,
+            histogram=out.histogram,
+            top_cdnv=_top_pairs(out.top[0], out.top_at[0]),
+            top_cosine=_top_pairs(out.top[1], out.top_at[1]),
+        )
+
+    def _tallies(self, out: kernel.Outputs) -> dict[str, Any]:
+        """Sum what the kernel wrote of a tile over its rows."""
+        sums = out.sums.sum(axis=0)
+        counts = out.counts.sum(axis=0).tolist()
+        lows = out.extremes[:, ::2].min(axis=0).tolist()
+        highs = out.extremes[:, 1::2].max(axis=0).tolist()
+        limits = list(zip(lows, highs, strict=True))
+        nearest, farthest = limits[kernel.SQUARE_RANGE // 2]
+        cosines = limits[kernel.COSINE_RANGE // 2]
+        ranges = {
+            "cdnv": limits[kernel.CDNV_RANGE // 2],
+            "interference": limits[kernel.INNER_RANGE // 2],
+            "distance": (math.sqrt(nearest), math.sqrt(max(farthest, 0.0))),
+            "log": limits[kernel.LOG_RANGE // 2],
+            "cosine": cosines,
+            "deviation": (-math.inf, max(abs(end + self._numbers.coherence) for end in cosines)),
+            "uniformity": (math.exp(-2.0 * farthest), math.exp(-2.0 * nearest)),
+        }
+        # The kernel finds products always, distances and logarithms together.
+        unasked = {"interference", "distance", "log"} - self.quantities
+        tallies: dict[str, Any] = {
+            name: Tally.of_sums(
+                counts[counted],
+                float(sums[column]),
+                float(sums[column + 1]),
+                float(self._references[column]),
+                ranges.get(name, (-math.inf, math.inf)),
+            )
+            for name, (column, counted) in kernel.TALLIES.items()
+            if name not in unasked
+        }
+        tallies["n_pairs"] = counts[kernel.PAIRS]
+        tallies["coincident_means"] = counts[kernel.COINCIDENT]
+        n_apart = counts[kernel.DIRECTIONS_APART]
+        if self.quantities & {"log", "riesz"}:
+            tallies["coincident_directions"] = counts[kernel.DIRECTIONS] - n_apart
+        if "riesz" in self.quantities and n_apart:
+            tallies["riesz"] = self._riesz_of(out, n_apart, ranges["log"])
+        return tallies
+
+    def _riesz_of(self, out: kernel.Outputs, n: int, logs: tuple[float, float]) -> Tally:
+        """Bring the rows' sums to one scale; energies grow with the logarithms, whatever s is."""
+        s = self._riesz_exponent
+        scale = float(out.scales.max())
+        factors = np.exp(np.maximum(out.scales - scale, -1000.0))
+        sign = math.copysign(1.0, s) if s else 0.0
+        total = float(out.sums[:, kernel.RIESZ] @ factors)
+        squares = float(out.sums[:, kernel.RIESZ2] @ factors**2)
+        extremes = (sign * math.exp(s * logs[0] - scale), sign * math.exp(s * logs[1] - scale))
+        return Tally.of_sums(n, sign * total, sign * sign * squares, 0.0, extremes, scale)
 
 
 def _load_kernel() -> None:
@@ -507,117 +573,11 @@ def sweep_pairs(
     return pairs.fold(pairs.tiles(tile_classes))
 
 
-class _TileSums:
-    """What the kernel wrote of a tile, summed over its rows, and the tallies that come of it."""
-
-    def __init__(self, out: kernel.Outputs, references: Array, numbers: kernel.Numbers) -> None:
-        self._out = out
-        self._references = references
-        self._numbers = numbers
-        self._sums = out.sums.sum(axis=0)
-        self._counts = out.counts.sum(axis=0)
-        self._low = out.extremes[:, ::2].min(axis=0)
-        self._high = out.extremes[:, 1::2].max(axis=0)
-
-    def tallies(self, wanted: frozenset[str]) -> dict[str, Any]:
-        n_directed = int(self._counts[kernel.DIRECTIONS])
-        n_apart = int(self._counts[kernel.DIRECTIONS_APART])
-        tallies: dict[str, Any] = {
-            "n_pairs": int(self._counts[kernel.PAIRS]),
-            "coincident_means": int(self._counts[kernel.COINCIDENT]),
-        }
-        if "cdnv" in wanted:
-            tallies["cdnv"] = self._tally(kernel.CDNV, self._limits(kernel.CDNV_RANGE))
-        if "cdnv_corrected" in wanted:
-            tallies["cdnv_corrected"] = self._tally(kernel.CORRECTED)
-        if "cdnv_directional" in wanted:
-            tallies["cdnv_directional"] = self._tally(kernel.DIRECTED)
-        if "interference" in wanted:
-            tallies["interference"] = self._tally(kernel.INNER, self._limits(kernel.INNER_RANGE))
-        if "distance" in wanted and n_directed:
-            low, high = self._limits(kernel.SQUARE_RANGE)
-            tallies["distance"] = self._tally(kernel.DIST, (math.sqrt(low), math.sqrt(high)))
-        if "log" in wanted and n_apart:
-            tallies["log"] = self._tally(kernel.LOG, self._limits(kernel.LOG_RANGE))
-        if wanted & {"log", "riesz"}:
-            tallies["coincident_directions"] = n_directed - n_apart
-        if "riesz" in wanted and n_apart:
-            tallies["riesz"] = self._riesz(n_apart)
-        if "cosine" in wanted and n_directed:
-            tallies |= self._cosines(n_directed)
-        return tallies
-
-    def _limits(self, column: int) -> tuple[float, float]:
-        return float(self._low[column // 2]), float(self._high[column // 2])
-
-    def _tally(self, column: int, extremes: tuple[float, float] = (-math.inf, math.inf)) -> Tally:
-        return Tally.of_sums(
-            int(self._counts[kernel.REFERENCED[column]]),
-            float(self._sums[column]),
-            float(self._sums[column + 1]),
-            float(self._references[column]),
-            extremes,
-        )
-
-    def _cosines(self, n: int) -> dict[str, Tally]:
-        limits = self._limits(kernel.COSINE_RANGE)
-        nearest, farthest = self._limits(kernel.SQUARE_RANGE)
-        most = max(abs(end + self._numbers.coherence) for end in limits)
-        return {
-            "cosine": self._tally(kernel.COS, limits),
-            "deviation": self._tally(kernel.DEV, (-math.inf, most)),
-            "uniformity": Tally.of_sums(
-                n,
-                float(self._sums[kernel.UNIFORM]),
-                float(self._sums[kernel.UNIFORM2]),
-                extremes=(math.exp(-2.0 * farthest), math.exp(-2.0 * nearest)),
-            ),
-        }
-
-    def _riesz(self, n: int) -> Tally:
-        """Bring the rows' sums to one scale; energies grow with the logarithms, whatever s is."""
-        s = self._numbers.riesz_exponent
-        scale = float(self._out.scales.max())
-        factors = np.exp(np.maximum(self._out.scales - scale, -1000.0))
-        sign = math.copysign(1.0, s) if s else 0.0
-        total = float(self._out.sums[:, kernel.RIESZ] @ factors)
-        squares = float(self._out.sums[:, kernel.RIESZ2] @ factors**2)
-        least, most = (sign * math.exp(s * end - scale) for end in self._limits(kernel.LOG_RANGE))
-        return Tally.of_sums(
-            n, sign * total, sign * sign * squares, extremes=(least, most), log_scale=scale
-        )
-
-
 def _top_pairs(values: Any, classes: Any) -> TopPairs:
     real = values > -np.inf
     return TopPairs.none().merge(TopPairs(values[real], classes[real]))
 
 
-def _nearest(out: kernel.Outputs, rows: slice, columns: slice, n_classes: int) -> Nearest:
-    mine = Nearest.none(n_classes)
-    mine.index[rows] = out.near_at
-    mine.square[rows] = out.near[:, 0]
-    mine.direction_square[rows] = out.near[:, 1]
-    theirs = Nearest.none(n_classes)
-    theirs.index[columns] = out.column_near_at
-    theirs.square[columns] = out.column_near[0]
-    theirs.direction_square[columns] = out.column_near[1]
-    return theirs.merge(mine)
-
-
-def _upper_tiles(n_classes: int, side: int) -> Iterator[tuple[slice, slice]]:
-    for rows in row_blocks(n_classes, side):
-        for columns in row_blocks(n_classes, side):
-            if columns.start >= rows.start:
-                yield rows, columns
-
-
 def _rows_in_flight() -> int:
     """Count the rows of tiles that the tasks of all threads span, at the triangle's corner."""
     return math.isqrt(2 * max_pending()) + 2
-
-
-def _or_minus_one(values: Array) -> Array:
-    """Write -1 for NaN: compiled code does not know it."""
-    xp = namespace(values)
-    return xp.where(values >= 0.0, values, xp.full_like(values, -1.0))
