@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -23,20 +24,19 @@ if TYPE_CHECKING:
 Receive: TypeAlias = "Callable[[str, torch.Tensor], Any]"
 
 
+@dataclasses.dataclass(eq=False)
 class Capture:
     """Runs a model with hooks in place and returns the rows they took; made by `capturing`."""
 
-    def __init__(
-        self, model: torch.nn.Module, places: Mapping[str, Place], pool: Pool, head: Head
-    ) -> None:
-        self.head = head
-        self._model = model
-        self._places = places
-        self._pool = pool
-        self._batch: Batch | None = None
-        self._receive: Receive | None = None
-        self._rows: dict[str, Any] = {}
-        self._calls: Counter[str] = Counter()
+    head: Head
+    _model: torch.nn.Module
+    _places: Mapping[str, Place]
+    _pool: Pool
+    # Of the pass that runs: the rows wanted, who takes them, what was taken, who ran how often.
+    _batch: Batch | None = None
+    _receive: Receive | None = None
+    _rows: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _calls: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def attach(self, hooks: ExitStack) -> None:
         """Register the hooks; they go when `hooks` is closed."""
@@ -133,7 +133,7 @@ def capturing(
     """Hold a model in eval mode with hooks; afterwards it is as it was, module by module."""
     # model.train() would set every module alike: a frozen batch norm would wake up.
     modes = [(module, module.training) for module in model.modules()]
-    capture = Capture(model, places, pool, head or Head({}))
+    capture = Capture(head or Head({}), model, places, pool)
     with ExitStack() as hooks:
         try:
             # Dropout would make features random, and batch norm would learn from the dump.
@@ -147,10 +147,8 @@ def capturing(
 
 def device_of(model: torch.nn.Module) -> torch.device | str:
     """Return the device of a model's parameters, or of its buffers; the CPU without any."""
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            return tensor.device
-    return "cpu"
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return "cpu" if first is None else first.device
 
 
 def _arguments(inputs: Any, device: Any) -> tuple[list[Any], dict[str, Any]]:

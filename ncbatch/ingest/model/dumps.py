@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -207,7 +207,12 @@ def _fill(
     """Run the model on all batches whose rows `target` does not hold yet."""
     with ExitStack() as writing:
         to_skip = target.resume(writing)
-        for inputs, marks in _pairs(batches):
+        for number, pair in enumerate(batches):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise DataError(
+                    f"batch {number} is a {type(pair).__name__}", "a pair (inputs, labels)"
+                )
+            inputs, marks = pair
             batch = Batch.of(marks, to_skip)
             target.expect(batch)
             to_skip -= len(batch.skipped)
@@ -224,10 +229,3 @@ def _fill(
             if progress is not None:
                 progress.advance(len(batch.skipped) + len(batch.labels))
         target.end(to_skip, writing)
-
-
-def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    for number, pair in enumerate(batches):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise DataError(f"batch {number} is a {type(pair).__name__}", "a pair (inputs, labels)")
-        yield pair[0], pair[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(eq=False)
 class Head:
     """Watches the linear module that classifies: what it reads and what it decides.
 
@@ -37,33 +40,25 @@ class Head:
     Attributes
     ----------
     layer : str or None
-        The captured layer that the head reads.
+        The captured layer that the head reads, once `settle` has found it.
     decisions : tensor or None
         Its arg-max, one per row of the batch.
     calls : int
         How often it ran in a forward pass.
     """
 
-    def __init__(
-        self,
-        candidates: Mapping[str, torch.nn.Linear],
-        n_classes: int | None = None,
-        *,
-        named: bool = False,
-        decides: bool = False,
-        outside: torch.Tensor | None = None,
-    ) -> None:
-        self.candidates = candidates
-        self.named = named
-        self.decides = decides
-        self.layer: str | None = None
-        self.decisions: torch.Tensor | None = None
-        self.calls = 0
-        self._n_classes = n_classes
-        self._outside = outside
-        self._order = 0 if named else -1  # of the candidate that is the head, as far as known
-        self._settled = False
-        self._inputs: torch.Tensor | None = None
+    candidates: Mapping[str, torch.nn.Linear]
+    n_classes: int | None = None
+    named: bool = False
+    decides: bool = False
+    outside: torch.Tensor | None = None
+    layer: str | None = field(default=None, init=False)
+    decisions: torch.Tensor | None = field(default=None, init=False)
+    calls: int = field(default=0, init=False)
+    # Of the candidate that is the head, as far as known.
+    _order: int = field(default=-1, init=False)
+    _settled: bool = field(default=False, init=False)
+    _inputs: torch.Tensor | None = field(default=None, init=False)
 
     @classmethod
     def find(
@@ -102,6 +97,7 @@ class Head:
                 f"({module.out_features},), one per output",
             )
         watch = cls({head: module}, n_classes, named=True, decides=decides, outside=outside)
+        watch._order = 0
         watch.check_outputs(n_classes)
         return watch
 
@@ -127,8 +123,8 @@ class Head:
         """
         assert self.module is not None
         bias = self.module.bias
-        if self._outside is not None:
-            bias = self._outside if bias is None else bias + self._outside.to(bias.device)
+        if self.outside is not None:
+            bias = self.outside if bias is None else bias + self.outside.to(bias.device)
         weight = to_numpy(self.module.weight[:n_classes])
         return weight, None if bias is None else to_numpy(bias[:n_classes])
 
@@ -157,10 +153,10 @@ class Head:
         self.decisions = self._inputs = None
         if inputs is None or logits is None or tuple(logits.shape[:-1]) != batch.shape:
             return  # it classifies something else than the rows
-        if self._outside is not None:
-            logits = logits + self._outside.to(logits.device)
+        if self.outside is not None:
+            logits = logits + self.outside.to(logits.device)
         # A padded vocabulary has more outputs than there are classes.
-        top = logits[..., : self._n_classes].argmax(-1)
+        top = logits[..., : self.n_classes].argmax(-1)
         self.decisions = batch.select(top.reshape(-1))
         if not self._settled:
             self._inputs = batch.rows(inputs, "flatten", Place(str(self.path), of_input=True))
@@ -171,11 +167,11 @@ class Head:
             # What was captured as the head's input needs no comparing; of others several may be
             # equal (an activation and the head's input are one tensor).
             place = Place(str(self.path), of_input=True)
-            inputs = [name for name in features if places[name] == place]
+            named = (name for name in features if places[name] == place)
             equal = (
                 name for name in reversed(list(features)) if _equal(features[name], self._inputs)
             )
-            self.layer = inputs[0] if inputs else next(equal, None)
+            self.layer = next(chain(named, equal), None)
         self._settled = True
         self._inputs = None  # as large as a layer's rows, and not needed any more
         if self.decides and self.decisions is None:
@@ -193,6 +189,6 @@ def _equal(rows: torch.Tensor, others: torch.Tensor) -> bool:
     same = rows.dtype == others.dtype and rows.device == others.device
     if not same or rows.shape != others.shape:
         return False
-    if torch.equal(rows, others):  # which needs no memory
-        return True
-    return bool(((rows == others) | (rows.isnan() & others.isnan())).all())  # NaN equals NaN
+    # The first needs no memory; to the second NaN equals NaN.
+    same = torch.equal(rows, others) or torch.allclose(rows, others, 0.0, 0.0, equal_nan=True)
+    return bool(same)

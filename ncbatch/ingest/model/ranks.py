@@ -344,9 +344,9 @@ class StatePlan:
         self._wanted = {name: wanted - kinds for name, kinds in self._stored.items()}
         self.saved: dict[str, dict[str, Any]] = {}
         if store is not None and not request.overwrite:
-            self._check_job()
+            self._check_job(store)
             self._check_stored(f"split '{request.split}' of {store.path}")
-            self.saved = dict(self._find_saved())
+            self.saved = dict(self._find_saved(store))
 
     def _check_means(self) -> None:
         if self._means is None:
@@ -371,27 +371,30 @@ class StatePlan:
                 "fold that split first, with moments=True and the same layers",
             )
 
-    def _check_job(self) -> None:
+    def _check_job(self, store: FeatureStore) -> None:
         """Refuse what processes of a job of another size left: it is not this one's."""
+        split = self._request.split
         share = self._request.share
+        mine = (self.running, self.part)
         parts = [
-            (name, kind)
+            (kind not in mine, kind, name)
             for name, kinds in self._stored.items()
-            for kind in sorted(kinds)
+            for kind in kinds
             if kind.startswith((RUNNING, PART))
         ]
-        mine = [part for part in parts if part[1] in (self.running, self.part)]
-        others = [part for part in parts if part not in mine]
-        for part in (*mine, *others[:1]):  # one of the others tells as much as all
+        for other, kind, name in sorted(parts):  # one of the others, behind ours, tells enough
             # Another process may just have merged it: then it has no attributes any more.
-            size = self._attributes(*part).get("world_size", share.world_size)
+            about = store.state_attributes(split, name, kind)
+            size = about.get("world_size", share.world_size)
             if size != share.world_size:
                 raise StoreError(
-                    f"states of split '{self._request.split}' were begun by {size} ranks",
+                    f"states of split '{split}' were begun by {size} ranks",
                     f"{share.world_size}, as this one was told",
                     "give rank= and world_size= as they were; or complete the split "
                     "(ncbatch finalize), or delete it (ncbatch delete)",
                 )
+            if other:
+                break
 
     def _check_stored(self, named: str) -> None:
         """Refuse what is there, unless a process goes on or joins others."""
@@ -416,22 +419,16 @@ class StatePlan:
                 "leave them out, or replace them with overwrite=True",
             )
 
-    def _find_saved(self) -> Iterable[tuple[str, dict[str, Any]]]:
+    def _find_saved(self, store: FeatureStore) -> Iterable[tuple[str, dict[str, Any]]]:
+        split = self._request.split
         for name, kinds in self._stored.items():
-            about = self._attributes(name, self.running) if self.running in kinds else {}
+            running = self.running in kinds
+            about = store.state_attributes(split, name, self.running) if running else {}
             # Killed after it had stored the end, before it deleted this.
             if about and (self._is_ready(name) or kinds >= set(about["holds"])):
-                self._delete(name, self.running)
+                store.delete_state(split, name, self.running)
             elif about:
                 yield name, about
-
-    def _attributes(self, name: str, kind: str) -> dict[str, Any]:
-        assert self._store is not None
-        return self._store.state_attributes(self._request.split, name, kind)
-
-    def _delete(self, name: str, kind: str) -> None:
-        assert self._store is not None
-        self._store.delete_state(self._request.split, name, kind)
 
     def _is_ready(self, name: str) -> bool:
         """Whether the states of a layer are stored, those of this rank or all."""
@@ -467,9 +464,9 @@ class StatePlan:
         again = bool(kinds) and kinds <= begun and begun - kinds <= self._stored[name]
         return begun if again else kinds
 
-    def delete_replaced(self) -> None:
+    def delete_replaced(self, store: FeatureStore) -> None:
         """Delete what is to be replaced, so that a kill leaves nothing that looks complete."""
         for name, kinds in self._replaced.items():
             for kind in kinds:
                 if kind in ("moments", "decisions") or kind.startswith((RUNNING, PART)):
-                    self._delete(name, kind)
+                    store.delete_state(self._request.split, name, kind)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -126,10 +127,8 @@ def _bytes_under(folder: Path) -> int:
     total = 0
     for place, _, files in os.walk(folder):
         for file in files:
-            try:
-                total += os.stat(os.path.join(place, file)).st_size
-            except FileNotFoundError:  # another process may be writing
-                continue
+            with suppress(FileNotFoundError):  # another process may be writing
+                total += os.path.getsize(os.path.join(place, file))
     return total
 
 

@@ -46,15 +46,16 @@ class RowTarget(Target):
         self._stored: Split | None = None
         if self.store is not None and request.split in self.store.splits:
             self._stored = self.store.split(request.split)
-        self._layout = self._read_layout()
-        self._begun = self._find_begun()
+        layout = self._read_layout()
+        self._begun = self._find_begun(layout)
         self._mode = self._choose_mode()
         self.done = self._mode == "done"
+        self.begins = self._mode != "add"  # to a split that was begun, and ended, with what it says
         self._dtypes = stored_dtypes(
             self.store, request.split, request.places, request.dtype, overwrite=request.overwrite
         )
         several = request.share.several
-        if several and request.n_samples is None and self._layout is None and not self.done:
+        if several and request.n_samples is None and layout is None and not self.done:
             raise UsageError(
                 f"no n_samples for {request.share.world_size} ranks",
                 "the samples of all ranks together, at most",
@@ -64,17 +65,17 @@ class RowTarget(Target):
     @property
     def continues(self) -> bool:
         """Whether this goes on with, or joins, what some process has begun."""
-        # With a writer open the layout is there: of this rank, or of one that was quicker.
-        layout = self._layout if self._writer is None else self._read_layout()
-        return self._mode == "resume" or (self.request.share.several and layout is not None)
+        # Read anew: the layout may be that of this rank's writer, or of one that was quicker.
+        joins = self.request.share.several and self._read_layout() is not None
+        return self._mode == "resume" or joins
 
     def _read_layout(self) -> Layout | None:
         """Read what several ranks have agreed on, if one has begun."""
         return None if self.store is None else self.store.layout(self.request.split)
 
-    def _find_begun(self) -> Begun | None:
-        if self._layout is not None and self.request.share.several:
-            return Begun(self._layout.layers, self._layout.head)
+    def _find_begun(self, layout: Layout | None) -> Begun | None:
+        if layout is not None and self.request.share.several:
+            return Begun(layout.layers, layout.head)
         if self._stored is None:
             return None
         layers = {name: self._stored.spec(name) for name in self._stored.layers}
@@ -126,10 +127,6 @@ class RowTarget(Target):
             "new layers, or a new split",
             "leave them out, or replace the whole split with overwrite=True",
         )
-
-    def _record_identity(self) -> None:
-        if self._mode != "add":  # the split was begun, and ended, with what it says
-            super()._record_identity()
 
     def resume(self, writing: ExitStack) -> int:
         """Go on with the layers as they were begun."""
@@ -185,12 +182,9 @@ class RowTarget(Target):
 
     def _open_writer(self) -> Writer:
         # Layers of several dtypes can be written together only if all are as declared.
-        declared = self.opened.declared_layers
-        all_declared = all(
-            name in declared and declared[name].dtype == spec.dtype
-            for name, spec in self._specs.items()
-        )
+        declared = {name: spec.dtype for name, spec in self.opened.declared_layers.items()}
         dtypes = {name: spec.dtype for name, spec in self._specs.items()}
+        all_declared = dtypes.items() <= declared.items()
         writer = self.opened.writer(
             self.request.split,
             rank=self.request.share.rank,
@@ -214,17 +208,13 @@ class RowTarget(Target):
         self, features: Mapping[str, Any], labels: npt.NDArray[Any], decisions: torch.Tensor | None
     ) -> None:
         """Write the rows of a batch."""
-        writer = self._writer
-        assert writer is not None
+        assert self._writer is not None
         # Rows of the first batch were not received: they were needed as they are.
         rows = {
             name: values if isinstance(values, np.ndarray) else self.receive(name, values)
             for name, values in features.items()
         }
-        if isinstance(writer, LayerWriter):
-            writer.append(rows, labels)
-        else:
-            writer.append(rows, labels, decisions if self._head is not None else None)
+        self._writer.append(rows, labels, decisions if self._head is not None else None)
 
     def expect(self, batch: Batch) -> None:
         """Refuse to skip rows that are not the ones stored: other batches would be mixed in."""
@@ -258,12 +248,8 @@ class RowTarget(Target):
         super().end(missing, writing)
         if self._writer is not None:
             return
-        if not self.request.share.several:
-            raise DataError("no sample in any batch", "at least one label that is not negative")
-        self._join_without_rows(writing)
-
-    def _join_without_rows(self, writing: ExitStack) -> None:
-        """Take this rank's place among the writers; the others alone know widths and head."""
+        self._check_several()
+        # It takes its place among the writers; the others alone know widths and head.
         rank = self.request.share.rank
         layout = wait_for(self._look_for_layout, rank)
         if rank == 0 and layout.head is not None:

@@ -81,13 +81,11 @@ class Deciding:
         self._means = means
         self.classifiers: dict[str, tuple[Any, Any] | None] = {}
         for name in layers:
-            if name == predicted:
-                self.classifiers[name] = None
-            elif name == head.layer:
-                # Not from the store: of several ranks one stores it, perhaps later.
-                self.classifiers[name] = head.classifier(store.n_classes)
-            elif (stored := store.classifier(name)) is not None:
-                self.classifiers[name] = stored
+            # The head's not from the store: of several ranks one stores it, perhaps later.
+            of_head = name == head.layer
+            parts = head.classifier(store.n_classes) if of_head else store.classifier(name)
+            if parts is not None:
+                self.classifiers[name] = None if name == predicted else parts
         known = store.state_layers(means, "moments")
         for name in self.classifiers:
             if name not in known:
@@ -226,21 +224,18 @@ class StateTarget(Target):
 
     def resume(self, writing: ExitStack) -> int:
         """Go on where the layer that is least far stopped."""
-        self._warn_of_rows()
+        split = self.request.split
+        if self.store is not None and split in self.store.splits:
+            features = self.store.split(split).features
+            both = [name for name in self.request.places if name in features]
+            if both:
+                logger.warning(
+                    "split '%s' has rows of %s too: they are measured, "
+                    "and the moments serve as means only",
+                    split,
+                    ", ".join(both),
+                )
         return self._plan.position if self.request.resume else 0
-
-    def _warn_of_rows(self) -> None:
-        if self.store is None or self.request.split not in self.store.splits:
-            return
-        features = self.store.split(self.request.split).features
-        both = [name for name in self.request.places if name in features]
-        if both:
-            logger.warning(
-                "split '%s' has rows of %s too: they are measured, "
-                "and the moments serve as means only",
-                self.request.split,
-                ", ".join(both),
-            )
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
         """Find or make the store, store the classifier, and find who decides which layers."""
@@ -263,8 +258,10 @@ class StateTarget(Target):
         StoreError
             When there is nothing to fold, or what was begun was begun otherwise.
         """
-        classifiers = () if self._deciding is None else self._deciding.classifiers
-        kinds = {name: self._plan.kinds(name, decided=name in classifiers) for name in features}
+        decided_by: dict[str, tuple[int, int]] = {}
+        if self._deciding is not None:
+            decided_by = {name: self._deciding.n_rows(name) for name in self._deciding.classifiers}
+        kinds = {name: self._plan.kinds(name, decided=name in decided_by) for name in features}
         layers = {name: rows for name, rows in features.items() if kinds[name]}
         if not layers:
             raise StoreError(
@@ -273,25 +270,22 @@ class StateTarget(Target):
                 "a layer that the head reads, for decisions",
                 "add the head's input to the layers, or name the head with head=",
             )
-        prices = {name: self._price(name, rows, kinds[name]) for name, rows in layers.items()}
+        prices = {
+            name: FoldPrice.of(
+                self.opened.n_classes,
+                rows.shape,
+                itemsize=max(rows.dtype.itemsize, 4),
+                n_samples=self.request.n_samples,
+                moments="moments" in kinds[name],
+                decided_by=decided_by.get(name, ()) if "decisions" in kinds[name] else (),
+            )
+            for name, rows in layers.items()
+        }
         # All layers or none go to GPUs: labels and decisions then have one place.
         self._on_host = choose_place(prices, {name: rows.device for name, rows in layers.items()})
-        self._plan.delete_replaced()
+        self._plan.delete_replaced(self.opened)
         for name, rows in layers.items():
             self._begin_layer(name, kinds[name], self._values(rows[:0]))
-
-    def _price(self, name: str, rows: torch.Tensor, kinds: set[str]) -> FoldPrice:
-        decided_by: tuple[int, ...] = ()
-        if "decisions" in kinds and self._deciding is not None:
-            decided_by = self._deciding.n_rows(name)
-        return FoldPrice.of(
-            self.opened.n_classes,
-            rows.shape,
-            itemsize=max(rows.dtype.itemsize, 4),
-            n_samples=self.request.n_samples,
-            moments="moments" in kinds,
-            decided_by=decided_by,
-        )
 
     def _begin_layer(self, name: str, kinds: Iterable[str], like: Array | None) -> None:
         """Begin to fold rows like those of `like` (0, D), or go on with a running state."""
@@ -340,8 +334,7 @@ class StateTarget(Target):
     def expect(self, batch: Batch) -> None:
         """Take the labels of the batch that comes, unless its forward pass decides them."""
         self._skipped += len(batch.skipped)
-        if len(batch.skipped):
-            self._count(batch.skipped)
+        self._count(batch.skipped)
         self._expected = None
         if self._folds and self.request.labels_given:
             self._expected = self._check_labels(batch.labels)
@@ -363,8 +356,7 @@ class StateTarget(Target):
         decisions: torch.Tensor | None,
     ) -> None:
         """Fold the rows of a batch into every layer that does not hold them yet."""
-        checked = self._check_labels(labels) if self._expected is None else self._expected
-        self._expected = None
+        checked = self._check_labels(labels)
         for name in self._folds:
             rows = features[name]
             if rows is not None:
@@ -441,13 +433,8 @@ class StateTarget(Target):
         # A layer that is ahead of the batches has been saved with them in it.
         for name, fold in self._folds.items():
             if fold.position == self._position:
-                about = {
-                    "position": fold.position,
-                    "labels": self._crc if self.request.labels_given else None,
-                    "world_size": self.request.share.world_size,
-                    "holds": list(fold.folds),
-                    "about": fold.about,
-                }
+                crc = self._crc if self.request.labels_given else None
+                about = {"position": fold.position, "labels": crc, **self._about(fold)}
                 split = self.request.split
                 self.opened.set_state(split, name, self._plan.running, fold.running(), about)
 
@@ -457,13 +444,10 @@ class StateTarget(Target):
         if not self._folds:  # all samples were folded before the interruption, or there are none
             for name, saved in self._plan.saved.items():
                 self._begin_layer(name, saved["holds"], None)
-        # Of several ranks one may have no samples; of one process that is a mistake.
-        if not self._folds and not self.request.share.several:
-            raise DataError("no sample in any batch", "at least one label that is not negative")
         if not self._folds:
-            self._end_without_rows()
-            return
-        ahead = max(fold.position for fold in self._folds.values())
+            self._check_several()
+            wait_for(self.open_again, self.request.share.rank)
+        ahead = max((fold.position for fold in self._folds.values()), default=self._position)
         if ahead != self._position:
             raise DataError(
                 f"batches of {self._position} samples",
@@ -471,18 +455,18 @@ class StateTarget(Target):
                 "resume with the same batches in the same order",
             )
         layers = {name: list(fold.folds) for name, fold in self._folds.items()}
-        for name, kinds in layers.items():
-            fold = self._folds.pop(name)
-            self._store_states(
-                name,
-                fold,
-                {
-                    "world_size": self.request.share.world_size,
-                    "holds": kinds,
-                    "layers": layers,
-                    "about": fold.about,
-                },
-            )
+        # A rank without samples says so for every layer: others wait for it.
+        for name in layers or self.request.places:
+            fold = self._folds.pop(name, LayerFold())
+            self._store_states(name, fold, {"layers": layers, **self._about(fold)})
+
+    def _about(self, fold: LayerFold) -> dict[str, Any]:
+        """Make the record of every running state and part."""
+        return {
+            "world_size": self.request.share.world_size,
+            "holds": list(fold.folds),
+            "about": fold.about,
+        }
 
     def _store_states(self, name: str, fold: LayerFold, part: Mapping[str, Any]) -> None:
         """Store what a layer was folded into: its states, or of several ranks `part` of them."""
@@ -493,6 +477,8 @@ class StateTarget(Target):
         states = {kind: state_arrays(fold.folds.pop(kind).seal()) for kind in list(fold.folds)}
         if self.request.share.several:
             arrays = {key: array for state in states.values() for key, array in state.items()}
+            # A state has one array at least.
+            arrays = arrays or {"class": np.empty(0, np.int64)}
             store.set_state(split, name, self._plan.part, arrays, {**about, **part})
         else:
             for kind, arrays in states.items():
@@ -500,21 +486,6 @@ class StateTarget(Target):
                 store.set_state(split, name, kind, arrays, about | decided_by)
         # Last: a kill before leaves both, and what is complete counts.
         store.delete_state(split, name, self._plan.running)
-
-    def _end_without_rows(self) -> None:
-        """Say for every layer that this rank had no samples."""
-        share = self.request.share
-        wait_for(self.open_again, share.rank)
-        about = {
-            "n_samples": 0,
-            "world_size": share.world_size,
-            "holds": [],
-            "layers": {},
-            "about": {},
-        }
-        for name in self.request.places:
-            empty = {"class": np.empty(0, np.int64)}
-            self.opened.set_state(self.request.split, name, self._plan.part, empty, about)
 
 
 def _beside(like: Array, values: Any) -> Array:

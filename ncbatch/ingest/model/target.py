@@ -107,6 +107,8 @@ class Target(ABC):
         Its K, or that of the store to be made.
     done : bool
         Whether there is nothing left to do.
+    begins : bool
+        Whether what the split is begun with is recorded.
     ready : bool
         Whether the first forward pass has told all that is needed: then rows can be received
         while the model runs.
@@ -122,6 +124,7 @@ class Target(ABC):
             _check_classes(self.store, request.n_classes)
             self.n_classes = self.store.n_classes
         self.done = False
+        self.begins = True
         self.ready = False
         self._head: str | None = None  # the layer whose predictions are kept
         self._skipped = 0
@@ -185,7 +188,7 @@ class Target(ABC):
         """Refuse to go on with what was begun with another model or other data."""
         if self.store is None or not self.continues:
             return
-        begun = self._begun_with
+        begun = self.store.begun_with(self.request.split, self.kind)
         for what, value in self.request.identity.items():
             # What only one of both says does not count: callers may come to say more.
             if what in begun and begun[what] != value:
@@ -195,15 +198,6 @@ class Target(ABC):
                     "go on with the same model, texts and options, "
                     "or delete the split first (ncbatch delete)",
                 )
-
-    def _record_identity(self) -> None:
-        # Of an earlier dump that has ended the record may be there still: it is replaced.
-        if not self.continues or not self._begun_with:
-            self.opened.set_begun_with(self.request.split, self.kind, self.request.identity)
-
-    @property
-    def _begun_with(self) -> Identity:
-        return self.opened.begun_with(self.request.split, self.kind)
 
     def begin(
         self,
@@ -216,7 +210,10 @@ class Target(ABC):
         self.settle(head, features, predictions)
         self.start(features, writing)
         self.check_identity()  # once more: of several ranks another may have begun meanwhile
-        self._record_identity()
+        split = self.request.split
+        # Of an earlier dump that has ended the record may be there still: it is replaced.
+        if self.begins and not (self.continues and self.opened.begun_with(split, self.kind)):
+            self.opened.set_begun_with(split, self.kind, self.request.identity)
         self.ready = True
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
@@ -240,6 +237,11 @@ class Target(ABC):
                 f"the {self._skipped + missing} already stored, and those to come",
                 "resume with the same batches in the same order",
             )
+
+    def _check_several(self) -> None:
+        """Refuse to end without samples: of several ranks one may have none."""
+        if not self.request.share.several:
+            raise DataError("no sample in any batch", "at least one label that is not negative")
 
     def _make_store(self, head: Head, features: Mapping[str, torch.Tensor]) -> FeatureStore:
         if self.n_classes is None:
@@ -429,10 +431,8 @@ def wait_for(look: Callable[[], Result | None], rank: int) -> Result:
         When it does not come.
     """
     deadline = time.monotonic() + PATIENCE_S
-    result = look()
-    if result is None:
-        logger.info("rank %d has no samples: it waits for another to begin", rank)
-    while result is None:
+    logger.info("rank %d has no samples: it goes on once another has begun", rank)
+    while (result := look()) is None:
         if time.monotonic() > deadline:
             raise DataError(
                 f"no sample in any batch of rank {rank}, and no other rank has begun",
@@ -440,7 +440,6 @@ def wait_for(look: Callable[[], Result | None], rank: int) -> Result:
                 "run this rank again with resume=True when another has begun",
             )
         time.sleep(min(0.2, PATIENCE_S))  # nothing tells of a change in a shared folder
-        result = look()
     return result
 
 
