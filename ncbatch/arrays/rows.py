@@ -79,7 +79,6 @@ def _r_of_qr(block: Array) -> Array:
 Rows = slice | npt.NDArray[np.int64] | tuple[Any, ...]
 # A block of float64 rows stays in a processor's cache; more rows than this gain nothing.
 _BLOCK_BYTES = 2 * 2**20
-_MOST_ROWS = 4096
 # Rows beyond those asked for are read too where that saves reading one by one.
 _SPARSEST = 2
 
@@ -342,7 +341,7 @@ def block_rows(n_features: int, least: int = 1) -> int:
     least : int, optional
         Rows below which the work is slow, such as products that fold into D x D arrays.
     """
-    return max(1, min(_MOST_ROWS, max(least, _BLOCK_BYTES // (8 * n_features))))
+    return max(1, min(BLOCK_ROWS, max(least, _BLOCK_BYTES // (8 * n_features))))
 
 
 def product_rows(n_features: int) -> int:
@@ -379,6 +378,22 @@ def mean_of_rows(rows: Array) -> Array:
     for _, block in float64_blocks(rows):
         total = total + xp.sum(block, axis=0)
     return total / rows.shape[0]
+
+
+def square_norms(rows: Array) -> Array:
+    """Compute the squared norms (K,) of rows (K, D), block by block."""
+    xp = namespace(rows)
+    return xp.concat([xp.sum(block * block, axis=1) for _, block in float64_blocks(rows)])
+
+
+def square_gaps(rows: Array, others: Array) -> Array:
+    """Compute |rows_c - others_c|^2 (K,) of two arrays or views (K, D), block by block."""
+    xp = namespace(rows)
+    squares = []
+    for part, block in float64_blocks(rows):
+        apart = block - as_float64(take_rows(others, part))
+        squares.append(xp.sum(apart * apart, axis=1))
+    return xp.concat(squares)
 
 
 def _without_columns(rows: Rows) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,11 +37,19 @@ def thread_limit(threads: int) -> Iterator[None]:
     Tasks that share a process enter and leave in any order: the first sets the limit and the last
     to leave lifts it.
     """
-    _limit.enter(threads)
+    with _limit.lock:
+        _limit.holders += 1
+        if _limit.holders == 1:
+            _limit.threads = max(threads, 1)
+            _limit.blas = _controller().limit(limits=_limit.threads, user_api="blas")
     try:
         yield
     finally:
-        _limit.leave()
+        with _limit.lock:
+            _limit.holders -= 1
+            if _limit.holders == 0:
+                _limit.blas.restore_original_limits()
+                _limit.threads = 0
 
 
 def map_threads(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -73,62 +80,24 @@ def read_ahead(blocks: Iterable[Block]) -> Iterator[Block]:
     What the iteration raises is raised at its place. Leaving early stops the thread after the
     block that it is at.
     """
-    ready: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    # The reader loads a block only once the one before was taken: two are held at most.
-    room = threading.Semaphore(1)
-    abandoned = threading.Event()
-
-    def read() -> None:
-        source = iter(blocks)
-        while room.acquire() and not abandoned.is_set():
-            try:
-                ready.put(("block", next(source)))
-            except StopIteration:
-                return ready.put(("end", None))
-            except BaseException as error:
-                return ready.put(("error", error))
-        return None
-
-    reader = threading.Thread(target=read, name="ncbatch-reader", daemon=True)
-    reader.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            room.release()
-            yield value
-    finally:
-        abandoned.set()
-        room.release()
-        reader.join()
+    source = iter(blocks)
+    end: Any = object()
+    with ThreadPoolExecutor(1, "ncbatch-reader") as reader:
+        ahead = reader.submit(next, source, end)
+        while (block := ahead.result()) is not end:
+            # The next is loaded only once this one was taken: two are held at most.
+            ahead = reader.submit(next, source, end)
+            yield block
 
 
 class _Limit:
-    """The process's limit of threads, and how many tasks hold it."""
+    """The process's limit of threads, 0 for none, and how many tasks hold it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._blas: Any = None
+        self.lock = threading.Lock()
+        self.holders = 0
+        self.blas: Any = None
         self.threads = 0
-
-    def enter(self, threads: int) -> None:
-        with self._lock:
-            self._holders += 1
-            if self._holders == 1:
-                self.threads = max(threads, 1)
-                self._blas = _controller().limit(limits=self.threads, user_api="blas")
-
-    def leave(self) -> None:
-        with self._lock:
-            self._holders -= 1
-            if self._holders == 0:
-                self._blas.restore_original_limits()
-                self.threads = 0
-                self._blas = None
 
 
 _limit = _Limit()

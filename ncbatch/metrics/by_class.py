@@ -69,11 +69,7 @@ class ClassView:
 
     def classes(self) -> dict[str, Values]:
         """Give every value over all K classes; NaN for classes that are not used."""
-        columns = dict(self._values)
-        if self._counts:
-            decided = self._counts["n_decided"]
-            columns["n_decided"] = decided
-            columns |= {name: _divided(self._counts[name], decided) for name in _RATES}
+        columns = self._values | _rates(self._counts)
         return {f"class_{name}": self._spread(values) for name, values in columns.items()}
 
     def deciles(self) -> dict[str, Values]:
@@ -92,10 +88,7 @@ class ClassView:
             name: np.array([values[tenth].sum() for tenth in tenths])
             for name, values in self._counts.items()
         }
-        if sums:
-            columns["n_decided"] = sums["n_decided"]
-            columns |= {name: _divided(sums[name], sums["n_decided"]) for name in _RATES}
-        return {f"decile_{name}": values for name, values in columns.items()}
+        return {f"decile_{name}": values for name, values in (columns | _rates(sums)).items()}
 
     def bins(self) -> dict[str, Values]:
         """Give the histogram of cosines between class means."""
@@ -128,5 +121,11 @@ def _mean(values: Values) -> float:
     return float(known.mean()) if known.size else np.nan
 
 
-def _divided(hits: Values, samples: Values) -> Values:
-    return np.where(samples > 0, hits / np.maximum(samples, 1.0), np.nan)
+def _rates(counts: dict[str, Values]) -> dict[str, Values]:
+    """Divide hits by the samples decided, which are returned with them."""
+    if not counts:
+        return {}
+    decided = counts["n_decided"]
+    some = np.maximum(decided, 1.0)
+    rates = {name: np.where(decided > 0, counts[name] / some, np.nan) for name in _RATES}
+    return {"n_decided": decided} | rates

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from array_api_compat import device
 
-from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, zeros
 from ncbatch.arrays.rows import (
     block_rows,
     float64_blocks,
@@ -157,15 +157,16 @@ def structure_error(A: Array, B: Array) -> float:
     sums_a = 0.0
     sums_b = 0.0
     diagonal = 0.0
-    gram_a: Array = None
-    gram_b: Array = None
+    gram_a = zeros((n_features, n_features), A)
+    gram_b = gram_a if B is A else zeros((n_features, n_features), A)
     for part, a in float64_blocks(A, product_rows(n_features)):
         b = a if B is A else as_float64(take_rows(B, part))
         sums_a = sums_a + xp.sum(a, axis=0)
         sums_b = sums_b + xp.sum(b, axis=0)
         diagonal += scalar(xp.sum(a * b))
-        gram_a = _added(gram_a, symmetric_product(a))
-        gram_b = gram_a if B is A else _added(gram_b, symmetric_product(b))
+        gram_a += symmetric_product(a)
+        if B is not A:
+            gram_b += symmetric_product(b)
     norm = math.sqrt(max(scalar(xp.sum(gram_a * gram_b)), 0.0))
     if norm == 0.0:
         return math.nan
@@ -200,27 +201,14 @@ def _products(A: Array, B: Array) -> Iterator[tuple[slice, slice, Array]]:
             yield rows, columns, xp.matmul(a, xp.matrix_transpose(b))
 
 
-def square_norms(rows: Array) -> Array:
-    """Compute the squared norms (K,) of rows (K, D), block by block."""
-    xp = namespace(rows)
-    return xp.concat([xp.sum(block * block, axis=1) for _, block in float64_blocks(rows)])
-
-
 def symmetric_sum(rows: Array, weights: Array | None = None) -> Array:
     """Compute ``sum_c w_c row_c row_c^T`` of rows (K, D) block by block; w_c is 1 by default."""
     xp = namespace(rows)
-    total = None
+    total = zeros((rows.shape[1], rows.shape[1]), rows)
     for part, block in float64_blocks(rows, product_rows(rows.shape[1])):
         scaled = block if weights is None else block * xp.sqrt(weights[part])[:, None]
-        total = _added(total, symmetric_product(scaled))
-    return total
-
-
-def _added(total: Array | None, product: Array) -> Array:
-    """Add in place: only two of a sum's D x D arrays are held."""
-    if total is None:
-        return product
-    total += product
+        # In place: only two of a sum's D x D arrays are held.
+        total += symmetric_product(scaled)
     return total
 
 

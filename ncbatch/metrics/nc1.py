@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
-from ncbatch.arrays.rows import float64_blocks, take_rows
+from ncbatch.arrays.rows import square_gaps
 from ncbatch.metrics import yardsticks
-from ncbatch.metrics.geometry import ridge_trace, separation_eigenvalues
+from ncbatch.metrics.geometry import ridge_trace, separation_eigenvalues, symmetric_sum
 from ncbatch.metrics.metric import (
     GALANTI,
     HAN,
@@ -51,7 +51,7 @@ def _lda(s: Statistics) -> float:
     ridge = 1e-6 * scalar(xp.linalg.trace(within)) / s.n_features
     if ridge <= 0.0:
         raise Undefined("S_W is zero")
-    return ridge_trace(within, s.between_covariance, ridge)
+    return ridge_trace(within, symmetric_sum(s.centred) / s.n_classes, ridge)
 
 
 def _trace_share(s: Statistics) -> float:
@@ -82,14 +82,9 @@ def _at_quantile(q: float) -> Compute:
 def _test_to_train(s: Statistics) -> float:
     if s.test is None:
         raise Undefined("no test split")
-    xp = namespace(s.test.means)
     seen = s.test.counts > 0
-    squares = []
-    for part, block in float64_blocks(s.test.means):
-        apart = block - as_float64(take_rows(s.moments.means, part))
-        squares.append(xp.sum(apart * apart, axis=1))
     spread = s.test.traces[seen] / as_float64(s.test.counts[seen])
-    return mean(spread + xp.concat(squares)[seen], "test samples")
+    return mean(spread + square_gaps(s.test.means, s.moments.means)[seen], "test samples")
 
 
 def _directional_exact(s: Statistics) -> float:

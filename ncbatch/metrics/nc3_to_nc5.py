@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from ncbatch.arrays.namespace import as_float64, namespace, scalar
 from ncbatch.arrays.rows import float64_blocks
@@ -78,7 +79,7 @@ UNIFORM_DUALITY = Metric(
     "var over classes of w_c . Mc_c",
     WU,
     reads("classifier"),
-    lambda s: variance(s.dots, "samples", s.class_ddof),
+    lambda s: variance(s.duality.dots, "samples", s.class_ddof),
     "weight^2 feature^2",
     random=yardsticks.dot_variance,
 )
@@ -93,7 +94,7 @@ NC3 = (
     UNIFORM_DUALITY,
     Metric(
         "nc3_dot_mean", "mean classifier-mean product", "mean over classes of w_c . Mc_c", WU,
-        reads("classifier"), lambda s: mean(s.dots, "samples"), "weight feature",
+        reads("classifier"), lambda s: mean(s.duality.dots, "samples"), "weight feature",
         random=yardsticks.zero,
     ),
     UNIFORM_DUALITY.alias("nc3_dot_var", "variance of classifier-mean products"),
@@ -130,32 +131,26 @@ NC3 = (
     ),
 )  # fmt: skip
 
-NC4 = (
+NC4 = tuple(
     Metric(
-        "nc4_agree",
-        "agreement of nearest class mean and classifier",
-        "share of samples with argmin_c |x - m_c| = argmax_k (W x + b)_k",
-        PAPYAN,
-        reads("decisions"),
-        lambda s: _rate(s, "agreements"),
-    ),
-    Metric(
-        "nc4_ncc_accuracy",
-        "accuracy of the nearest class mean",
-        "share of samples with argmin_c |x - m_c| = y",
-        PAPYAN,
-        reads("decisions"),
-        lambda s: _rate(s, "ncc_hits"),
-    ),
-    Metric(
-        "nc4_clf_accuracy",
-        "accuracy of the classifier",
-        "share of samples with argmax_k (W x + b)_k = y",
-        PAPYAN,
-        reads("decisions"),
-        lambda s: _rate(s, "clf_hits"),
-    ),
-)
+        name, what, f"share of samples with {decided}", PAPYAN, reads("decisions"),
+        partial(_rate, kind=kind),
+    )
+    for name, what, decided, kind in (
+        (
+            "nc4_agree", "agreement of nearest class mean and classifier",
+            "argmin_c |x - m_c| = argmax_k (W x + b)_k", "agreements",
+        ),
+        (
+            "nc4_ncc_accuracy", "accuracy of the nearest class mean",
+            "argmin_c |x - m_c| = y", "ncc_hits",
+        ),
+        (
+            "nc4_clf_accuracy", "accuracy of the classifier",
+            "argmax_k (W x + b)_k = y", "clf_hits",
+        ),
+    )
+)  # fmt: skip
 
 NC5 = (
     Metric(

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 from array_api_compat import device
 
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
-from ncbatch.arrays.rows import CentredRows, block_rows, mean_of_rows, row_blocks, take_rows
+from ncbatch.arrays.rows import (
+    CentredRows,
+    block_rows,
+    mean_of_rows,
+    row_blocks,
+    square_norms,
+    take_rows,
+)
 from ncbatch.errors import UsageError
 from ncbatch.metrics.geometry import (
     between_class_spectrum,
     directions,
-    square_norms,
     structure_error,
 )
 from ncbatch.states.decisions import Decisions
+from ncbatch.states.pairs.stats import Tally
 from ncbatch.states.pairs.sweep import PairTiles, sweep_pairs
 
 # Kernels between directions of class means: distances, logarithmic and Riesz energies.
@@ -44,9 +52,8 @@ def pair_grid(
     xp = namespace(data)
     n_classes = data.shape[0]
     grid = xp.empty((n_classes, n_classes), dtype=xp.float64, device=device(data))
-    for rows in row_blocks(n_classes, tile_size or _TILE_CLASSES):
-        for columns in row_blocks(n_classes, tile_size or _TILE_CLASSES):
-            grid[rows, columns] = tile(rows, columns)
+    for rows, columns in product(row_blocks(n_classes, tile_size or _TILE_CLASSES), repeat=2):
+        grid[rows, columns] = tile(rows, columns)
     return grid
 
 
@@ -86,7 +93,7 @@ def log_kernel(data: Array, exponent: float = -1, tile_size: int | None = None) 
     xp = namespace(data)
     squares = _square_distances(data, tile_size)
     apart = squares > 0.0
-    logs = 0.5 * exponent * xp.log(xp.where(apart, squares, xp.ones_like(squares)))
+    logs = 0.5 * exponent * xp.log(xp.where(apart, squares, 1.0))
     return xp.where(apart, logs, -math.copysign(math.inf, exponent) if exponent else 0.0)
 
 
@@ -101,13 +108,13 @@ def riesz_kernel(data: Array, tile_size: int | None = None) -> Array:
     xp = namespace(data)
     s = data.shape[1] - 2
     squares = _square_distances(data, tile_size)
+    if not s:
+        return xp.zeros_like(squares)
     apart = squares > 0.0
-    sign = math.copysign(1.0, s) if s else 0.0
-    logs = -0.5 * s * xp.log(xp.where(apart, squares, xp.ones_like(squares)))
+    logs = -0.5 * s * xp.log(xp.where(apart, squares, 1.0))
     # Above 709.78 exp overflows; inf without a warning is what the formula gives.
     values = xp.where(logs > 709.0, xp.inf, xp.exp(xp.clip(logs, None, 709.0)))
-    limit = math.inf if s > 0 else (0.0 if s < 0 else 1.0)
-    return sign * xp.where(apart, values, limit) if s else xp.zeros_like(squares)
+    return math.copysign(1.0, s) * xp.where(apart, values, math.inf if s > 0 else 0.0)
 
 
 def kernel_grid(
@@ -158,32 +165,23 @@ def kernel_stats(
     """
     quantity = {dist_kernel: "distance", log_kernel: "log", riesz_kernel: "riesz"}.get(kernel)
     if quantity is None:
-        return _grid_stats(kernel_grid(M, m_G, kernel, tile_size))
-    stats = sweep_pairs(M, m_G, quantities=[quantity], tile_classes=tile_size)
-    tally = getattr(stats, quantity)
+        grid = kernel_grid(M, m_G, kernel, tile_size)
+        index = namespace(grid).arange(grid.shape[0], device=device(grid))
+        tally = Tally.of(grid[index[:, None] < index[None, :]])
+    else:
+        stats = sweep_pairs(M, m_G, quantities=[quantity], tile_classes=tile_size)
+        tally = getattr(stats, quantity)
     if not tally.n:
         return math.nan, math.nan
-    mean = (
-        math.copysign(_exp(tally.log_abs_mean), tally.mean) if quantity == "riesz" else tally.mean
-    )
-    return mean, _exp(tally.log_variance) if quantity == "riesz" else tally.variance
+    if quantity == "riesz":
+        mean = math.copysign(_exp(tally.log_abs_mean), tally.mean)
+        return mean, _exp(tally.log_variance)
+    return tally.mean, tally.variance
 
 
 def _square_distances(data: Array, tile_size: int | None) -> Array:
     pairs = PairTiles(data, mean_of_rows(data), quantities=[])
-
-    def tile(rows: slice, columns: slice) -> Array:
-        return pairs.square_distances(rows, columns)
-
-    return pair_grid(data, tile, tile_size)
-
-
-def _grid_stats(grid: Array) -> tuple[float, float]:
-    xp = namespace(grid)
-    index = xp.arange(grid.shape[0], device=device(grid))
-    values = grid[index[:, None] < index[None, :]]
-    mean = scalar(xp.mean(values))
-    return mean, scalar(xp.mean((values - mean) ** 2))
+    return pair_grid(data, pairs.square_distances, tile_size)
 
 
 def _exp(logarithm: float) -> float:
@@ -217,13 +215,7 @@ def mean_norms(
 
 def interference_grid(M: Array, m_G: Array | float = 0) -> Array:
     """Compute the K x K grid of inner products of centred means, of an array in memory."""
-    xp = namespace(M)
-    centred = CentredRows(M, m_G)
-
-    def tile(rows: slice, columns: slice) -> Array:
-        return xp.matmul(centred[rows], xp.matrix_transpose(centred[columns]))
-
-    return pair_grid(centred, tile)
+    return pair_grid(M, PairTiles(M, m_G, quantities=[]).interference)
 
 
 def simplex_etf_error(M: Array, m_G: Array | float = 0) -> float:
@@ -365,7 +357,7 @@ def class_dist_norm_vars(
         squares = pairs.square_distances(rows, columns)
         spread = 0.5 * (variances[rows][:, None] + variances[columns][None, :])
         apart = squares > 0.0
-        power = xp.where(apart, squares, xp.ones_like(squares)) ** dist_exp
+        power = xp.where(apart, squares, 1.0) ** dist_exp
         return xp.where(apart, spread / power, xp.inf)
 
     return pair_grid(M, tile, tile_size)
@@ -397,13 +389,7 @@ def similarities(W: Array, M: Array, m_G: Array | float = 0, cos: bool = False) 
     array([2.])
     """
     xp = namespace(W, M)
-    blocks = []
-    for weight, centred in _paired_blocks(W, M, m_G):
-        if cos:
-            weight = directions(weight)
-            centred = directions(centred)
-        blocks.append(xp.sum(weight * centred, axis=1))
-    return xp.concat(blocks)
+    return xp.concat([xp.sum(w * m, axis=1) for w, m in _paired_blocks(W, M, m_G, cos)])
 
 
 def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True) -> Array:
@@ -424,22 +410,23 @@ def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True
         One distance per class.
     """
     xp = namespace(W, M)
-    blocks = []
-    for weight, centred in _paired_blocks(W, M, m_G):
-        if norm:
-            weight = directions(weight)
-            centred = directions(centred)
-        blocks.append(xp.sqrt(xp.sum((weight - centred) ** 2, axis=1)))
-    return xp.concat(blocks)
+    squares = [xp.sum((w - m) ** 2, axis=1) for w, m in _paired_blocks(W, M, m_G, norm)]
+    return xp.sqrt(xp.concat(squares))
 
 
-def _paired_blocks(W: Array, M: Array, m_G: Array | float) -> Iterator[tuple[Array, Array]]:
-    """Give blocks of w_c and of m_c - m_G; a single row on one side goes with every other."""
+def _paired_blocks(
+    W: Array, M: Array, m_G: Array | float, unit: bool
+) -> Iterator[tuple[Array, Array]]:
+    """Give blocks of w_c and of m_c - m_G, scaled to `unit` length or not.
+
+    A single row on one side goes with every other.
+    """
     centred = CentredRows(M if len(M.shape) == 2 else M[None, :], m_G)
     sizes = W.shape[0], centred.shape[0]
     for part in row_blocks(max(sizes), block_rows(W.shape[1])):
         of_w, of_m = (slice(0, 1) if size == 1 else part for size in sizes)
-        yield as_float64(take_rows(W, of_w)), centred[of_m]
+        pair = (as_float64(take_rows(W, of_w)), centred[of_m])
+        yield (directions(pair[0]), directions(pair[1])) if unit else pair
 
 
 def clf_ncc_agreement(

@@ -33,21 +33,16 @@ def _stable_rank(values: Array) -> float:
     return scalar(xp.sum(values)) / scalar(xp.max(values))
 
 
-def _of(which: str, measure: Callable[[Array], float]) -> Callable[[Statistics], float]:
+def _of(
+    attribute: str, nothing: str, measure: Callable[[Array], float]
+) -> Callable[[Statistics], float]:
     def compute(s: Statistics) -> float:
-        values: Array = getattr(s, f"{which}_eigenvalues")
+        values: Array = getattr(s, attribute)
         if not scalar(namespace(values).sum(values)) > 0.0:
-            raise Undefined(f"the {which} covariance is zero")
+            raise Undefined(nothing)
         return measure(values)
 
     return compute
-
-
-def _rankme(s: Statistics) -> float:
-    values = s.raw_singular_values
-    if not scalar(namespace(values).sum(values)) > 0.0:
-        raise Undefined("all features are zero")
-    return _effective_rank(values)
 
 
 _MATRICES = (
@@ -66,7 +61,8 @@ SPECTRA = (
     *(
         Metric(
             f"spec_{which}_{name}", f"{what} of {matrix}", f"{formula}, l eigenvalues of {matrix}",
-            source, reads("scatter"), _of(which, measure),
+            source, reads("scatter"),
+            _of(f"{which}_eigenvalues", f"the {which} covariance is zero", measure),
             random=_RANDOM.get((which, name)),
         )
         for which, matrix in _MATRICES
@@ -75,6 +71,6 @@ SPECTRA = (
     Metric(
         "spec_rankme", "RankMe: effective rank of the features",
         "exp(entropy of s / sum s), s singular values of the uncentred samples", _GARRIDO,
-        reads("scatter"), _rankme,
+        reads("scatter"), _of("raw_singular_values", "all features are zero", _effective_rank),
     ),
 )  # fmt: skip

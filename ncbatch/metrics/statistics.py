@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from array_api_compat import device
 
-from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy, zeros
 from ncbatch.arrays.rows import (
     CentredRows,
     ChosenRows,
     float64_blocks,
     mean_of_rows,
     product_rows,
+    square_gaps,
     take_rows,
 )
 from ncbatch.metrics.geometry import (
@@ -72,9 +72,7 @@ class Duality:
             m_G.
         """
         xp: Any = namespace(weight, center)
-        n_classes = centred.shape[0]
-        place = {"dtype": xp.float64, "device": device(center)}
-        duality = cls(*(xp.zeros((n_classes,), **place) for _ in range(5)))
+        duality = cls(*(zeros((centred.shape[0],), center) for _ in fields(cls)))
         for part, mean in float64_blocks(centred):
             row = as_float64(take_rows(weight, part))
             duality.squares[part] = xp.sum(row * row, axis=1)
@@ -170,10 +168,8 @@ class Statistics:
         means = self.moments.means
         if self.n_directed:
             return CentredRows(means, self.global_mean)
-        xp = namespace(means)
-        place = device(means)
-        zero = xp.zeros((1, self.n_features), dtype=xp.float64, device=place)
-        return ChosenRows(zero, xp.zeros((self.n_classes,), dtype=xp.int64, device=place))
+        zero = zeros((1, self.n_features), means)
+        return ChosenRows(zero, zeros((self.n_classes,), means, "int64"))
 
     @cached_property
     def _squares(self) -> tuple[Array, Array]:
@@ -221,8 +217,7 @@ class Statistics:
         n = as_float64(self.moments.counts) - self.ddof
         xp = namespace(n)
         known = n > 0.0
-        spread = self.moments.traces / xp.where(known, n, xp.ones_like(n))
-        return xp.where(known, spread, xp.full_like(n, xp.nan))
+        return xp.where(known, self.moments.traces / xp.where(known, n, 1.0), xp.nan)
 
     @property
     def n_without_variance(self) -> int:
@@ -305,11 +300,6 @@ class Statistics:
         return between_class_spectrum(self.centred)
 
     @cached_property
-    def between_covariance(self) -> Array:
-        """S_B (D, D)."""
-        return symmetric_sum(self.centred) / self.n_classes
-
-    @cached_property
     def within_eigenvalues(self) -> Array:
         """Eigenvalues of S_W."""
         return _eigenvalues(self.within_covariance)
@@ -357,14 +347,8 @@ class Statistics:
             raise Undefined("no pairs")
         means = self.moments.means
         index = self.pairs.nearest.index
-        xp = namespace(means)
-        partners = xp.asarray(np.maximum(index, 0), device=device(means))
-        squares = []
         # The sweep's distance may come from float32 products: it chose, this measures.
-        for part, block in float64_blocks(means):
-            apart = block - as_float64(take_rows(means, partners[part]))
-            squares.append(xp.sum(apart * apart, axis=1))
-        square = to_numpy(xp.concat(squares))
+        square = to_numpy(square_gaps(means, ChosenRows(means, np.maximum(index, 0))))
         variances = to_numpy(self.variances)
         sizes = to_numpy(self.sizes)
         spread = 0.5 * (variances + variances[index])
@@ -396,11 +380,6 @@ class Statistics:
     def duality(self) -> Duality:
         """The classifier's rows beside the centred means."""
         return Duality.of(self.classifier_rows, self.centred, self.global_mean)
-
-    @property
-    def dots(self) -> Array:
-        """w_c . Mc_c (K,)."""
-        return self.duality.dots
 
     @cached_property
     def aligned(self) -> Array:

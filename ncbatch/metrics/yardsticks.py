@@ -251,19 +251,14 @@ def _inverse_moment(s: Statistics, p: float) -> float:
 
 @_unless_recentred
 def etf_error(s: Statistics) -> float:
-    """Return the expectation of nc2_etf_err."""
-    return _etf_error(s.n_classes, s.n_features)
+    """Return the expectation of nc2_etf_err, sqrt(2 - 2t).
 
-
-@lru_cache(maxsize=16)
-def _etf_error(n_classes: int, n_features: int) -> float:
-    """Average sqrt(2 - 2t), t = tr A / (|A|_F sqrt(K-1)), A a Wishart matrix of rank q.
-
-    q |A|^2 / (tr A)^2 - 1 lies between 0 and q - 1. Its expectation is exact; the share of q - 1 is
-    taken to be Beta with half the degrees of freedom of a spherical A, which is exact for q = 2.
+    t = tr A / (|A|_F sqrt(K-1)), A a Wishart matrix of rank q. q |A|^2 / (tr A)^2 - 1 lies between
+    0 and q - 1. Its expectation is exact; the share of q - 1 is taken to be Beta with half the
+    degrees of freedom of a spherical A, which is exact for q = 2.
     """
-    p = n_classes - 1
-    d = n_features
+    p = s.n_classes - 1
+    d = s.n_features
     q = min(p, d)
     excess = np.zeros(1)
     if q > 1:

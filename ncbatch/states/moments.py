@@ -12,7 +12,7 @@ import numpy.typing as npt
 from array_api_compat import device, is_numpy_array
 
 from ncbatch.arrays.named_arrays import Arrays, NamedArrays
-from ncbatch.arrays.namespace import Array, as_float64, namespace, to_numpy
+from ncbatch.arrays.namespace import Array, as_float64, namespace, to_numpy, zeros
 from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.errors import DataError
 from ncbatch.states.fold import check_block, detached
@@ -113,15 +113,12 @@ class Moments(NamedArrays):
         device : optional
             Device of that namespace.
         """
-
-        def zeros(*shape: int) -> Array:
-            return xp.zeros(shape, dtype=xp.float64, device=device)
-
+        of = {"dtype": xp.float64, "device": device}
         return cls(
             counts=xp.zeros((n_classes,), dtype=xp.int64, device=device),
-            means=zeros(n_classes, n_features),
-            traces=zeros(n_classes),
-            scatter=zeros(n_features, n_features) if scatter else None,
+            means=xp.zeros((n_classes, n_features), **of),
+            traces=xp.zeros((n_classes,), **of),
+            scatter=xp.zeros((n_features, n_features), **of) if scatter else None,
         )
 
     @classmethod
@@ -231,10 +228,8 @@ class Moments(NamedArrays):
                 from ncbatch.states.moments_kernel import merge_seen
 
                 return merge_seen(classes, self, other)
-        counts = xp.empty((n_classes,), dtype=xp.int64, device=device(self.means))
-        traces = xp.empty((n_classes,), dtype=xp.float64, device=device(self.means))
-        means = xp.empty(
-            (n_classes, self.means.shape[1]), dtype=xp.float64, device=device(self.means)
+        merged = Moments.zero(
+            n_classes, self.means.shape[1], scatter=False, xp=xp, device=device(self.means)
         )
         # Both are about their own means; what lies between the means is added per class.
         scatter = None if self.scatter is None else self.scatter + other.scatter
@@ -242,11 +237,12 @@ class Moments(NamedArrays):
             ids = None if classes is None else classes[part]
             a = self._rows(part, ids)
             b = other._rows(part, ids)
-            counts[part] = a[0] + b[0]
-            means[part, :], traces[part], apart = merge_rows(a, b)
+            merged.counts[part] = a[0] + b[0]
+            merged.means[part, :], merged.traces[part], apart = merge_rows(a, b)
             if scatter is not None:
                 scatter += symmetric_product(apart)
-        return Moments(counts, means, traces, scatter, classes, self.skipped + other.skipped)
+        skipped = self.skipped + other.skipped
+        return replace(merged, scatter=scatter, classes=classes, skipped=skipped)
 
     def seen(self) -> Moments:
         """Leave out the classes that have no samples; `classes` tells which are left.
@@ -404,18 +400,14 @@ class MomentsAccumulator:
         self._work = xp.float64 if precision == "exact" else xp.float32
         # Any number near the mean serves as pilot; float32 halves the memory where it fits.
         kind = like.dtype.newbyteorder("=") if is_numpy_array(like) else like.dtype
-        pilot = xp.float64 if kind == xp.float64 else xp.float32
-        wide = (n_classes, n_features)
+        pilot = "float64" if kind == xp.float64 else "float32"
         self._running = Running(
-            counts=xp.zeros((n_classes,), dtype=xp.int64, **self._place),
-            pilots=xp.zeros(wide, dtype=pilot, **self._place),
-            sums=xp.zeros(wide, dtype=xp.float64, **self._place),
-            traces=xp.zeros((n_classes,), dtype=xp.float64, **self._place),
+            counts=zeros((n_classes,), like, "int64"),
+            pilots=zeros((n_classes, n_features), like, pilot),
+            sums=zeros((n_classes, n_features), like),
+            traces=zeros((n_classes,), like),
         )
-        self._scatter: Array | None = None
-        if scatter:
-            square = (n_features, n_features)
-            self._scatter = xp.zeros(square, dtype=xp.float64, **self._place)
+        self._scatter: Array | None = zeros((n_features, n_features), like) if scatter else None
         self._n_samples = 0
         self._compilable = is_numpy_array(like) and kind in _FLOATS
         self._compiled_folding: Any = None

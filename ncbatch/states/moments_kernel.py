@@ -7,7 +7,7 @@ the residual rows depend on how many threads there are.
 from __future__ import annotations
 
 import platform
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -205,12 +205,12 @@ def begin_classes(rows, groups, first, stop, counts, pilots):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def settle_classes(classes, places, running, means, missed):
+def settle_classes(classes, running, means, missed):
     """Turn sums of residuals into means, and correct the traces, of `classes` (P,) with samples.
 
-    Means are written to the rows `places` (P,) of `means`, which may be the sums. What the pilot
-    missed of the mean, times the root of the count, is written to the rows of `missed`, if it has
-    any, for each class with at least two samples; a single one is its pilot.
+    Means are written to `means` (P, D), which may be rows of the sums. What the pilot missed of the
+    mean, times the root of the count, is written to the rows of `missed`, if it has any, for each
+    class with at least two samples; a single one is its pilot.
     """
     counts, pilots, sums, traces = running
     n_features = sums.shape[1]
@@ -221,7 +221,7 @@ def settle_classes(classes, places, running, means, missed):
         n = counts[c]
         total = sums[c]
         pilot = pilots[c]
-        mean = means[places[p]]
+        mean = means[p]
         # Its only sample is its pilot and its mean, to the bit.
         if n == 1:
             for j in range(n_features):
@@ -242,6 +242,7 @@ def settle_classes(classes, places, running, means, missed):
                 row[j] = shift[j] * root
 
 
+@dataclass(frozen=True, eq=False)
 class CompiledFolding:
     """Does what `Folding` does for NumPy arrays.
 
@@ -259,24 +260,16 @@ class CompiledFolding:
         Where residuals and products are; several that do not run at once may share it.
     """
 
-    def __init__(
-        self,
-        running: Running,
-        scatter: npt.NDArray[np.float64] | None,
-        work: Any,
-        block_rows: int,
-        scratch: Scratch,
-    ) -> None:
-        self._running = running
-        self._scatter = scatter
-        self._work = work
-        self._block_rows = block_rows
-        self._scratch = scratch
+    running: Running
+    scatter: npt.NDArray[np.float64] | None
+    work: Any
+    block_rows: int
+    scratch: Scratch
 
     @property
     def _residuals(self) -> npt.NDArray[Any]:
-        kept = 0 if self._scatter is None else self._block_rows
-        return self._scratch.take("residuals", (kept, self._running.sums.shape[1]), self._work)
+        kept = 0 if self.scatter is None else self.block_rows
+        return self.scratch.take("residuals", (kept, self.running.sums.shape[1]), self.work)
 
     def add(self, features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
         """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1, B at most `block_rows`.
@@ -289,10 +282,10 @@ class CompiledFolding:
         rows = as_rows(features)
         labels = np.ascontiguousarray(labels, np.int64)
         self._check(rows, labels)
-        counts = self._running.counts
-        pilots = self._running.pilots
-        size = self._block_rows
-        take = self._scratch.take
+        counts = self.running.counts
+        pilots = self.running.pilots
+        size = self.block_rows
+        take = self.scratch.take
         groups = Groups(
             take("order", (size,), np.int64),
             take("starts", (size + 1,), np.int64),
@@ -305,7 +298,7 @@ class CompiledFolding:
         def fold(part: slice) -> None:
             end = min(part.stop, several)
             if part.start < end:
-                fold_classes(rows, groups, part.start, end, self._running, residuals)
+                fold_classes(rows, groups, part.start, end, self.running, residuals)
             if several < part.stop:
                 first = max(part.start, several)
                 begin_classes(rows, groups, first, part.stop, counts, pilots)
@@ -320,42 +313,33 @@ class CompiledFolding:
 
         Rows of other classes are not touched: they may never have been given memory.
         """
-        sums = self._running.sums
+        sums = self.running.sums
         n_classes = sums.shape[0]
         n_seen = classes.shape[0]
         # In memory of their own, or moved up where that saves little and has no room.
         fresh = 2 * n_seen <= n_classes
         means = np.empty((n_seen, sums.shape[1])) if fresh else sums[:n_seen]
         # Rows that are moved up must be read before others take their place.
-        self._settle(classes, np.arange(n_seen), means, ordered=not fresh and n_seen < n_classes)
-        return means, self._running.traces[classes]
-
-    def _settle(
-        self,
-        classes: npt.NDArray[np.int64],
-        places: npt.NDArray[np.int64],
-        means: npt.NDArray[np.float64],
-        ordered: bool = False,
-    ) -> None:
+        ordered = not fresh and n_seen < n_classes
         residuals = self._residuals
-        for block in row_blocks(classes.shape[0], self._block_rows):
+        for block in row_blocks(n_seen, self.block_rows):
             ids = classes[block]
-            rows = places[block]
-            ends = np.concatenate([[0], np.cumsum(self._running.counts[ids] > 1)])
+            ends = np.concatenate([[0], np.cumsum(self.running.counts[ids] > 1)])
 
-            def settle(part: slice, ids: Any = ids, rows: Any = rows, ends: Any = ends) -> None:
+            def settle(
+                part: slice, ids: Any = ids, means: Any = means[block], ends: Any = ends
+            ) -> None:
                 missed = residuals[ends[part.start] : ends[part.stop]]
-                settle_classes(ids[part], rows[part], self._running, means, missed)
+                settle_classes(ids[part], self.running, means[part], missed)
 
-            if ordered:
-                settle(slice(0, ids.shape[0]))
-            else:
-                in_threads(settle, shares(np.arange(ids.shape[0] + 1)))
+            parts = [slice(0, ids.shape[0])] if ordered else shares(np.arange(ids.shape[0] + 1))
+            in_threads(settle, parts)
             self._add_product(int(ends[-1]), -1)
+        return means, self.running.traces[classes]
 
     def _check(self, rows: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> None:
         """Compiled code would write out of bounds where NumPy raises."""
-        n_classes, n_features = self._running.sums.shape
+        n_classes, n_features = self.running.sums.shape
         if rows.shape != (labels.shape[0], n_features):
             raise DataError(
                 f"features {rows.shape} with labels {labels.shape}",
@@ -365,16 +349,14 @@ class CompiledFolding:
             raise DataError("a label out of range", f"labels in 0..{n_classes - 1}, the classes")
 
     def _add_product(self, n_rows: int, sign: int) -> None:
-        if self._scatter is None or n_rows == 0:
+        if self.scatter is None or n_rows == 0:
             return
         product = symmetric_product(
             self._residuals[:n_rows],
-            out=self._scratch.take("product", self._scatter.shape, self._work),
+            out=self.scratch.take("product", self.scatter.shape, self.work),
         )
-        if sign > 0:
-            self._scatter += product
-        else:
-            self._scatter -= product
+        add = np.add if sign > 0 else np.subtract
+        add(self.scatter, product, out=self.scatter)
 
 
 def as_rows(features: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -495,40 +477,32 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
         counts[side, place] = moments.counts
         traces[place] += moments.traces
     means = np.empty((n, n_features))
-    scatter = None
-    ends = np.concatenate([[0], np.cumsum((counts[0] > 0) & (counts[1] > 0))])
+    scatter = product = None
     apart = np.empty((0, n_features))
-    product = None
+    size = n
     if a.scatter is not None and b.scatter is not None:
         scatter = a.scatter + b.scatter
-        apart = np.empty((min(int(ends[-1]), _piece_rows(n_features)), n_features))
         product = np.empty_like(scatter)
+        size = _piece_rows(n_features)
+        apart = np.empty((min(n, size), n_features))
     # Neither is written; a state that was sent cannot be.
     sides = Sides(rows, counts, _frozen(a.means), _frozen(b.means))
-    for piece in _pieces(ends, apart.shape[0]):
+    for piece in row_blocks(n, size):
+        # Where each class that both sides hold has its row of differences.
+        ends = np.concatenate([[0], np.cumsum((counts[:, piece] > 0).all(axis=0))])
 
-        def merge(part: slice, first: int = piece.start) -> None:
-            p = first + part.start
-            q = first + part.stop
-            both = apart[ends[p] - ends[first] : ends[q] - ends[first]]
-            merge_classes(p, q, sides, traces, means, both)
+        def merge(part: slice, first: int = piece.start, ends: Any = ends) -> None:
+            both = apart[ends[part.start] : ends[part.stop]]
+            merge_classes(first + part.start, first + part.stop, sides, traces, means, both)
 
         in_threads(merge, shares(np.arange(piece.stop - piece.start + 1)))
         if scatter is not None:
-            n_both = ends[piece.stop] - ends[piece.start]
-            scatter += symmetric_product(apart[:n_both], out=product)
+            scatter += symmetric_product(apart[: ends[-1]], out=product)
     return Moments(counts[0] + counts[1], means, traces, scatter, classes, a.skipped + b.skipped)
 
 
 def _piece_rows(n_features: int) -> int:
     return min(_PRODUCT_ROWS, max(256, _PRODUCT_BYTES // (8 * n_features)))
-
-
-def _pieces(ends: npt.NDArray[np.int64], size: int) -> list[slice]:
-    """Cut the union into runs of at most `size` classes that both sides hold; 0 is for no limit."""
-    limits = np.arange(size, ends[-1], size) if size else np.empty(0, np.int64)
-    cuts = [0, *np.searchsorted(ends, limits).tolist(), len(ends) - 1]
-    return [slice(p, q) for p, q in pairwise(cuts)]
 
 
 def _frozen(means: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

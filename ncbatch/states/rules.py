@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import device, is_cupy_array, is_numpy_array, is_torch_array
 
-from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
+from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy, zeros
 from ncbatch.arrays.rows import (
     CentredRows,
     block_rows,
     float64_blocks,
     mean_of_rows,
     row_blocks,
+    square_norms,
     take_rows,
 )
 from ncbatch.arrays.threads import cpu_count, map_threads, max_pending
@@ -132,7 +133,7 @@ def sweep_arrays(rows: Array, weight: Array, bias: Array, tile_classes: int) -> 
     xp = namespace(rows)
     best = xp.full((rows.shape[0],), -xp.inf, dtype=rows.dtype, device=device(rows))
     second = best
-    at = xp.zeros((rows.shape[0],), dtype=xp.int64, device=device(rows))
+    at = zeros((rows.shape[0],), rows, "int64")
     for first, block, offsets in class_tiles(weight, bias, rows, tile_classes):
         scores = xp.matmul(rows, xp.matrix_transpose(block)) + offsets[None, :]
         top, runner_up, top_at = _top_two(scores)
@@ -485,11 +486,7 @@ def in_memory(rows: Array) -> bool:
 
 def longest_row(rows: Array) -> float:
     """Find the length of the longest row."""
-    xp = namespace(rows)
-    longest = xp.zeros((), dtype=xp.float64, device=device(rows))
-    for _, block in float64_blocks(rows):
-        longest = xp.maximum(longest, xp.max(xp.sum(block * block, axis=1)))
-    return math.sqrt(scalar(longest))
+    return math.sqrt(scalar(namespace(rows).max(square_norms(rows))))
 
 
 # Rules: the nearest class mean and the linear classifier.
@@ -582,11 +579,10 @@ def linear_rule(
     xp = namespace(weight)
     n_classes, n_features = weight.shape
     dtype = dtype or xp.float32
-    place = {"device": device(weight)}
     if origin is None:
-        origin = xp.zeros((n_features,), dtype=xp.float64, **place)
-    origin = xp.asarray(origin, dtype=xp.float64, **place)
-    offsets = xp.zeros((n_classes,), dtype=xp.float64, **place)
+        origin = zeros((n_features,), weight)
+    origin = xp.asarray(origin, dtype=xp.float64, device=device(weight))
+    offsets = zeros((n_classes,), weight)
     if bias is not None:
         offsets = offsets + as_float64(bias)
     host_bias = to_numpy(offsets).copy()

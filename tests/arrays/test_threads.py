@@ -18,7 +18,7 @@ def test_blocks_come_in_order_from_another_thread():
             yield i
 
     assert list(read_ahead(numbers())) == [0, 1, 2, 3, 4]
-    assert threads == {"ncbatch-reader"}
+    assert threads == {"ncbatch-reader_0"}
     assert list(read_ahead([])) == []
 
 
