@@ -13,7 +13,6 @@ from ncbatch.arrays.named_arrays import pack, unpack
 from ncbatch.arrays.threads import thread_limit
 from ncbatch.engine.cluster import task_slots, task_threads
 from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep, counted
-from ncbatch.engine.kept import About, find_finished
 from ncbatch.engine.loop import load_state, say_changes
 from ncbatch.errors import DataError, WorkerError
 
@@ -66,11 +65,7 @@ def run_graph(
 
 
 class UnreadableStateError(Exception):
-    """A finished state that is kept, and cannot be read: it counts as absent."""
-
-    def __init__(self, about: About) -> None:
-        super().__init__(about)
-        self.about = about
+    """A finished state that was kept, and could not be read: it is deleted, to be made anew."""
 
 
 def limited(function: Callable[..., Any], slots: Mapping[str, int], *arguments: Any) -> Any:
@@ -125,7 +120,9 @@ def load(step: Sweep, state: Path, *inputs: Any) -> Any:
     kept = step.finished(state)
     result = None if kept is None else load_state(step.make(*inputs), kept)
     if result is None:
-        raise UnreadableStateError(step.about)
+        if kept is not None:
+            kept.forget()
+        raise UnreadableStateError(step.label)
     return result
 
 
@@ -179,7 +176,8 @@ class _Graph:
             others = [key for key in deaths if key not in self._leaves]
             self._leaves = {}
             for leaf in suspects:
-                if self._kills_alone(leaf):
+                alone = self._submit(fold, *leaf.arguments)
+                if alone.key in self._wait([alone]):
                     raise _deadly(leaf)
             # A merge may have waited on a worker that an item killed; twice is no accident. Items
             # that live alone may have waited on a merge that kills: they are not counted so soon.
@@ -232,43 +230,20 @@ class _Graph:
         deaths: dict[str, None] = {}  # a set in order
         for future in _completed(self._client, futures):
             if future.status != "error":
-                self._tell(self._leaves.pop(future.key, None))
+                leaf = self._leaves.pop(future.key, None)
+                # An item counts once, though a later round may do it again.
+                if leaf is not None and (id(leaf.step), leaf.item) not in self._told:
+                    self._told.add((id(leaf.step), leaf.item))
+                    self._advance(1)
                 continue
             error = future.exception()
             if isinstance(error, UnreadableStateError):
-                self._forget(error.about)
                 return []
             if not isinstance(error, KilledWorker):
                 raise error
             # What depends on the task that killed ends with the same error.
             deaths[str(error.task)] = None
         return list(deaths)
-
-    def _tell(self, leaf: _Leaf | None) -> None:
-        """Count an item as done, once, though a later round may do it again."""
-        if leaf is not None and (id(leaf.step), leaf.item) not in self._told:
-            self._told.add((id(leaf.step), leaf.item))
-            self._advance(1)
-
-    def _forget(self, about: About) -> None:
-        """Delete a state that cannot be read, so that the next round makes it."""
-        kept = None if self._state is None else find_finished(self._state, about)
-        if kept is not None:
-            kept.forget()
-
-    def _kills_alone(self, leaf: _Leaf) -> bool:
-        """Try an item while nothing else runs."""
-        from distributed import KilledWorker
-
-        future = self._submit(fold, *leaf.arguments)
-        for _ in _completed(self._client, [future]):
-            pass
-        if future.status != "error":
-            return False
-        error = future.exception()
-        if not isinstance(error, KilledWorker):
-            raise error
-        return bool(error.task == future.key)
 
 
 def _deadly(leaf: _Leaf) -> WorkerError:

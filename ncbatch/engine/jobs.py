@@ -151,9 +151,7 @@ def counted(
     progress: Progress | None, label: str, total: int, unit: str
 ) -> Iterator[Callable[[int], None]]:
     """Show a pass of `total` units while it runs; yields what counts units as done."""
-    if progress is None:
-        yield lambda size: None
-        return
+    progress = progress or Silent()
     progress.begin(label, total, unit)
     try:
         yield progress.advance

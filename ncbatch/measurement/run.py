@@ -34,6 +34,7 @@ from ncbatch.results.dataset import (
     Place,
     StoreNotes,
     coordinates,
+    metric_names,
     notes_of,
     to_dataset,
     with_collapse,
@@ -247,11 +248,11 @@ def arrange(
     cells = dict(measured)
     if saved is not None:
         cells, stores = saved.union(tasks, measured)
-        layers = list(dict.fromkeys([*saved.layers, *layers]))
+        layers = list(dict.fromkeys([*saved.results["layer"].values.tolist(), *layers]))
         notes = saved.notes | notes
-        names |= set(saved.metrics)
+        names |= set(metric_names(saved.results))
         if attributes["null_seed"] == "no null":
-            attributes["null_seed"] = saved.attributes["null_seed"]
+            attributes["null_seed"] = saved.results.attrs["null_seed"]
     return to_dataset(
         cells,
         stores,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import xarray as xr
 
@@ -18,7 +17,6 @@ from ncbatch.results.dataset import (
     Place,
     StoreNotes,
     cells_of,
-    metric_names,
     notes_in,
 )
 from ncbatch.results.files import load_results
@@ -48,22 +46,18 @@ class Saved:
     ----------
     where : str
         Their path, for messages.
-    attributes : mapping
-        How they were measured.
+    results : xarray.Dataset
+        The results themselves; their attributes say how they were measured.
     cells : dict of (store, layer) to Cell
         What was measured.
     notes : dict of str to StoreNotes
         What was known of each store.
-    layers, metrics : list of str
-        In the order saved.
     """
 
     where: str
-    attributes: Mapping[str, Any]
+    results: xr.Dataset
     cells: dict[Place, Cell]
     notes: dict[str, StoreNotes]
-    layers: list[str]
-    metrics: list[str]
 
     @classmethod
     def of(cls, results: xr.Dataset | str | os.PathLike[str]) -> Saved:
@@ -83,14 +77,7 @@ class Saved:
             raise OutputError(
                 f"{where} cannot be updated: no results of ncbatch are in it", "earlier results"
             )
-        return cls(
-            where,
-            results.attrs,
-            cells_of(results),
-            notes_in(results),
-            results["layer"].values.tolist(),
-            metric_names(results),
-        )
+        return cls(where, results, cells_of(results), notes_in(results))
 
     def check(self, conventions: Mapping[str, str | int | float]) -> None:
         """Refuse to add what is measured by other conventions.
@@ -103,7 +90,7 @@ class Saved:
         # What has a value per store and layer is JSON, and belongs to the cells.
         saved = {
             name: value
-            for name, value in self.attributes.items()
+            for name, value in self.results.attrs.items()
             if not (isinstance(value, str) and value.startswith("{"))
         }
         names = [name for name in {**conventions, **saved} if name not in _CIRCUMSTANCES]

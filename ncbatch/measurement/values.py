@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -100,7 +101,8 @@ def cell_of(layer: Layer, names: tuple[str, ...], *states: Any) -> Cell:
     statistics = _complete(layer, measured, results)
     cell = _values(layer, statistics)
     if measured.null is not None:
-        cell.values |= _null_values(layer, replace(measured.null, pairs=null_pairs))
+        null = {f"{m.name}_null": m.compute for m in layer.metrics if m.has_null}
+        cell.values |= _yardsticks(null, replace(measured.null, pairs=null_pairs))
     view = ClassView(statistics, measured.classes, layer.store.n_classes)
     cell.vectors = view.deciles() | view.bins() | view.tops()
     if layer.options.per_class:
@@ -165,16 +167,6 @@ def _skipped(layer: Layer, measured: Measured, results: dict[str, Any]) -> int:
     return sum(skipped.values())
 
 
-def _null_values(layer: Layer, null: Statistics) -> dict[str, float]:
-    """Compute the metrics that labels at random have a value for."""
-    values = {
-        f"{metric.name}_null": _yardstick(metric.compute, null)
-        for metric in layer.metrics
-        if metric.has_null
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _values(layer: Layer, statistics: Statistics) -> Cell:
     cell = Cell(texts={**layer.inputs, "source": layer.source})
     if layer.remarks:
@@ -191,10 +183,8 @@ def _values(layer: Layer, statistics: Statistics) -> Cell:
         except Undefined as reason:
             cell.reasons[metric.name] = str(reason)
             continue
-        for kind, compute in (("floor", metric.floor), ("random", metric.random)):
-            value = None if compute is None else _yardstick(compute, statistics)
-            if value is not None:
-                cell.values[f"{metric.name}_{kind}"] = value
+        yardsticks = {f"{metric.name}_floor": metric.floor, f"{metric.name}_random": metric.random}
+        cell.values |= _yardsticks(yardsticks, statistics)
     for reason_text, names in layer.missing.items():
         cell.reasons |= dict.fromkeys(names, reason_text)
     cell.values |= _counts(layer, statistics)
@@ -232,10 +222,13 @@ def _counts(layer: Layer, statistics: Statistics) -> dict[str, float]:
     return {name: float(value) for name, value in counts.items()}
 
 
-def _yardstick(compute: Callable[[Statistics], float], statistics: Statistics) -> float | None:
-    """Compute a yardstick; None where it has no value."""
-    try:
-        value = compute(statistics)
-    except Undefined:
-        return None
-    return value if np.isfinite(value) else None
+def _yardsticks(
+    formulas: Mapping[str, Callable[[Statistics], float] | None], statistics: Statistics
+) -> dict[str, float]:
+    """Compute the yardsticks that there are and that have a value."""
+    values = {}
+    for name, compute in formulas.items():
+        with suppress(Undefined):
+            if compute is not None and np.isfinite(value := compute(statistics)):
+                values[name] = value
+    return values

@@ -416,12 +416,11 @@ def step_in_name(path: str) -> tuple[int, str] | None:
     >>> step_in_name("runs/resnet18.zarr")
     """
     parts = [part for part in re.split(r"[/\\]", path) if part]
-    for part in reversed(parts[-2:]):
-        steps = _NAMED.findall(part)
-        if steps:
-            word, number = steps[-1]
-            return int(number), _WORDS[word.lower()]
-    return None
+    steps = _NAMED.findall("/".join(parts[-2:]))
+    if not steps:
+        return None
+    word, number = steps[-1]
+    return int(number), _WORDS[word.lower()]
 
 
 def coordinates(
@@ -434,23 +433,19 @@ def coordinates(
     """
     known = [notes.get(store, StoreNotes()) for store in stores]
     coords: dict[str, Any] = {}
-    stepped = {
-        store: note for store, note in zip(stores, known, strict=True) if note.step is not None
+    units = {note.unit for note in known if note.step is not None}
+    unit = "step" if "step" in units else "epoch"
+    steps = [note.step if note.unit == unit else None for note in known]
+    sources = {
+        store: note.source
+        for store, note, step in zip(stores, known, steps, strict=True)
+        if step is not None
     }
-    if len({note.unit for note in stepped.values()}) > 1:
-        stepped = {store: note for store, note in stepped.items() if note.unit == "step"}
-    if stepped:
-        steps = [stepped[store].step if store in stepped else math.nan for store in stores]
-        unit = next(iter(stepped.values())).unit
-        coords["step"] = (
-            "store",
-            np.array(steps, np.int64 if len(stepped) == len(stores) else np.float64),
-            {
-                "long_name": f"training {unit}",
-                "units": unit,
-                "source": json.dumps({store: note.source for store, note in stepped.items()}),
-            },
-        )
+    if sources:
+        about = {"long_name": f"training {unit}", "units": unit, "source": json.dumps(sources)}
+        # None becomes NaN; whole numbers stay what they are where all are known.
+        values = np.array(steps, np.int64 if len(sources) == len(stores) else np.float64)
+        coords["step"] = ("store", values, about)
     if any(note.model is not None for note in known):
         models = [note.model or "" for note in known]
         coords["model"] = ("store", models, {"long_name": "model that made the features"})
@@ -514,17 +509,14 @@ def with_collapse(dataset: xr.Dataset, below: float | None) -> xr.Dataset:
     layers = dataset["layer"].values.tolist()
     values = dataset["nc1_cdnv"].values
     depths = dataset["depth"].values if "depth" in dataset.coords else np.full_like(values, np.nan)
-    firsts = []
-    for i in range(len(values)):
-        if limit is None:
-            reason = f"no threshold: the CDNV of exponent {exponent:g} depends on the scale"
-            firsts.append(("", math.nan, reason))
-        else:
-            firsts.append(_first_below(layers, values[i], depths[i], limit))
-    names, places, reasons = zip(*firsts, strict=True)
     about: dict[str, Any] = {"role": "sweep"}
-    if limit is not None:
+    if limit is None:
+        reason = f"no threshold: the CDNV of exponent {exponent:g} depends on the scale"
+        firsts = [("", math.nan, reason)] * len(values)
+    else:
+        firsts = [_first_below(layers, *of, limit) for of in zip(values, depths, strict=True)]
         about["threshold"] = float(limit)
+    names, places, reasons = zip(*firsts, strict=True)
     if any(reasons):
         stores = dataset["store"].values.tolist()
         parts = [f"{s}: {why}" for s, why in zip(stores, reasons, strict=True) if why]

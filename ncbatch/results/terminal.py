@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from dask.utils import format_bytes
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
@@ -124,7 +124,6 @@ class ProgressBar:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._bar: RichProgress | None = None
-        self._task: TaskID | None = None
 
     def begin(self, label: str, total: int, unit: str) -> None:
         """Start a bar for a pass."""
@@ -136,13 +135,13 @@ class ProgressBar:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=total, unit=unit)
+        self._bar.add_task(label, total=total, unit=unit)
         self._bar.start()
 
     def advance(self, size: int) -> None:
         """Move the bar."""
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task, size)
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0], size)
 
     def note(self, text: str) -> None:
         """Say something beside the bar."""
