@@ -112,9 +112,7 @@ def _names(_: click.Context, parameter: click.Parameter, text: str | None) -> li
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError(
-            f"{parameter.opts[0]} '{text}'",
-            "names, separated by commas",
-            "see 'ncbatch metrics'",
+            f"{parameter.opts[0]} '{text}'", "names, separated by commas", "see 'ncbatch metrics'"
         )
     return names
 

@@ -49,9 +49,7 @@ _POOL_SHARE = 0.5
 
 @contextmanager
 def open_cluster(
-    cluster: str | os.PathLike[str] | Client | None,
-    *,
-    memory: int | None = None,
+    cluster: str | os.PathLike[str] | Client | None, *, memory: int | None = None
 ) -> Iterator[Client | None]:
     """Open what a user named as the cluster, and close what was opened.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 from dask.utils import format_bytes, parse_bytes
@@ -36,7 +36,7 @@ class Plan:
     base_bytes: int
     budget: int
     at_once: int = 1
-    notes: Sequence[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
 
     @property
     def peak_bytes(self) -> int:

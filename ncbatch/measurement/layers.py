@@ -387,11 +387,8 @@ def find_layers(
         for layer in _layers_of_store(name, store, names, options, scanned)
     ]
     # A split that was named and gives nothing is a mistake; one taken by default is not.
-    for split, has in (
-        (options.test, [layer.test is not None for layer in every]),
-        (options.ood, [layer.ood is not None for layer in every]),
-    ):
-        if split is not None and not any(has):
+    for split, part in ((options.test, "test"), (options.ood, "ood")):
+        if split is not None and all(getattr(layer, part) is None for layer in every):
             listed = ", ".join(dict.fromkeys(layer.layer for layer in every))
             raise DataError(
                 f"nothing in split '{split}' of layer{'s' if ', ' in listed else ''} {listed}",

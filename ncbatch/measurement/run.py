@@ -219,10 +219,7 @@ def _folders(needed: int, state: Path | None) -> Iterator[Callable[[About], Path
 
 
 def arrange(
-    tasks: list[Layer],
-    measured: Mapping[Place, Cell],
-    device: str,
-    saved: Saved | None = None,
+    tasks: list[Layer], measured: Mapping[Place, Cell], device: str, saved: Saved | None = None
 ) -> xr.Dataset:
     """Arrange what was measured, and what was saved before, as a Dataset with its provenance.
 

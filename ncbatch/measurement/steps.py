@@ -22,14 +22,7 @@ from ncbatch.measurement.finished import Source
 from ncbatch.measurement.layers import Layer, device_put, find_layers
 from ncbatch.measurement.options import Options
 from ncbatch.measurement.passes import DecisionsPass, DirectionalPass, MomentsPass, PairPass
-from ncbatch.measurement.samples import (
-    Index,
-    Mode,
-    MomentsRead,
-    Reading,
-    Samples,
-    select_classes,
-)
+from ncbatch.measurement.samples import Index, Mode, MomentsRead, Reading, Samples, select_classes
 from ncbatch.measurement.values import Measured, cell_of, mean_outside, measured_of
 from ncbatch.metrics.catalogue import find_metrics
 from ncbatch.metrics.metric import Metric
@@ -68,10 +61,16 @@ class Work:
     folder_of: Callable[[About], Path] | None = None
 
     def about(
-        self, state: str, source: Source, depends: Callable[[], Mapping[str, Any]] = dict
+        self,
+        state: str,
+        source: Source,
+        hashed: Callable[[], Mapping[str, Any]] = dict,
+        **depends: Any,
     ) -> About:
-        """Say what a kept state depends on; a plan hashes no data, and so calls no `depends`."""
-        return {} if self.folder_of is None else self.layer.about(state, source, **depends())
+        """Say what a kept state depends on; a plan hashes no data, and so calls no `hashed`."""
+        if self.folder_of is None:
+            return {}
+        return self.layer.about(state, source, **depends, **hashed())
 
     def rows_at(self, about: About) -> Path | None:
         """Tell the folder of class means that are not held in memory."""
@@ -82,17 +81,12 @@ class Work:
         """Whether arrays of blocks and states are on a GPU."""
         return self.layer.options.device != "cpu"
 
-    @property
-    def n_features(self) -> int:
-        """D."""
-        return self.layer.train.n_features
-
     @cached_property
     def held(self) -> int:
         """Bytes that stay while later steps run: means, moments and the classifier."""
         layer = self.layer
         k = layer.n_used
-        d = self.n_features
+        d = layer.train.n_features
         states = 2 if layer.null else 1
         # The null has a scatter too: it is made of that of the samples.
         scatter = d * d * 8 if "scatter" in layer.reads else 0
@@ -114,7 +108,7 @@ class Work:
         ood = self.layer.ood
         if ood is None or "ood" not in self.layer.reads or self.mode.stored:
             return 0
-        return _most_outside(self.layer, ood) * self.n_features * 8
+        return _most_outside(self.layer, ood) * ood.n_features * 8
 
 
 # Moments: of train by its classes, of outside data by theirs, of test by those of train.
@@ -124,16 +118,14 @@ def read_moments(work: Work) -> Iterator[Step]:
     """Read class means, traces and the pooled scatter of train, and those of the null."""
     layer = work.layer
     scatter = "scatter" in layer.reads
-
-    def depends() -> dict[str, Any]:
-        null = [f"null {layer.options.null_seed}"] if layer.null else []
-        return {"holds": [*(["scatter"] if scatter else []), *null]}
-
+    holds = ["scatter"] if scatter else []
+    if layer.null:
+        holds.append(f"null {layer.options.null_seed}")
     reading = Reading(
         "moments",
         f"moments of {layer.train.name}/{layer.layer}",
         f"moments of {layer.where}",
-        work.about("moments", layer.train, depends),
+        work.about("moments", layer.train, holds=holds),
         layer.n_used,
         layer.selection,
         scatter=scatter,
@@ -207,8 +199,7 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
         selection.counts[selection.classes] if reading.null and selection is not None else None,
         options.null_seed,
     )
-    # All blocks together have one price, which the first of them carries.
-    price: Price | None = _moments_price(work, samples, reading)
+    price = _moments_price(work, samples, reading)
     n = work.mode.class_blocks
     blocks = list(cut(0, k, 1, most=-(-k // n), parts=n)) if work.mode.stored else [None]
     so_far = ""
@@ -223,8 +214,9 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
             name += f"-{i}"
             label += f", classes {block[0]}..{block[1] - 1}"
         make = partial(read, block=block, rows_at=work.rows_at(about))
-        yield Sweep(name, label, make, samples.items, about=about, price=price)
-        price = None  # of all blocks together
+        # All blocks together have one price, which the first of them carries.
+        only_once = None if i else price
+        yield Sweep(name, label, make, samples.items, about=about, price=only_once)
         if so_far:
             joined = reading.name if block is blocks[-1] else f"{reading.name}-to-{i}"
             yield Call(joined, MomentsRead.join, (so_far, name))
@@ -293,7 +285,7 @@ def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
     options = layer.options
     stored = work.mode.stored
     k = layer.n_used
-    d = work.n_features
+    d = layer.train.n_features
     label = f"{name.replace('_', ' ')} of {layer.where}"
     side = PairTiles.side(k, stored=stored)
     items = _tile_items(k, stored)
@@ -305,17 +297,16 @@ def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
         n_items=len(items),
         tile_classes=side,
     )
-
-    def depends() -> dict[str, Any]:
-        return {
-            "holds": sorted(quantities),
-            "weighted": options.weighted,
-            "dist_exp": options.dist_exp,
-            "ddof": options.ddof,
-            "stored": stored,
-            "null_seed": options.null_seed if null else None,
-        }
-
+    about = work.about(
+        name,
+        layer.train,
+        holds=sorted(quantities),
+        weighted=options.weighted,
+        dist_exp=options.dist_exp,
+        ddof=options.ddof,
+        stored=stored,
+        null_seed=options.null_seed if null else None,
+    )
     yield Sweep(
         name,
         label,
@@ -323,7 +314,7 @@ def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
         items,
         needs=("measured",),
         unit="pairs",
-        about=work.about(name, layer.train, depends),
+        about=about,
         price=price,
     )
 
@@ -402,7 +393,7 @@ def decide(work: Work) -> Iterator[Step]:
         return
     samples = source.samples
     k = layer.n_used
-    d = work.n_features
+    d = layer.train.n_features
     n_classes = layer.store.n_classes
     stored = work.mode.stored
     # Rules score in the dtype of the features, and decide near-ties in float64.
@@ -417,7 +408,7 @@ def decide(work: Work) -> Iterator[Step]:
         arrays += Rule.peak_bytes(n_classes, *size, stored=stored)
         scores += n_classes
 
-    def depends() -> dict[str, Any]:
+    def hashed() -> dict[str, Any]:
         return {
             "train_fingerprint": layer.fingerprint,
             "classifier_fingerprint": layer.deciding_fingerprint,
@@ -430,7 +421,7 @@ def decide(work: Work) -> Iterator[Step]:
         "decisions",
         "decisions",
         partial(_decisions_pass, layer, samples.labelled(index, layer.options)),
-        work.about("decisions", samples, depends),
+        work.about("decisions", samples, hashed),
         held=n_classes * 96 + arrays,
         flops=2 * samples.split.n_rows * scores * d,
         device_bytes=arrays + k * d * 8 if work.on_device else 0,
@@ -471,14 +462,14 @@ def sweep_directions(work: Work) -> Iterator[Step]:
         return
     samples = layer.train.samples
     k = layer.n_used
-    d = work.n_features
+    d = layer.train.n_features
     yield _sweep(
         work,
         samples,
         "directional",
         "directional variance",
         partial(_directional_pass, layer, samples),
-        work.about("directional", samples, lambda: {"weighted": layer.options.weighted}),
+        work.about("directional", samples, weighted=layer.options.weighted),
         held=DirectionalVariance.peak_bytes(k, d, samples.block_rows),
         flops=2 * samples.split.n_rows * k * d,
     )
@@ -518,7 +509,7 @@ def job_of(layer: Layer, mode: Mode, folder_of: Callable[[About], Path] | None =
     chains = [steps for make in STATISTICS if (steps := list(make(work)))]
     names = tuple(steps[-1].name for steps in chains)
     scatter = "scatter" in layer.reads
-    formulas = Statistics.peak_bytes(layer.n_used, work.n_features, scatter=scatter)
+    formulas = Statistics.peak_bytes(layer.n_used, layer.train.n_features, scatter=scatter)
     price = Price(f"formulas of {layer.where}", work.held + work.held_outside + formulas)
     cell = Call("cell", partial(cell_of, layer, names), names, price=price)
     return Job(layer.where, (*chain.from_iterable(chains), cell))
@@ -553,12 +544,11 @@ def choose_mode(
             for price in job_of(layer, mode).prices
         )
 
-    modes = [Mode(merged=merged)]
-    blocks = 1
-    # Each way needs less memory than the one before it, and reads the data more often.
-    while blocks <= min(MAX_CLASS_BLOCKS, max(layer.n_used, 1)):
-        modes.append(Mode(blocks, stored=True, merged=merged))
-        blocks *= 2
+    # 1, 2, 4, ... blocks, none of them empty: each way needs less memory than the one before it,
+    # and reads the data more often.
+    most = min(MAX_CLASS_BLOCKS, max(layer.n_used, 1))
+    in_files = [Mode(2**i, stored=True, merged=merged) for i in range(most.bit_length())]
+    modes = [Mode(merged=merged), *in_files]
     return next((mode for mode in modes if fits(mode)), modes[-1])
 
 

@@ -10,15 +10,7 @@ import xarray as xr
 
 from ncbatch.errors import OutputError, UsageError
 from ncbatch.measurement.layers import Layer, store_names
-from ncbatch.results.dataset import (
-    CLASSES,
-    KIND,
-    Cell,
-    Place,
-    StoreNotes,
-    cells_of,
-    notes_in,
-)
+from ncbatch.results.dataset import CLASSES, KIND, Cell, Place, StoreNotes, cells_of, notes_in
 from ncbatch.results.files import load_results
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.place import absolute

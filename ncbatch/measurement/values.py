@@ -120,16 +120,16 @@ def _complete(layer: Layer, measured: Measured, results: dict[str, Any]) -> Stat
         weight, bias = layer.classifier(means)
         classes = put(measured.classes)
         statistics = replace(statistics, weight=weight, bias=bias, classes=classes)
-    states = dict(results)
-    outside: Outside | None = states.pop("ood", None)
+    outside: Outside | None = results.pop("ood", None)
     if outside is not None and outside.mean is not None:
         statistics = replace(statistics, ood_mean=put(outside.mean))
-    test: MomentsRead | None = states.pop("test", None)
+    test: MomentsRead | None = results.pop("test", None)
     if test is not None:
         statistics = replace(statistics, test=_aligned(layer, test.moments, measured))
-    known = {each.name for each in fields(Statistics)} & set(states)
-    others = {name: state for name, state in states.items() if name not in known}
-    return replace(statistics, others=others, **{name: states[name] for name in known})
+    known = {each.name for each in fields(Statistics)}
+    attributes = {name: state for name, state in results.items() if name in known}
+    others = {name: state for name, state in results.items() if name not in known}
+    return replace(statistics, others=others, **attributes)
 
 
 def _aligned(layer: Layer, test: Moments, measured: Measured) -> Moments:
@@ -155,11 +155,7 @@ def _aligned(layer: Layer, test: Moments, measured: Measured) -> Moments:
 def _skipped(layer: Layer, measured: Measured, results: dict[str, Any]) -> int:
     """Count the rows left out, once per split: the most that a read of it met."""
     skipped = {layer.train.name: measured.skipped}
-    for name, source in (
-        ("test", layer.decided),
-        ("ood", layer.ood),
-        ("decisions", layer.decided),
-    ):
+    for name, source in (("test", layer.decided), ("ood", layer.ood), ("decisions", layer.decided)):
         if name in results and source is not None:
             state = results[name]
             met = state.moments.skipped if isinstance(state, MomentsRead) else state.skipped

@@ -287,15 +287,10 @@ def cells_of(dataset: xr.Dataset) -> dict[Place, Cell]:
 
 def _texts_in(dataset: xr.Dataset) -> dict[str, dict[str, dict[str, Any]]]:
     """Find the attributes that hold a value per store and layer."""
-    nested = {
+    return {
         str(name): json.loads(text)
         for name, text in dataset.attrs.items()
-        if isinstance(text, str) and text.startswith("{")
-    }
-    return {
-        name: by_store
-        for name, by_store in nested.items()
-        if all(isinstance(by_layer, dict) for by_layer in by_store.values())
+        if str(text).startswith("{") and name not in ("store_id", "store_path")
     }
 
 
@@ -312,16 +307,13 @@ def _reasons_in(variable: xr.DataArray, places: Iterable[Place]) -> Iterator[tup
 
 def metric_names(dataset: xr.Dataset) -> list[str]:
     """Name the metrics among a result's variables, in order."""
-    return _names(dataset, "metric")
+    return [str(name) for name in dataset.filter_by_attrs(role="metric")]
 
 
 def column_names(dataset: xr.Dataset) -> list[str]:
     """Name the metrics and their yardsticks, in order."""
-    return _names(dataset, "metric", "yardstick")
-
-
-def _names(dataset: xr.Dataset, *roles: str) -> list[str]:
-    return [str(n) for n, v in dataset.data_vars.items() if v.attrs.get("role") in roles]
+    wanted = dataset.filter_by_attrs(role=lambda role: role in ("metric", "yardstick"))
+    return [str(name) for name in wanted]
 
 
 def notes_of(cells: Mapping[Place, Cell]) -> list[str]:
