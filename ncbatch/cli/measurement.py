@@ -53,21 +53,21 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _ask(layers: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+def _ask(options: dict[str, Any]) -> dict[str, Any]:
     """Let a preset that decides on the samples of train follow --train, and no layer mean all."""
     source = click.get_current_context().get_parameter_source("test")
     if source is ParameterSource.DEFAULT_MAP and options["test"] == "train":
         options["test"] = options["train"]
-    return {"layers": layers or None, **options}
+    return {**options, "layers": options["layers"] or None}
 
 
 @click.command(cls=DeclaredCommand, declares="ncbatch.measurement.options:PlanRequest")
 @_measuring
-def plan(stores: tuple[str, ...], layers: tuple[str, ...], **options: Any) -> None:
+def plan(stores: tuple[str, ...], **options: Any) -> None:
     """Show what measuring STORE... would read, compute and need; runs nothing, reads no data."""
     from ncbatch.measurement.run import plan
 
-    click.echo(str(plan(stores, **_ask(layers, options))))
+    click.echo(str(plan(stores, **_ask(options))))
 
 
 @click.command(cls=DeclaredCommand, declares="ncbatch.measurement.options:MeasureRequest")
@@ -84,13 +84,7 @@ def plan(stores: tuple[str, ...], layers: tuple[str, ...], **options: Any) -> No
     is_flag=True,
     help="Keep what --out (.zarr, .nc) holds and still fits the data; measure the rest.",
 )
-def measure(
-    stores: tuple[str, ...],
-    layers: tuple[str, ...],
-    outs: tuple[str, ...],
-    update: bool,
-    **options: Any,
-) -> None:
+def measure(stores: tuple[str, ...], outs: tuple[str, ...], update: bool, **options: Any) -> None:
     """Measure neural collapse on the features in STORE..."""
     from ncbatch.measurement.run import measure
     from ncbatch.results.files import check_output, save_results
@@ -99,21 +93,14 @@ def measure(
 
     for path in outs:
         check_output(path)
-    dataset = measure(
-        stores,
-        update=_earlier(outs) if update else None,
-        progress=ProgressBar(),
-        **_ask(layers, options),
-    )
+    earlier = _earlier(outs) if update else None
+    dataset = measure(stores, update=earlier, progress=ProgressBar(), **_ask(options))
     for path in outs:
         save_results(dataset, path)
     console = open_console()
     show(console, result_tables(dataset, console.width))
-    for line in (
-        *collapse_lines(dataset),
-        f"device: {dataset.attrs['device']}",
-        *(f"note: {note}" for note in notes(dataset)),
-    ):
+    remarks = [f"note: {note}" for note in notes(dataset)]
+    for line in (*collapse_lines(dataset), f"device: {dataset.attrs['device']}", *remarks):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import psutil
 
 from ncbatch.arrays.threads import processors
+from ncbatch.engine.plans import memory_budget
 from ncbatch.errors import UsageError, WorkerError, first_line
 from ncbatch.version import __version__
 
@@ -49,7 +50,7 @@ _POOL_SHARE = 0.5
 
 @contextmanager
 def open_cluster(
-    cluster: str | os.PathLike[str] | Client | None, *, memory: int | None = None
+    cluster: str | os.PathLike[str] | Client | None, *, memory: str | int | None = None
 ) -> Iterator[Client | None]:
     """Open what a user named as the cluster, and close what was opened.
 
@@ -61,9 +62,9 @@ def open_cluster(
         Each of the three may say how many: ``"processes:4"``. ``"tcp://..."``, ``"tls://..."`` or
         the path of a scheduler file: a scheduler that runs. A client is used as it is and stays
         open.
-    memory : int, optional
-        Bytes that each worker may use; where the number of processes is not given, no more are
-        started than fit into the memory that is free.
+    memory : str or int, optional
+        Bytes, or a size such as ``8GiB``, that each worker may use; where the number of processes
+        is not given, no more are started than fit into the memory that is free.
 
     Yields
     ------
@@ -82,6 +83,7 @@ def open_cluster(
     Local clusters and their dashboards listen on the loopback address only. Variables of the
     environment are afterwards as they were.
     """
+    budget = None if memory is None else memory_budget(memory)
     if not isinstance(cluster, str | os.PathLike | None):
         _check_client(cluster)
         yield cluster
@@ -97,7 +99,7 @@ def open_cluster(
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         if local:
-            client = _start_local(local[1], n_workers, memory, stack)
+            client = _start_local(local[1], n_workers, budget, stack)
         else:
             client = _connect(address, stack)
         _check_versions(client)
@@ -391,10 +393,9 @@ def _same_environment() -> Iterator[None]:
         yield
     finally:
         for name in (*_OTHER_VARIABLES, *_BLAS_VARIABLES, *_nanny_variables()):
+            os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
-            else:
-                os.environ.pop(name, None)
 
 
 # --------------------------------------------------------------------------------------- workers

@@ -184,7 +184,11 @@ class _Graph:
             n_rounds += bool(deaths)
             unexplained += others[:1]
             if len(unexplained) > _UNEXPLAINED or n_rounds > _ROUNDS:
-                raise _died_of([*unexplained, *deaths][0])
+                raise WorkerError(
+                    f"workers died of task '{[*unexplained, *deaths][0]}'",
+                    "workers with memory for it",
+                    "see the memory that 'ncbatch plan' names, and the workers' own logs",
+                )
         return [results[j] for j in range(len(jobs))]
 
     def _submit_job(self, job: Job) -> Any:
@@ -254,14 +258,6 @@ def _deadly(leaf: _Leaf) -> WorkerError:
         "workers that live through them",
         "see the workers' own logs; give them more memory, "
         "or check the data with 'ncbatch validate'",
-    )
-
-
-def _died_of(task: str) -> WorkerError:
-    return WorkerError(
-        f"workers died of task '{task}'",
-        "workers with memory for it",
-        "see the memory that 'ncbatch plan' names, and the workers' own logs",
     )
 
 

@@ -147,12 +147,6 @@ def memory_budget(text: str | int | None) -> int:
     return budget
 
 
-def _rounded_up(n_bytes: int) -> str:
-    """Name a budget that holds when the interpreter's own share differs by a few MiB."""
-    step = 16 * 2**20
-    return f"{(n_bytes // step + 2) * step // 2**20}MiB"
-
-
 def check_budget(plan: Plan, otherwise: str = ", or measure fewer metrics") -> None:
     """Refuse a plan of which a step does not fit; steps run one after the other.
 
@@ -172,9 +166,11 @@ def check_budget(plan: Plan, otherwise: str = ", or measure fewer metrics") -> N
         return
     dearest = max(plan.prices, key=lambda price: price.peak_bytes)
     at_once = f", {plan.at_once} at once," if plan.at_once > 1 else ""
+    # Rounded up: the interpreter's own share differs by a few MiB from run to run.
+    enough = (plan.peak_bytes // 2**24 + 2) * 16
     raise BudgetError(
         f"{dearest.step}{at_once} needs {format_bytes(plan.peak_bytes)} resident, "
         f"the interpreter's {format_bytes(plan.base_bytes)} included",
         f"at most {format_bytes(plan.budget)}",
-        f"give at least --memory {_rounded_up(plan.peak_bytes)}{otherwise}",
+        f"give at least --memory {enough}MiB{otherwise}",
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,9 @@ from ncbatch.states.decisions import DECISIONS as DECISION_ARRAYS
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import Moments
 from ncbatch.store.chunks import check_present, read_rows
-from ncbatch.store.feature_store import FeatureStore
+
+if TYPE_CHECKING:
+    from ncbatch.store.feature_store import FeatureStore
 
 MOMENTS = "moments"
 DECISIONS = "decisions"

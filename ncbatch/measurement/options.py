@@ -206,27 +206,13 @@ def conventions(options: Options) -> Attributes:
     return attributes
 
 
-# Conventions of papers, as arguments of `measure`.
+# Seen classes, the unweighted mean of class means, covariances over N, torch.std over classes.
+_COMMON = {"min_count": 1, "weighted": False, "ddof": 0, "class_ddof": 1}
+# Conventions of papers, as arguments of `measure`; defaults are written out, for they may change.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The notebook that Papyan, Han & Donoho published: the unweighted mean of class means,
-    # covariances over N, NC1 not divided by K, torch.std over classes, and everything on the
+    # The notebook that Papyan, Han & Donoho published: NC1 not divided by K, and everything on the
     # training samples.
-    "papyan2020": {
-        "weighted": False,
-        "dist_exp": 1.0,
-        "min_count": 1,
-        "ddof": 0,
-        "class_ddof": 1,
-        "divide_by_k": False,
-        "test": "train",
-    },
-    # Language models, Wu & Papyan: seen classes, unweighted mean of means, CDNV with p = 2.
-    "wu2024": {
-        "weighted": False,
-        "dist_exp": 2.0,
-        "min_count": 1,
-        "ddof": 0,
-        "class_ddof": 1,
-        "divide_by_k": True,
-    },
+    "papyan2020": {**_COMMON, "dist_exp": 1.0, "divide_by_k": False, "test": "train"},
+    # Language models, Wu & Papyan: CDNV with p = 2.
+    "wu2024": {**_COMMON, "dist_exp": 2.0, "divide_by_k": True},
 }

@@ -17,6 +17,8 @@ import psutil
 import xarray as xr
 
 from ncbatch.arrays.devices import find_device
+from ncbatch.engine.cluster import open_cluster
+from ncbatch.engine.graph import run_graph
 from ncbatch.engine.jobs import Progress
 from ncbatch.engine.kept import About, Kept
 from ncbatch.engine.loop import run_jobs
@@ -169,9 +171,6 @@ class Workers:
             jobs = [job_of(task, mode, folder_of) for task, mode in zip(tasks, modes, strict=True)]
             if self.client is None or not jobs:
                 return run_jobs(jobs, progress, state)
-            # Loading Dask takes longer than measuring a small store.
-            from ncbatch.engine.graph import run_graph
-
             return run_graph(self.client, jobs, progress, state)
 
 
@@ -319,20 +318,14 @@ def measure(
         saved.check(conventions(asked))
         saved, opened = saved.renamed(opened)
     tasks = choose_tasks(opened, layers, asked.options, scanned=True)
-    with _cluster(asked) as client:
+    with open_cluster(asked.cluster, memory=asked.memory) as client:
         workers = Workers.find(client, asked)
         tasks = workers.place(tasks)
         todo = tasks if saved is None else _unserved(tasks, saved, progress)
         cells = workers.measure(todo, progress, _state_folder(asked.state))
-    return with_collapse(
-        arrange(
-            tasks,
-            {(task.name, task.layer): cell for task, cell in zip(todo, cells, strict=True)},
-            workers.device_name,
-            saved,
-        ),
-        asked.collapse_below,
-    )
+    measured = {(task.name, task.layer): cell for task, cell in zip(todo, cells, strict=True)}
+    dataset = arrange(tasks, measured, workers.device_name, saved)
+    return with_collapse(dataset, asked.collapse_below)
 
 
 def _unserved(tasks: list[Layer], saved: Saved, progress: Progress | None) -> list[Layer]:
@@ -373,21 +366,11 @@ def plan(
     asked = PlanRequest.of(options)
     opened = open_stores(stores)
     tasks = choose_tasks(opened, layers, asked.options, scanned=False)
-    with _cluster(asked) as client:
+    with open_cluster(asked.cluster, memory=asked.memory) as client:
         workers = Workers.find(client, asked)
         plan, _ = workers.plan(workers.place(tasks))
     check_budget(plan)
     return plan
-
-
-def _cluster(asked: PlanRequest) -> Any:
-    """Open a cluster; loading Dask's is left out where a plain loop runs."""
-    if asked.cluster in (None, "sync"):
-        return nullcontext(None)
-    from ncbatch.engine.cluster import open_cluster
-
-    memory = None if asked.memory is None else memory_budget(asked.memory)
-    return open_cluster(asked.cluster, memory=memory)
 
 
 def _state_folder(state: str | os.PathLike[str] | None) -> Path | None:

@@ -17,17 +17,7 @@ from ncbatch.store.place import absolute
 from ncbatch.version import __version__
 
 # Attributes that say where and when, not how: results that differ in them belong together.
-_CIRCUMSTANCES = {
-    "kind",
-    "ncbatch_version",
-    "date",
-    "device",
-    "store_id",
-    "store_path",
-    "notes",
-    "ncc",
-    "null_seed",
-}
+_CIRCUMSTANCES = {"kind", "ncbatch_version", "date", "device", "notes", "ncc", "null_seed"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Saved:
         UsageError
             Names the first difference.
         """
-        # What has a value per store and layer is JSON, and belongs to the cells.
+        # What has a value per store, or per layer too, is JSON and belongs to stores and cells.
         saved = {
             name: value
             for name, value in self.results.attrs.items()

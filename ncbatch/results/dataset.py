@@ -190,16 +190,8 @@ def to_dataset(
 def _descriptions(metrics: Iterable[Metric]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield every variable that results can have, in order, with its attributes."""
     for metric in metrics:
-        yield (
-            metric.name,
-            {
-                "long_name": metric.long_name,
-                "units": metric.units,
-                "formula": metric.formula,
-                "source": metric.source,
-                "role": "metric",
-            },
-        )
+        copied = ("long_name", "units", "formula", "source")
+        yield metric.name, {**{key: getattr(metric, key) for key in copied}, "role": "metric"}
         for suffix, meaning in YARDSTICKS.items():
             about = {"long_name": f"{meaning} {metric.long_name}", "units": metric.units}
             yield f"{metric.name}_{suffix}", {**about, "role": "yardstick"}
