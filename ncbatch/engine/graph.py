@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ncbatch.arrays.named_arrays import pack, unpack
+from ncbatch.arrays.named_arrays import pack
 from ncbatch.arrays.threads import thread_limit
 from ncbatch.engine.cluster import task_slots, task_threads
 from ncbatch.engine.jobs import Call, Item, Job, Progress, Step, Sweep, counted
 from ncbatch.engine.loop import load_state, say_changes
-from ncbatch.errors import DataError, WorkerError
+from ncbatch.errors import WorkerError
 
 # Seconds between looks at what is done, and those without a scheduler until a run is given up.
 _POLL_SECONDS = 0.02
@@ -84,10 +83,9 @@ def fold(step: Sweep, item: Item, state: Path | None, *inputs: Any) -> Any:
     work = step.make(*inputs)
     kept = step.kept(state)
     name = f"item-{item.start}-{item.stop}"
-    arrays = None if kept is None else kept.load(name)
-    if arrays is not None:
-        with suppress(DataError):  # kept by an earlier version, in another form
-            return unpack(work.kind, arrays)
+    partial = load_state(work, kept, name)
+    if partial is not None:
+        return partial
     into = work.start()
     work.fold(into, item)
     partial = into.seal()
@@ -105,10 +103,10 @@ def finish(step: Sweep, state: Path | None, partial: Any, *inputs: Any) -> Any:
     """Do what is to be done once with the state of all items, None for no items; and keep it."""
     work = step.make(*inputs)
     kept = step.kept(state)
-    if kept is not None:  # done before, by a worker that was lost since: others use its files
-        result = load_state(work, kept)
-        if result is not None:
-            return result
+    # Done before, maybe, by a worker that was lost since: others use its files.
+    result = load_state(work, kept)
+    if result is not None:
+        return result
     result = work.finish(work.start().seal() if partial is None else partial)
     if kept is not None:
         kept.conclude(pack(result))
@@ -118,7 +116,7 @@ def finish(step: Sweep, state: Path | None, partial: Any, *inputs: Any) -> Any:
 def load(step: Sweep, state: Path, *inputs: Any) -> Any:
     """Read a finished state that is kept; `UnreadableStateError` when that cannot be done."""
     kept = step.finished(state)
-    result = None if kept is None else load_state(step.make(*inputs), kept)
+    result = load_state(step.make(*inputs), kept)
     if result is None:
         if kept is not None:
             kept.forget()

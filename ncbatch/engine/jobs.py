@@ -118,8 +118,8 @@ class Pass(Protocol[FoldIn]):
         ...
 
     def finish(self, state: Any) -> Any:
-        """Do what is to be done once, when all items are in."""
-        ...
+        """Do what is to be done once, when all items are in; most passes have nothing to do."""
+        return state
 
 
 class Progress(Protocol):

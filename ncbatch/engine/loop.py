@@ -41,9 +41,10 @@ def run_jobs(
     return [_run_job(job, progress, state) for job in jobs]
 
 
-def load_state(work: Pass[Any], kept: Kept) -> Any:
-    """Read a finished state that is kept; None when it cannot be read."""
-    arrays = kept.load("state")
+def load_state(work: Pass[Any], kept: Kept | None, name: str = "state") -> Any:
+    """Read a state that is kept, finished or of an item; None where it cannot be read."""
+    arrays = None if kept is None else kept.load(name)
+    # What an earlier version kept in another form counts as absent.
     try:
         return None if arrays is None else unpack(work.kind, arrays)
     except DataError:
@@ -85,11 +86,9 @@ def _run_sweep(
     step: Sweep, inputs: list[Any], progress: Progress | None, state: Path | None
 ) -> Any:
     work = step.make(*inputs)
-    finished = step.finished(state)
-    if finished is not None:
-        result = load_state(work, finished)
-        if result is not None:
-            return result
+    result = load_state(work, step.finished(state))
+    if result is not None:
+        return result
     say_changes(step, state, progress)
     with counted(progress, step.label, sum(item.size for item in step.items), step.unit) as advance:
         return _fold_items(work, step, advance, step.kept(state))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ncbatch.arrays.devices import find_device
 from ncbatch.arrays.named_arrays import Arrays, pack
 from ncbatch.arrays.namespace import Array
-from ncbatch.engine.jobs import Item
+from ncbatch.engine.jobs import Item, Pass
 from ncbatch.measurement.samples import Block, MomentsRead, Samples, to_file
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.directional import DirectionalVariance
@@ -26,7 +26,7 @@ from ncbatch.states.pairs.sweep import PairTiles
 from ncbatch.states.rules import Rule
 
 
-class _RowsPass:
+class _RowsPass(Pass[Any]):
     """What passes over rows share: their blocks go to the device, and into the fold."""
 
     source: Samples
@@ -40,10 +40,6 @@ class _RowsPass:
         with device.matmul_precision(self.precision):
             for block in device.stream(self._staged(fold, item)):
                 fold.add(*block)
-
-    def finish(self, state: Any) -> Any:
-        """Return the state as it is."""
-        return state
 
     def _staged(self, fold: Any, item: Item) -> Iterator[tuple[Any, ...]]:
         # Blocks are staged on the host, ahead of the device, which streams them.
@@ -245,7 +241,7 @@ class DirectionalPass(_RowsPass):
 
 
 @dataclass(frozen=True)
-class PairPass:
+class PairPass(Pass[StateFold[PairStats]]):
     """Sweeps all pairs of class means, into `PairStats`; without means it gives no pairs.
 
     Items number the tiles of all classes used. Where rows that are not finite left a class without
@@ -263,10 +259,6 @@ class PairPass:
         """Add some tiles."""
         if self.pairs is not None:
             fold.add(self._tiles[item.start : item.stop])
-
-    def finish(self, state: PairStats) -> PairStats:
-        """Return the state as it is."""
-        return state
 
     @cached_property
     def _tiles(self) -> list[tuple[slice, slice]]:

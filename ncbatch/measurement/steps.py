@@ -61,11 +61,7 @@ class Work:
     folder_of: Callable[[About], Path] | None = None
 
     def about(
-        self,
-        state: str,
-        source: Source,
-        hashed: Callable[[], Mapping[str, Any]] = dict,
-        **depends: Any,
+        self, state: str, source: Source, hashed: Callable[[], About] = dict, **depends: Any
     ) -> About:
         """Say what a kept state depends on; a plan hashes no data, and so calls no `hashed`."""
         if self.folder_of is None:
@@ -408,7 +404,7 @@ def decide(work: Work) -> Iterator[Step]:
         arrays += Rule.peak_bytes(n_classes, *size, stored=stored)
         scores += n_classes
 
-    def hashed() -> dict[str, Any]:
+    def hashed() -> About:
         return {
             "train_fingerprint": layer.fingerprint,
             "classifier_fingerprint": layer.deciding_fingerprint,
@@ -476,9 +472,8 @@ def sweep_directions(work: Work) -> Iterator[Step]:
 
 
 def _directional_pass(layer: Layer, samples: Samples, measured: Measured) -> DirectionalPass:
-    index = np.full(layer.store.n_classes, -1, np.int64)
     # Not those selected: rows that are not finite may have left a class without samples.
-    index[measured.classes] = np.arange(len(measured.classes))
+    index = replace(layer.selected, classes=measured.classes).index
     statistics = measured.statistics
     pairs = PairTiles(statistics.moments.means, statistics.global_mean, quantities=[])
     return DirectionalPass(samples.labelled(index, layer.options), pairs, layer.options.device)

@@ -152,9 +152,7 @@ class Saved:
         for task in tasks:
             place = (task.name, task.layer)
             if place in measured:
-                earlier = self._valid(task)
-                cells[place] = (
-                    measured[place] if earlier is None else earlier.merged(measured[place])
-                )
+                earlier = self._valid(task) or Cell()
+                cells[place] = earlier.merged(measured[place])
         now = dict.fromkeys(task.name for task in tasks)
         return cells, [*(name for name in self.notes if name not in now), *now]

@@ -32,7 +32,6 @@ _WORDS = {"epoch": "epoch"} | dict.fromkeys(("step", "checkpoint", "ckpt", "iter
 _NAMED = re.compile(
     rf"(?<![a-z])({'|'.join(_WORDS)})s?[-_=]?(\d+)(?![\da-z])", re.IGNORECASE | re.ASCII
 )
-_RECORDED = "recorded"
 
 # Suffixes of yardsticks, with what they are.
 YARDSTICKS: Mapping[str, str] = {
@@ -365,7 +364,7 @@ class StoreNotes:
     model: str | None = None
     step: int | None = None
     unit: str = "step"
-    source: str = _RECORDED
+    source: str = "recorded"
     depths: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -451,16 +450,12 @@ def notes_in(dataset: xr.Dataset) -> dict[str, StoreNotes]:
     sources: dict[str, str] = json.loads(about["source"])
     notes = {}
     for i, store in enumerate(coords["store"]):
-        depths = coords["depth"][i] if "depth" in coords else [math.nan] * len(coords["layer"])
+        depths = zip(coords["layer"], coords["depth"][i], strict=True) if "depth" in coords else ()
         note = StoreNotes(
             paths[store],
             ids[store],
             coords["model"][i] or None if "model" in coords else None,
-            depths={
-                layer: depth
-                for layer, depth in zip(coords["layer"], depths, strict=True)
-                if not math.isnan(depth)
-            },
+            depths={name: depth for name, depth in depths if not math.isnan(depth)},
         )
         if store in sources:
             step = int(coords["step"][i])
