@@ -39,6 +39,13 @@ _EXPECTED = (
 )
 _LOCAL = re.compile(r"(threads|processes|cuda)(?::(.*))?")
 _LOOPBACK = "127.0.0.1"
+# The plan says what a task needs. Dask's own limit would pause workers, spill states to disk and
+# kill workers at 95 % of it, whatever the plan says: no limit.
+_LOCAL_OPTIONS: Mapping[str, Any] = {
+    "memory_limit": 0,
+    "dashboard_address": f"{_LOOPBACK}:0",
+    "silence_logs": logging.CRITICAL,
+}
 
 # What Dask and dask-cuda set in the process that starts workers; see `_same_environment`.
 _OTHER_VARIABLES = ("PYTHONHASHSEED", "RAPIDS_NO_INITIALIZE", "__DASK_PARENT_PID")
@@ -274,7 +281,7 @@ def _thread_cluster(n_threads: int) -> Any:
         threads_per_worker=n_threads,
         processes=False,
         worker_dashboard_address=f"{_LOOPBACK}:0",
-        **_local_options(),
+        **_LOCAL_OPTIONS,
     )
 
 
@@ -293,7 +300,7 @@ def _process_cluster(n_workers: int) -> Any:
                 processes=True,
                 host=_LOOPBACK,
                 preload=[__name__],
-                **_local_options(),
+                **_LOCAL_OPTIONS,
             )
         except RuntimeError as error:
             raise WorkerError(
@@ -301,16 +308,6 @@ def _process_cluster(n_workers: int) -> Any:
                 "processes that can import what this one runs",
                 "a script that starts processes needs: if __name__ == '__main__':",
             ) from error
-
-
-def _local_options() -> dict[str, Any]:
-    # The plan says what a task needs. Dask's own limit would pause workers, spill states to disk
-    # and kill workers at 95 % of it, whatever the plan says: no limit.
-    return {
-        "memory_limit": 0,
-        "dashboard_address": f"{_LOOPBACK}:0",
-        "silence_logs": logging.CRITICAL,
-    }
 
 
 def dask_setup(worker: Any) -> None:
@@ -353,7 +350,7 @@ def _cuda_cluster(n_workers: int | None) -> Any:
             host=_LOOPBACK,
             preload=[__name__],
             **_memory_pool(),
-            **_local_options(),
+            **_LOCAL_OPTIONS,
         )
     except Exception as error:  # the driver's own errors have no common class
         number = f", {n_workers} of them" if n_workers else ""

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from ncbatch.errors import OutputError
 About: TypeAlias = Mapping[str, Any]
 
 _ABOUT = "about.json"
+_STATE = "state.npz"
 _SUBJECT = ("state", "place", "class_block")
 
 
@@ -46,10 +48,6 @@ class Kept:
     def folder(self) -> Path:
         """Where its files are."""
         return self.root / f"{self.about['state']}-{digest(self.about)}"
-
-    def has(self, name: str) -> bool:
-        """Whether a file of that name is kept."""
-        return (self.folder / f"{name}.npz").exists()
 
     def load(self, name: str) -> Arrays | None:
         """Read what was saved under a name; None when it is missing or damaged."""
@@ -87,12 +85,12 @@ class Kept:
         self.save("state", arrays)
         needed = {a.tobytes().decode() for name, a in arrays.items() if name.endswith(".path")}
         for path in self.folder.iterdir():
-            if path.name not in (_ABOUT, "state.npz") and str(path) not in needed:
+            if path.name not in (_ABOUT, _STATE) and str(path) not in needed:
                 path.unlink(missing_ok=True)
 
     def forget(self) -> None:
         """Delete the finished state, which cannot be used."""
-        (self.folder / "state.npz").unlink(missing_ok=True)
+        (self.folder / _STATE).unlink(missing_ok=True)
 
     def changes(self) -> str | None:
         """Say why earlier work on the same subject does not serve; None when there is none.
@@ -112,16 +110,16 @@ class Kept:
 
 def find_finished(root: Path, about: About) -> Kept | None:
     """Find a finished state that is, or holds, what `about` describes."""
-    same = Kept(root, about)
-    if same.has("state"):
-        return same
-    for other in _all(root) if "holds" in about else ():
-        wider = set(about["holds"]) <= set(other.get("holds", ()))
-        if wider and digest({**other, "holds": 0}) == digest({**about, "holds": 0}):
-            kept = Kept(root, other)
-            if kept.has("state"):
-                return kept
-    return None
+    # Other folders are looked into only where the state itself is not there.
+    others = _all(root) if "holds" in about else ()
+    wider = (
+        other
+        for other in others
+        if set(about["holds"]) <= set(other.get("holds", ()))
+        and digest({**other, "holds": 0}) == digest({**about, "holds": 0})
+    )
+    states = (Kept(root, each) for each in chain([about], wider))
+    return next((kept for kept in states if (kept.folder / _STATE).exists()), None)
 
 
 def digest(about: About) -> str:

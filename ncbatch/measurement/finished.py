@@ -96,17 +96,6 @@ class Finished:
         return f"no samples of split '{self.name}', only their moments"
 
     @property
-    def samples(self) -> Samples:
-        """The samples, which are not there.
-
-        Raises
-        ------
-        DataError
-            Always.
-        """
-        raise DataError(self.no_samples)
-
-    @property
     def no_moments(self) -> str | None:
         """Why there are no moments."""
         return None if self.has(MOMENTS) else f"no samples and no moments of split '{self.name}'"
@@ -154,11 +143,6 @@ class Finished:
         for arrays in (self._moments, self._decisions):
             for array in (arrays or {}).values():
                 check_present(array)
-
-    @property
-    def finished(self) -> Finished:
-        """Itself: what `Samples` have none of."""
-        return self
 
     def check_width(self) -> None:
         """Refuse moments of another width than the layer's classifier; names both."""

@@ -117,20 +117,14 @@ class Layer:
         """Statistics that the metrics need."""
         return frozenset[str]().union(*(metric.reads for metric in self.metrics))
 
-    @cached_property
-    def quantities(self) -> frozenset[str]:
-        """Quantities of the pair sweep."""
-        return frozenset[str]().union(*(metric.pair_quantities for metric in self.metrics))
-
     @property
     def null(self) -> bool:
         """Whether labels at random are measured: they are drawn as samples are read."""
         return self.options.null and self.train.no_samples is None
 
-    @cached_property
-    def null_quantities(self) -> frozenset[str]:
-        """The same under labels at random."""
-        chosen = [m for m in self.metrics if m.has_null] if self.null else []
+    def quantities(self, *, null: bool) -> frozenset[str]:
+        """Find the quantities of the pair sweep, under the labels or under labels at random."""
+        chosen = [m for m in self.metrics if not null or (self.null and m.has_null)]
         return frozenset[str]().union(*(metric.pair_quantities for metric in chosen))
 
     @property
@@ -489,9 +483,8 @@ def _layers_of_store(
     ood = _Part.find(store, options.ood or "ood", required=options.ood is not None)
     # Layers that were named need not be in every split, only in train.
     names = train.layers if layers is None else layers
-    for part in (train, test, ood):
-        if part is not None:
-            part.refuse_unmerged(layers)
+    for part in filter(None, (train, test, ood)):
+        part.refuse_unmerged(layers)
     if not names:
         raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
     every = []

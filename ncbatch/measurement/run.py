@@ -321,20 +321,14 @@ def measure(
     with open_cluster(asked.cluster, memory=asked.memory) as client:
         workers = Workers.find(client, asked)
         tasks = workers.place(tasks)
-        todo = tasks if saved is None else _unserved(tasks, saved, progress)
+        todo = [task for task in tasks if saved is None or not saved.serves(task)]
+        if saved is not None and progress is not None and len(todo) < len(tasks):
+            n_served = len(tasks) - len(todo)
+            progress.note(f"{n_served} of {len(tasks)} layers are taken from {saved.where}")
         cells = workers.measure(todo, progress, _state_folder(asked.state))
     measured = {(task.name, task.layer): cell for task, cell in zip(todo, cells, strict=True)}
     dataset = arrange(tasks, measured, workers.device_name, saved)
     return with_collapse(dataset, asked.collapse_below)
-
-
-def _unserved(tasks: list[Layer], saved: Saved, progress: Progress | None) -> list[Layer]:
-    """Find the layers that saved results do not serve."""
-    unserved = [task for task in tasks if not saved.serves(task)]
-    if progress and len(unserved) < len(tasks):
-        served = len(tasks) - len(unserved)
-        progress.note(f"{served} of {len(tasks)} layers are taken from {saved.where}")
-    return unserved
 
 
 @takes(PlanRequest)

@@ -1,7 +1,7 @@
 """Samples of a layer: which classes are used, labelled blocks of rows, and what a read gives.
 
 `Samples` and `ncbatch.measurement.finished.Finished` answer the same questions, so that nobody asks
-which of them a source is.
+which of them a source is, but the steps that read it.
 """
 
 from __future__ import annotations
@@ -309,7 +309,6 @@ class Samples:
     no_moments: ClassVar[str | None] = None
     moments_fingerprint: ClassVar[str | None] = None
     bytes_left: ClassVar[int] = 0
-    finished: ClassVar[None] = None
 
     @property
     def name(self) -> str:
@@ -320,11 +319,6 @@ class Samples:
     def where(self) -> str:
         """The store's path, for messages."""
         return self.split.where
-
-    @property
-    def samples(self) -> Samples:
-        """Itself."""
-        return self
 
     @property
     def n_features(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from ncbatch.engine.jobs import Call, Item, Job, Price, Step, Sweep, cut
 from ncbatch.engine.kept import About
 from ncbatch.errors import DataError
-from ncbatch.measurement.finished import Source
+from ncbatch.measurement.finished import Finished, Source
 from ncbatch.measurement.layers import Layer, device_put, find_layers
 from ncbatch.measurement.options import Options
 from ncbatch.measurement.passes import DecisionsPass, DirectionalPass, MomentsPass, PairPass
@@ -173,21 +173,20 @@ def read_test(work: Work) -> Iterator[Step]:
 
 
 def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
-    """Make the steps of a reading: the state that the store holds, or reads of samples.
+    """Make the steps of a reading: the state that the store holds, or reads of source.
 
     There is one read or, with class means in files, one per class block, joined one after another.
     """
-    if source.finished is not None:
+    if isinstance(source, Finished):
         rows_at = work.rows_at(work.about("means", source))
-        yield source.finished.moments_call(reading, work.mode, work.on_device, rows_at)
+        yield source.moments_call(reading, work.mode, work.on_device, rows_at)
         return
-    samples = source.samples
     options = work.layer.options
     selection = reading.selection
     k = reading.n_classes if selection is None else len(selection.classes)
     read = partial(
         MomentsPass,
-        samples.labelled(reading.index, options),
+        source.labelled(reading.index, options),
         k,
         reading.scatter,
         options.precision,
@@ -195,7 +194,7 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
         selection.counts[selection.classes] if reading.null and selection is not None else None,
         options.null_seed,
     )
-    price = _moments_price(work, samples, reading)
+    price = _moments_price(work, source, reading)
     n = work.mode.class_blocks
     blocks = list(cut(0, k, 1, most=-(-k // n), parts=n)) if work.mode.stored else [None]
     so_far = ""
@@ -212,7 +211,7 @@ def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
         make = partial(read, block=block, rows_at=work.rows_at(about))
         # All blocks together have one price, which the first of them carries.
         only_once = None if i else price
-        yield Sweep(name, label, make, samples.items, about=about, price=only_once)
+        yield Sweep(name, label, make, source.items, about=about, price=only_once)
         if so_far:
             joined = reading.name if block is blocks[-1] else f"{reading.name}-to-{i}"
             yield Call(joined, MomentsRead.join, (so_far, name))
@@ -275,7 +274,7 @@ def sweep_pairs(work: Work, *, null: bool = False) -> Iterator[Step]:
     """Sweep all pairs of class means, under the labels or under labels at random."""
     layer = work.layer
     name = "null_pairs" if null else "pairs"
-    quantities = layer.null_quantities if null else layer.quantities
+    quantities = layer.quantities(null=null)
     if not quantities:
         return
     options = layer.options
@@ -382,12 +381,11 @@ def decide(work: Work) -> Iterator[Step]:
     layer = work.layer
     if "decisions" not in layer.reads:
         return
-    source = layer.decided
+    samples = layer.decided
     index = _decided_index(layer)
-    if source.finished is not None:
-        yield source.finished.decisions_call(f"decisions of {layer.where}", index, work.held)
+    if isinstance(samples, Finished):
+        yield samples.decisions_call(f"decisions of {layer.where}", index, work.held)
         return
-    samples = source.samples
     k = layer.n_used
     d = layer.train.n_features
     n_classes = layer.store.n_classes
@@ -456,7 +454,8 @@ def sweep_directions(work: Work) -> Iterator[Step]:
     layer = work.layer
     if "directional" not in layer.reads:
         return
-    samples = layer.train.samples
+    samples = layer.train
+    assert isinstance(samples, Samples)  # `Layer.absent` says where there are none
     k = layer.n_used
     d = layer.train.n_features
     yield _sweep(

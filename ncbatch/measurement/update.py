@@ -110,13 +110,12 @@ class Saved:
 
     def _find(self, store: FeatureStore) -> str | None:
         path = absolute(store.path)
-        for name, note in self.notes.items():
-            if absolute(note.path) == path:
-                return name
+        same = [name for name, note in self.notes.items() if absolute(note.path) == path]
         moved = [name for name, note in self.notes.items() if note.id == store.id]
-        if len(moved) == 1 and not os.path.exists(self.notes[moved[0]].path):
+        # Of two copies nobody can say which one was measured.
+        if not same and len(moved) == 1 and not os.path.exists(self.notes[moved[0]].path):
             return moved[0]
-        return None
+        return next(iter(same), None)
 
     def serves(self, task: Layer) -> bool:
         """Whether a layer's saved results are what measuring it again would give."""

@@ -210,7 +210,7 @@ def _counts(layer: Layer, statistics: Statistics) -> dict[str, float]:
     }
     if statistics.pairs is not None:
         counts["n_coincident_pairs"] = statistics.pairs.coincident_means
-        if layer.quantities & {"log", "riesz"}:
+        if layer.quantities(null=False) & {"log", "riesz"}:
             counts["n_coincident_directions"] = statistics.pairs.coincident_directions
     if "scatter" in layer.reads and statistics.n_directed:
         counts["rank"] = statistics.spectrum.rank

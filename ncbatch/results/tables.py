@@ -157,9 +157,8 @@ def order(dataset: xr.Dataset) -> list[int]:
     if "step" not in dataset.coords or np.isnan(dataset["step"].values.astype(float)).any():
         return list(range(n))
     models = dataset["model"].values.tolist() if "model" in dataset.coords else [""] * n
-    first = {model: i for i, model in reversed(list(enumerate(models)))}
     steps = dataset["step"].values.tolist()
-    return sorted(range(n), key=lambda i: (first[models[i]], steps[i]))
+    return sorted(range(n), key=lambda i: (models.index(models[i]), steps[i]))
 
 
 def labels_of(dataset: xr.Dataset) -> list[str]:
