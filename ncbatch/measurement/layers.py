@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -403,12 +403,11 @@ class _Part:
     @classmethod
     def find(cls, store: FeatureStore, name: str, *, required: bool) -> _Part | None:
         """Find a split; None when the store has neither samples nor states of that name."""
-        has_rows = name in store.splits
-        if has_rows or name in store.state_splits:
-            return cls(store, name, store.split(name) if has_rows else None)
+        rows = store.split(name) if name in store.splits else None
+        if rows is not None or name in store.state_splits:
+            return cls(store, name, rows)
         if required:
-            known = list(dict.fromkeys([*store.splits, *store.state_splits]))
-            raise unknown_name("split", name, known, store.path)
+            raise unknown_name("split", name, {*store.splits, *store.state_splits}, store.path)
         return None
 
     @cached_property
@@ -476,7 +475,7 @@ class _Part:
 
 def _layers_of_store(
     name: str, store: FeatureStore, layers: list[str] | None, options: Options, scanned: bool
-) -> list[Layer]:
+) -> Iterator[Layer]:
     train = _Part.find(store, options.train, required=True)
     assert train is not None
     test = _Part.find(store, options.test or "test", required=options.test is not None)
@@ -487,7 +486,6 @@ def _layers_of_store(
         part.refuse_unmerged(layers)
     if not names:
         raise DataError(f"split '{train.name}' of {store.path} has no complete layer")
-    every = []
     for layer in names:
         means = train.source(layer, MOMENTS)
         if means is None:
@@ -498,18 +496,15 @@ def _layers_of_store(
         outside = None if ood is None else ood.source(layer, MOMENTS)
         if outside is not None and outside.is_empty(scanned=scanned):
             outside = None
-        every.append(
-            Layer(
-                name,
-                store,
-                layer,
-                options,
-                means,
-                None if test is None else test.source(layer, MOMENTS, DECISIONS),
-                outside,
-                None if test is None else test.name,
-                None if ood is None else ood.name,
-                train.select(means, options) if scanned else None,
-            )
+        yield Layer(
+            name,
+            store,
+            layer,
+            options,
+            means,
+            None if test is None else test.source(layer, MOMENTS, DECISIONS),
+            outside,
+            None if test is None else test.name,
+            None if ood is None else ood.name,
+            train.select(means, options) if scanned else None,
         )
-    return every
