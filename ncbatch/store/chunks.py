@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from zarr.storage import LocalStore, StorePath
 from ncbatch.errors import CorruptionError, StoreError
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, BFloat16, LayerSpec, read_attributes
 
+Node: TypeAlias = zarr.Array[Any] | zarr.Group
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -99,8 +100,11 @@ def make_group(place: StorePath, attributes: Mapping[str, Any]) -> None:
     sync((place / "zarr.json").set_if_not_exists(content))
 
 
-def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
-    """Yield the groups in a group by name, sorted."""
+def subgroups(parent: zarr.Group, name: str = "") -> Iterator[tuple[str, zarr.Group]]:
+    """Yield the groups in a group, or in the one of that name in it, by name, sorted."""
+    group = find_node(parent, name) if name else parent
+    if not isinstance(group, zarr.Group):
+        return
     # `zarr.Group.groups` would warn of a folder that another process has begun to make, or has left
     # behind when it was killed; here it is passed over.
     names = sorted({*collect_aiterator(group.store.list_dir(group.path))} - {"zarr.json"})
@@ -109,7 +113,7 @@ def subgroups(group: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
             yield name, node
 
 
-def find_node(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
+def find_node(group: zarr.Group, name: str) -> Node | None:
     """Open what has that name in a group; None for nothing.
 
     Raises
@@ -120,9 +124,7 @@ def find_node(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | No
     return find_nodes(group, [name])[0]
 
 
-def find_nodes(
-    group: zarr.Group, names: Sequence[str]
-) -> list[zarr.Array[Any] | zarr.Group | None]:
+def find_nodes(group: zarr.Group, names: Sequence[str]) -> list[Node | None]:
     """Open several as `find_node` does, asking for all at once."""
     asked = zarr.AsyncGroup(metadata=group.metadata, store_path=group.store_path)
 
@@ -154,7 +156,6 @@ def create_array(
     StoreError
         When an array is there that differs.
     """
-    is_integer = dtype.startswith("int")
     try:
         return group.create_array(
             name,
@@ -164,7 +165,7 @@ def create_array(
             filters=None,
             compressors=[Crc32cCodec()],
             # Missing chunks never read as plausible zeros.
-            fill_value=-1 if is_integer else float("nan"),
+            fill_value=-1 if dtype.startswith("int") else float("nan"),
             dimension_names=dimensions,
             attributes=dict(attributes or {}),
             config=_CONFIG,
@@ -179,6 +180,19 @@ def create_array(
             "delete the split and write it anew",
         )
     return array
+
+
+def store_array(
+    group: zarr.Group, name: str, values: npt.NDArray[Any], dimensions: tuple[str, ...], limit: int
+) -> None:
+    """Make an array of what is in memory, in chunks of whole rows, of `limit` bytes at most."""
+    # A chunk has a row at least, however long, and whatever the array lacks.
+    rows = max(1, min(len(values), limit // max(values[:1].nbytes, 1)))
+    chunk = (rows, *(max(n, 1) for n in values.shape[1:]))
+    array = create_array(group, name, values.shape, chunk, str(values.dtype), dimensions)
+    # Of no classes there is nothing to write.
+    if values.size:
+        array[...] = values
 
 
 def create_feature(
@@ -244,15 +258,9 @@ def array_names(group: zarr.Group) -> list[str]:
     return [*ids, *(f"layers/{name}" for name, _ in complete_layers(group))]
 
 
-def layer_groups(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
-    """Yield the groups of a split's layers by name, complete or not."""
-    layers = find_node(split, "layers")
-    return subgroups(layers) if isinstance(layers, zarr.Group) else iter(())
-
-
 def complete_layers(split: zarr.Group) -> Iterator[tuple[str, zarr.Group]]:
     """Yield the groups of the layers whose writing has ended, under their own names."""
-    for name, layer in layer_groups(split):
+    for name, layer in subgroups(split, "layers"):
         if not name.startswith(STAGED) and layer.attrs.get("complete"):
             yield name, layer
 
@@ -340,8 +348,10 @@ def stored_chunks(array: zarr.Array[Any]) -> list[int]:
     ]
 
 
-def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:
-    """Read rows [start, stop) and check their checksums.
+def read_rows(
+    array: zarr.Array[Any], start: int, stop: int, *, widened: bool = False
+) -> npt.NDArray[Any]:
+    """Read rows [start, stop) and check their checksums; bfloat16 as float32 if `widened`.
 
     Raises
     ------
@@ -351,16 +361,17 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]
         When the store does not answer.
     """
     try:
-        return np.asarray(array[start:stop])
+        rows = np.asarray(array[start:stop])
     except StoreError:
         raise
     # Codecs and stores raise what they like; which chunk it was has to be found out.
     except Exception as error:
-        rows = array.chunks[0]
-        for index in range(start // rows, -(-stop // rows)):
+        height = array.chunks[0]
+        for index in range(start // height, -(-stop // height)):
             if fault := read_fault(array, index):
                 raise fault.error() from error
         raise
+    return rows.astype(np.float32) if widened and rows.dtype.name == "bfloat16" else rows
 
 
 def read_fault(array: zarr.Array[Any], index: int) -> Fault | None:

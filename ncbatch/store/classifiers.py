@@ -12,7 +12,7 @@ import zarr
 
 from ncbatch.arrays.namespace import Array, to_numpy
 from ncbatch.errors import DataError
-from ncbatch.store.chunks import check_present, chunk_range, create_array, read_rows, require_group
+from ncbatch.store import chunks
 from ncbatch.store.format import CLASSIFIER, DTYPES
 
 _CHUNK_BYTES = 16 * 2**20
@@ -45,18 +45,18 @@ def check_classifier(
     parts = {"weight": _as_floats(weight, "classifier weight")}
     if bias is not None:
         parts["bias"] = _as_floats(bias, "classifier bias")
-    k = n_classes
     shape = parts["weight"].shape
-    if len(shape) != 2 or shape[0] != k:
-        padded = len(shape) == 2 and shape[0] > k
+    if len(shape) != 2 or shape[0] != n_classes:
+        padded = len(shape) == 2 and shape[0] > n_classes
         raise DataError(
             f"classifier weight of shape {shape}",
-            f"({k}, D): one row per class",
-            f"a padded vocabulary? keep its first rows with --rows {k}" if padded else "",
+            f"({n_classes}, D): one row per class",
+            f"a padded vocabulary? keep its first rows with --rows {n_classes}" if padded else "",
         )
-    if bias is not None and parts["bias"].shape != (k,):
+    if bias is not None and parts["bias"].shape != (n_classes,):
         raise DataError(
-            f"classifier bias of shape {parts['bias'].shape}", f"({k},): one value per class"
+            f"classifier bias of shape {parts['bias'].shape}",
+            f"({n_classes},): one value per class",
         )
     for name, values in parts.items():
         if not np.isfinite(values).all():
@@ -67,17 +67,13 @@ def check_classifier(
 
 def store_classifier(root: zarr.Group, layer: str, parts: Mapping[str, npt.NDArray[Any]]) -> None:
     """Store the classifier of a layer, in the place of an earlier one; visible once complete."""
-    classifiers = require_group(root, CLASSIFIER)
+    classifiers = chunks.require_group(root, CLASSIFIER)
     # Absent until the new one is complete: a mixture of both would be worse.
     del classifiers[layer]
-    group = require_group(classifiers, layer)
-    weight = parts["weight"]
-    rows = max(1, min(len(weight), _CHUNK_BYTES // weight[:1].nbytes))
-    chunks = {"bias": weight.shape[:1], "weight": (rows, weight.shape[1])}
+    group = chunks.require_group(classifiers, layer)
     for name, values in parts.items():
         dimensions = ("class", "unit")[: values.ndim]
-        array = create_array(group, name, values.shape, chunks[name], str(values.dtype), dimensions)
-        array[...] = values
+        chunks.store_array(group, name, values, dimensions, _CHUNK_BYTES)
     group.update_attributes({"complete": True})
 
 
@@ -89,8 +85,7 @@ class ClassifierRows:
     def __init__(self, array: zarr.Array[Any]) -> None:
         self._array = array
         self.shape = (int(array.shape[0]), int(array.shape[1]))
-        stored: np.dtype[Any] = np.dtype(array.dtype)
-        self.dtype = np.dtype(np.float32) if stored == DTYPES["bfloat16"] else stored
+        self.dtype = np.dtype("float32" if array.dtype.name == "bfloat16" else array.dtype)
         self._last: tuple[int, npt.NDArray[Any]] = (-1, np.empty(0))
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
@@ -102,10 +97,8 @@ class ClassifierRows:
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
         """Read a slice of rows, or an array of row numbers by the slices between them."""
         part = rows[0] if isinstance(rows, tuple) else rows
-        if isinstance(part, slice):
-            part = np.arange(*part.indices(self.shape[0]))
         # By number, whatever was asked for: each chunk that holds some of them is read once.
-        numbers = np.asarray(part)
+        numbers = np.arange(self.shape[0])[part]
         values = np.empty((len(numbers), self.shape[1]), self.dtype)
         height = int(self._array.chunks[0])
         for chunk in np.unique(numbers // height).tolist():
@@ -116,7 +109,8 @@ class ClassifierRows:
     def _chunk(self, chunk: int) -> npt.NDArray[Any]:
         # The last one is kept, since blocks are smaller than chunks.
         if self._last[0] != chunk:
-            self._last = (chunk, _read(self._array, *chunk_range(self._array, chunk)))
+            rows = chunks.chunk_range(self._array, chunk)
+            self._last = (chunk, chunks.read_rows(self._array, *rows, widened=True))
         return self._last[1]
 
 
@@ -139,15 +133,12 @@ def read_classifier(
     """
     parts: dict[str, Any] = {}
     for array in arrays:
-        check_present(array)
-        lazy = lazily and array.basename == "weight"
-        parts[array.basename] = ClassifierRows(array) if lazy else _read(array, 0, array.shape[0])
+        chunks.check_present(array)
+        if lazily and array.basename == "weight":
+            parts["weight"] = ClassifierRows(array)
+        else:
+            parts[array.basename] = chunks.read_rows(array, 0, array.shape[0], widened=True)
     return parts["weight"], parts.get("bias")
-
-
-def _read(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:
-    values = read_rows(array, start, stop)
-    return values.astype(np.float32) if values.dtype == DTYPES["bfloat16"] else values
 
 
 def _as_floats(values: Array, what: str) -> npt.NDArray[Any]:

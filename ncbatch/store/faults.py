@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,30 +22,24 @@ if TYPE_CHECKING:
     from ncbatch.store.split import Split
 
 
-def find_faults(store: FeatureStore) -> list[Fault]:
-    """Check every chunk of every split and classifier of `store`, in order."""
-    faults: list[Fault] = []
+def find_faults(store: FeatureStore) -> Iterator[Fault]:
+    """Check every chunk of every split, classifier and state of `store`, in order."""
     for name in store.splits:
-        faults.extend(_split_faults(store.split(name)))
+        yield from _split_faults(store.split(name))
     for name, n in store.lost_splits.items():
-        faults.append(Fault(f"{name}/label", 0, n, "array is missing"))
+        yield Fault(f"{name}/label", 0, n, "array is missing")
     for layer in store.classifiers:
         for array in store.classifier_arrays(layer):
-            faults.extend(_array_faults(array))
-    for name in store.state_splits:
-        faults.extend(_state_faults(store, name))
-    return faults
-
-
-def _state_faults(store: FeatureStore, split: str) -> Iterator[Fault]:
-    for layer, kind in store.state_kinds(split):
-        try:
-            arrays = store.state_arrays(split, layer, kind) or {}
-        except CorruptionError as error:
-            yield Fault(f"{split}/{STATES}/{layer}/{kind}", 0, store.n_classes, error.found)
-            continue
-        for array in arrays.values():
             yield from _array_faults(array)
+    for name in store.state_splits:
+        for layer, kind in store.state_kinds(name):
+            try:
+                arrays = store.state_arrays(name, layer, kind) or {}
+            except CorruptionError as error:
+                yield Fault(f"{name}/{STATES}/{layer}/{kind}", 0, store.n_classes, error.found)
+                continue
+            for array in arrays.values():
+                yield from _array_faults(array)
 
 
 def _split_faults(split: Split) -> Iterator[Fault]:
@@ -60,7 +55,7 @@ def _split_faults(split: Split) -> Iterator[Fault]:
     if not bad:
         labels = split.labels()
         exists = labels >= 0
-        yield from _range_faults(label, labels, split.n_classes)
+        yield from _range_faults(split, "label", labels)
         yield from _record_faults(split, int(np.count_nonzero(exists)))
     for name, array in split.arrays.items():
         if name == "label":
@@ -70,7 +65,7 @@ def _split_faults(split: Split) -> Iterator[Fault]:
         faults = list(_array_faults(array, holds))
         yield from faults
         if name == "prediction" and not faults and not bad:
-            yield from _range_faults(array, split.predictions(), split.n_classes)
+            yield from _range_faults(split, name, split.predictions())
 
 
 def _array_faults(
@@ -91,23 +86,20 @@ def _array_faults(
     yield from (bad for bad in faults if bad is not None)
 
 
-def _range_faults(
-    array: zarr.Array[Any], values: npt.NDArray[Any], n_classes: int
-) -> Iterator[Fault]:
-    for row in np.flatnonzero(values >= n_classes)[:1].tolist():
-        what = f"{array.basename} {int(values[row])} in row {row}, expected below {n_classes}"
+def _range_faults(split: Split, name: str, values: npt.NDArray[Any]) -> Iterator[Fault]:
+    array = split.arrays[name]
+    for row in np.flatnonzero(values >= split.n_classes)[:1].tolist():
+        what = f"{name} {int(values[row])} in row {row}, expected below {split.n_classes}"
         yield chunks.chunk_fault(array, row // array.chunks[0], what)
 
 
 def _record_faults(split: Split, exist: int) -> Iterator[Fault]:
     """Compare the rows that exist with the record of the end, or with those of writers at work."""
-    wrong = []
+    fault = partial(Fault, f"{split.name}/label", 0, split.n_rows)
     if split.finalized and split.n_samples != exist:
-        wrong.append(f"{exist} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'")
+        yield fault(f"{exist} samples, expected {split.n_samples} as recorded in '{ATTRIBUTE}'")
     for record in () if split.finalized else split.records:
-        n = count_samples(split.arrays["label"], map(record.share.block, range(record.blocks)))
+        n = count_samples(split.arrays["label"], map(record.block, range(record.blocks)))
         if n != record.rows:
-            writer = f"{n} samples of writer {record.share.rank}"
-            wrong.append(f"{writer}, expected {record.rows} as it recorded")
-    for what in wrong:
-        yield Fault(f"{split.name}/label", 0, split.n_rows, what)
+            found = f"{n} samples of writer {record.rank}"
+            yield fault(f"{found}, expected {record.rows} as it recorded")

@@ -22,7 +22,6 @@ from ncbatch.store.faults import find_faults
 from ncbatch.store.format import (
     ATTRIBUTE,
     CLASSIFIER,
-    DTYPES,
     FORMAT,
     MAX_CLASSES,
     LayerSpec,
@@ -414,7 +413,7 @@ class FeatureStore(StoreHeader, StoredStates):
         target = self.split(split)
         for name, spec in specs.items():
             self.check_width(name, spec.n_features, but=split)
-        return LayerWriter(target, specs, head=head, overwrite=overwrite)
+        return LayerWriter(target, specs, head, overwrite)
 
     def finalize(self, split: str) -> Split:
         """Complete a split of several writers, once all are closed.
@@ -537,10 +536,8 @@ class FeatureStore(StoreHeader, StoredStates):
     @property
     def classifiers(self) -> list[str]:
         """Layers that have a classifier."""
-        group = chunks.find_node(self._root, CLASSIFIER)
-        if not isinstance(group, zarr.Group):
-            return []
-        return [name for name, layer in chunks.subgroups(group) if layer.attrs.get("complete")]
+        groups = chunks.subgroups(self._root, CLASSIFIER)
+        return [name for name, layer in groups if layer.attrs.get("complete")]
 
     def to_dask(self, split: str, layer: str, device: Literal["cpu", "cuda"] = "cpu") -> da.Array:
         """Return a layer's rows as a Dask array (sample, unit), one block per chunk.
@@ -566,7 +563,7 @@ class FeatureStore(StoreHeader, StoredStates):
         if device not in ("cpu", "cuda"):
             raise UsageError(f"device '{device}'", "cpu or cuda")
         array = da.from_zarr(self.split(split).feature(layer))
-        dtype = np.dtype("float32") if array.dtype == DTYPES["bfloat16"] else array.dtype
+        dtype = np.dtype("float32") if array.dtype.name == "bfloat16" else array.dtype
         if device == "cuda":
             return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
         return array.astype(dtype)
@@ -597,7 +594,7 @@ class FeatureStore(StoreHeader, StoredStates):
 
     def validate(self) -> list[chunks.Fault]:
         """Read everything and name every bad chunk and impossible value; empty when all is well."""
-        return find_faults(self)
+        return list(find_faults(self))
 
     def _specs_to_write(
         self, layers: Mapping[str, int] | Iterable[str] | None, dtype: str | None

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import zarr
 import zarr.errors
@@ -30,6 +30,7 @@ from ncbatch.store import chunks
 from ncbatch.store.format import ARRAYS, ATTRIBUTE, STAGED, read_attributes
 
 Result = TypeVar("Result")
+Options: TypeAlias = Mapping[str, Any] | None
 
 # What obstore opens in the same way; tested are s3 and s3a.
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
@@ -38,7 +39,7 @@ _SCHEMES_TEXT = "s3://, gs:// or az://"
 # A wrong address is said after seconds; once it was right, a store that is busy is waited for.
 _FIRST = {"max_retries": 2, "retry_timeout": timedelta(seconds=5)}
 _LATER = {"max_retries": 8, "retry_timeout": timedelta(seconds=60)}
-_TIMEOUTS = {"connect_timeout": "5s", "timeout": "120s", "allow_http": True}
+_TIMEOUTS: Any = {"connect_timeout": "5s", "timeout": "120s", "allow_http": True}
 
 _CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN), "
@@ -62,9 +63,7 @@ def as_text(path: str | os.PathLike[str]) -> str:
     return where.rstrip("/") if is_remote(where) else where
 
 
-def is_there(
-    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
-) -> bool:
+def is_there(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
     """Whether anything is at the place of a store; an empty folder is free.
 
     Raises
@@ -93,9 +92,7 @@ def check_writable(where: str) -> None:
         raise UsageError(f"a new store at '{where}'", f"a folder, or a URL of {_SCHEMES_TEXT}")
 
 
-def make_root(
-    where: str, header: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
-) -> zarr.Group:
+def make_root(where: str, header: Mapping[str, Any], storage_options: Options) -> zarr.Group:
     """Make the group of a store at a place that is free.
 
     Raises
@@ -120,7 +117,7 @@ def make_root(
         ) from error
 
 
-def open_root(where: str, storage_options: Mapping[str, Any] | None = None) -> zarr.Group:
+def open_root(where: str, storage_options: Options = None) -> zarr.Group:
     """Open the group of a store.
 
     Raises
@@ -183,7 +180,7 @@ def check_metadata(where: str) -> None:
             folders.clear()
 
 
-def delete_store(where: str, storage_options: Mapping[str, Any] | None = None) -> None:
+def delete_store(where: str, storage_options: Options = None) -> None:
     """Delete all that is at a place; the caller knows that it is a store."""
     place = _place(where, storage_options)
     if isinstance(place, Store):
@@ -231,7 +228,7 @@ def finish_renaming(split: zarr.Group) -> None:
         return
     complete = [
         name
-        for name, group in chunks.layer_groups(split)
+        for name, group in chunks.subgroups(split, "layers")
         if name.startswith(STAGED) and group.attrs.get("complete")
     ]
     current, staged = chunks.find_nodes(split, ["prediction", f"{STAGED}prediction"])
@@ -246,7 +243,7 @@ def finish_renaming(split: zarr.Group) -> None:
         chunks.record_arrays(split)
 
 
-def _place(where: str, storage_options: Mapping[str, Any] | None) -> Store | str:
+def _place(where: str, storage_options: Options) -> Store | str:
     """Return what zarr opens: a store, or the path or URL of one.
 
     Raises
@@ -284,7 +281,7 @@ class RemoteStore(ObjectStore[Any]):
         processes open the place with them and their own environment.
     """
 
-    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str, storage_options: Options = None) -> None:
         super().__init__(_open_place(url, storage_options, _LATER))
         self.url = url
         self._options = dict(storage_options or {})
@@ -387,15 +384,14 @@ def _library(url: str) -> Any:
     return obstore
 
 
-def _open_place(url: str, storage_options: Mapping[str, Any] | None, retries: Any) -> Any:
+def _open_place(url: str, storage_options: Options, retries: Any) -> Any:
     failures = (_library(url).exceptions.BaseError, ValueError, TypeError)
     from obstore.store import from_url
 
     config: Any = dict(storage_options or {})
-    timeouts: Any = _TIMEOUTS
     try:
         return from_url(
-            url.rstrip("/"), config=config, client_options=timeouts, retry_config=retries
+            url.rstrip("/"), config=config, client_options=_TIMEOUTS, retry_config=retries
         )
     except failures as error:
         # One half of a pair of keys.

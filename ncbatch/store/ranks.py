@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -67,10 +67,9 @@ class Share:
 
 
 @dataclass(frozen=True)
-class CommitRecord:
-    """What a writer has committed."""
+class CommitRecord(Share):
+    """The share of a writer, and what it has committed of it."""
 
-    share: Share
     # Base blocks whose labels it has stored, and the samples in them (label >= 0).
     blocks: int = 0
     rows: int = 0
@@ -81,33 +80,27 @@ class CommitRecord:
 
     def stop(self, block: int) -> int:
         """Return the row of the split after the last one committed; 0 without any."""
-        return self.share.row(self.position - 1, block) + 1 if self.position else 0
+        return self.row(self.position - 1, block) + 1 if self.position else 0
 
     def save(self, group: zarr.Group) -> None:
         """Store the record in the split's `group`, in the place of this writer's last one."""
         # Made when the writer claimed its rank.
-        home: Any = group[f"writers/{self.share.rank}"]
-        home.update_attributes({ATTRIBUTE: self._attributes()})
-
-    def _attributes(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {**values.pop("share"), **values}
+        home: Any = group[f"writers/{self.rank}"]
+        home.update_attributes({ATTRIBUTE: asdict(self)})
 
 
-def read_record(group: zarr.Group, share: Share) -> CommitRecord | None:
+def read_record(group: zarr.Group, rank: int) -> CommitRecord | None:
     """Read the record of a writer; None when it has not begun."""
-    home = chunks.find_node(group, f"writers/{share.rank}")
+    home = chunks.find_node(group, f"writers/{rank}")
     values = read_attributes(home) if isinstance(home, zarr.Group) else {}
-    if "blocks" not in values:
+    if not values:
         return None
-    names = ("blocks", "rows", "position", "final")
-    return CommitRecord(share, **{name: values[name] for name in names})
+    return CommitRecord(**{field.name: values[field.name] for field in fields(CommitRecord)})
 
 
 def read_records(group: zarr.Group, world_size: int) -> list[CommitRecord]:
     """Read the records of the writers that have begun, by rank."""
-    records = (read_record(group, Share(rank, world_size)) for rank in range(world_size))
-    return [record for record in records if record is not None]
+    return list(filter(None, (read_record(group, rank) for rank in range(world_size))))
 
 
 def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> CommitRecord:
@@ -120,8 +113,8 @@ def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> Commi
     """
     # Of several processes that make the record exactly one finds its own token in it.
     token = str(uuid.uuid4())
-    fresh = CommitRecord(share)
-    attributes = {ATTRIBUTE: fresh._attributes() | {_CLAIM: token}}
+    fresh = CommitRecord(share.rank, share.world_size)
+    attributes = {ATTRIBUTE: asdict(fresh) | {_CLAIM: token}}
     home = chunks.require_group(chunks.require_group(group, "writers"), str(share.rank), attributes)
     mine = read_attributes(home).get(_CLAIM) == token
     if not mine and not resume:
@@ -131,7 +124,7 @@ def claim(group: zarr.Group, share: Share, named: str, *, resume: bool) -> Commi
             "give rank= and world_size= to each of several writers; "
             "resume=True goes on after one that stopped",
         )
-    return fresh if mine else read_record(group, share) or fresh
+    return fresh if mine else read_record(group, share.rank) or fresh
 
 
 def claimed_blocks(records: Iterable[CommitRecord], n_blocks: int = 0) -> npt.NDArray[np.bool_]:
@@ -140,10 +133,10 @@ def claimed_blocks(records: Iterable[CommitRecord], n_blocks: int = 0) -> npt.ND
     Of `n_blocks` blocks at least, and of more where records claim more.
     """
     known = [record for record in records if record.blocks]
-    n = max([n_blocks, *(record.share.block(record.blocks - 1) + 1 for record in known)])
+    n = max([n_blocks, *(record.block(record.blocks - 1) + 1 for record in known)])
     claimed = np.zeros(n, np.bool_)
     for record in known:
-        claimed[record.share.rank :: record.share.world_size][: record.blocks] = True
+        claimed[record.rank :: record.world_size][: record.blocks] = True
     return claimed
 
 
@@ -156,20 +149,19 @@ def to_resume(record: CommitRecord, label: zarr.Array[Any]) -> CommitRecord:
         When labels that the record claims are missing.
     """
     block = int(label.chunks[0])
-    share = record.share
     stored = set(chunks.stored_chunks(label))
     # The record may lag behind the labels by a block, for it is written after them.
     blocks = 0
-    while share.block(blocks) in stored:
+    while record.block(blocks) in stored:
         blocks += 1
     if blocks < record.blocks:
-        raise chunks.chunk_fault(label, share.block(blocks), "chunk is missing").error()
+        raise chunks.chunk_fault(label, record.block(blocks), "chunk is missing").error()
     if blocks and record.position < blocks * block:
-        stop = (share.block(blocks - 1) + 1) * block
+        stop = (record.block(blocks - 1) + 1) * block
         # Killed while it ended: the last block may be a part of one, and is written again.
         if label.shape[0] < stop or np.asarray(label[stop - 1 : stop])[0] < 0:
             blocks -= 1
-    rows = count_samples(label, map(share.block, range(blocks)))
+    rows = count_samples(label, map(record.block, range(blocks)))
     return replace(record, blocks=blocks, rows=rows, position=blocks * block, final=False)
 
 
@@ -341,7 +333,7 @@ def finalize_split(group: zarr.Group, named: str) -> None:
 
 
 def _check_ended(records: list[CommitRecord], world_size: int, named: str) -> None:
-    begun = {record.share.rank: record for record in records}
+    begun = {record.rank: record for record in records}
     missing = [str(rank) for rank in range(world_size) if rank not in begun]
     writing = [str(rank) for rank, record in begun.items() if not record.final]
     lacking = {"no record": missing, "no end": writing}

@@ -122,8 +122,8 @@ class Split:
     @property
     def incomplete_layers(self) -> list[str]:
         """Layers whose writing has not ended, invisible until it has."""
-        names = (name for name, _ in chunks.layer_groups(self.group) if name not in self.features)
-        return sorted(name.removeprefix(STAGED) for name in names)
+        layers = chunks.subgroups(self.group, "layers")
+        return sorted(name.removeprefix(STAGED) for name, _ in layers if name not in self.features)
 
     def spec(self, layer: str) -> LayerSpec:
         """Width and dtype of a layer."""
@@ -151,10 +151,8 @@ class Split:
     @property
     def head(self) -> str | None:
         """The layer whose classifier made the stored predictions; None without predictions."""
-        if self._prediction is None:
-            return None
-        head = self._prediction.attrs.get("head")
-        return str(head) if head is not None else None
+        head = None if self._prediction is None else self._prediction.attrs.get("head")
+        return None if head is None else str(head)
 
     def labels(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int32]:
         """Read labels of rows [start, stop); -1 marks rows that are no samples."""
@@ -192,9 +190,7 @@ class Split:
 
     def read(self, layer: str, start: int, stop: int, *, widened: bool = True) -> npt.NDArray[Any]:
         """Read features of rows [start, stop) as stored; bfloat16 as float32 if `widened`."""
-        rows = chunks.read_rows(self.feature(layer), start, stop)
-        narrow = widened and self.spec(layer).dtype == "bfloat16"
-        return rows.astype(np.float32) if narrow else rows
+        return chunks.read_rows(self.feature(layer), start, stop, widened=widened)
 
     @property
     def chunks_at_once(self) -> int:

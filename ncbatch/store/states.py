@@ -80,7 +80,9 @@ class StoredStates:
         try:
             state = chunks.require_group(group, staged)
             for name, array in values.items():
-                _store_array(state, name, array)
+                others = (f"{name}_{i}" for i in range(1, array.ndim))
+                dimensions = _DIMENSIONS.get(name, ("class", *others))[: array.ndim]
+                chunks.store_array(state, name, array, dimensions, _CHUNK_BYTES)
             record = {"arrays": list(values), "attributes": dict(attributes or {})}
             state.update_attributes({ATTRIBUTE: {"complete": True, **record}})
         except BaseException:
@@ -172,8 +174,7 @@ class StoredStates:
 
     def _states(self, split: str) -> Iterator[tuple[str, str]]:
         """Yield layer and kind of every complete state of a split, sorted."""
-        layers = self._root.get(f"{split}/{STATES}")
-        for layer, kinds in chunks.subgroups(layers) if isinstance(layers, zarr.Group) else ():
+        for layer, kinds in chunks.subgroups(self._root, f"{split}/{STATES}"):
             for kind, group in chunks.subgroups(kinds):
                 if not kind.startswith(STAGED) and _is_complete(group):
                     yield layer, kind
@@ -193,17 +194,3 @@ def _check_array(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
             "signed integers, float32 or float64, of one dimension or more",
         )
     return values
-
-
-def _store_array(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
-    width = int(np.prod(values.shape[1:], dtype=np.int64)) * values.dtype.itemsize
-    # A chunk has a row at least, however long, and whatever the array lacks.
-    rows = max(1, min(len(values), _CHUNK_BYTES // max(width, 1)))
-    dimensions = _DIMENSIONS.get(name, ("class", *(f"{name}_{i}" for i in range(1, values.ndim))))
-    chunk = (rows, *(max(n, 1) for n in values.shape[1:]))
-    array = chunks.create_array(
-        group, name, values.shape, chunk, str(values.dtype), dimensions[: values.ndim]
-    )
-    # Of no classes there is nothing to write.
-    if values.size:
-        array[...] = values

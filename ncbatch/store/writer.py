@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from ncbatch.store.format import STAGED, LayerSpec, chunk_rows
 from ncbatch.store.place import rename
 from ncbatch.store.split import Split
 from ncbatch.store.states import STATES
+
+# Of layers by name, or predictions and labels by those names.
+Rows: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 _STAGED_PREDICTION = f"{STAGED}prediction"
 
@@ -38,10 +41,9 @@ class RowBuffer:
     # The array, once it is made, and the rows of this writer that are stored in it.
     array: zarr.Array[Any] | None = None
     written: int = 0
-
-    def __post_init__(self) -> None:
-        self._rows: npt.NDArray[Any] = np.empty(0)
-        self._fill = 0
+    # Rows that are held, in the room for a chunk.
+    _fill: int = 0
+    _rows: npt.NDArray[Any] = field(default_factory=partial(np.empty, 0))
 
     @property
     def position(self) -> int:
@@ -147,12 +149,7 @@ class BlockWriter(ABC):
     def discard(self) -> None:
         """Give up what is not complete; nothing to do once it is."""
 
-    def _add(
-        self,
-        part: slice,
-        features: Mapping[str, npt.NDArray[Any]],
-        ids: Mapping[str, npt.NDArray[np.int32]],
-    ) -> None:
+    def _add(self, part: slice, features: Rows, ids: Rows) -> None:
         for name, rows in features.items():
             self._buffers[name].add(rows[part])
         for name, buffer in self._ids.items():
@@ -174,9 +171,7 @@ class BlockWriter(ABC):
             raise DataError(f"{len(ids)} {what}s for {n} {each}s", f"one per {each}")
         return ids
 
-    def _check_features(
-        self, features: Mapping[str, Array], n: int, note: str = ""
-    ) -> dict[str, npt.NDArray[Any]]:
+    def _check_features(self, features: Mapping[str, Array], n: int, note: str = "") -> Rows:
         """Check the shapes of `n` rows of every layer, and convert them to their stored dtypes."""
         blocks = {}
         for name, spec in self._specs.items():
@@ -205,12 +200,7 @@ class LayerWriter(BlockWriter):
     """
 
     def __init__(
-        self,
-        split: Split,
-        specs: Mapping[str, LayerSpec],
-        *,
-        head: str | None = None,
-        overwrite: bool = False,
+        self, split: Split, specs: Mapping[str, LayerSpec], head: str | None, overwrite: bool
     ) -> None:
         super().__init__(split.group, split.n_classes, specs, head)
         self._split = split
@@ -225,12 +215,11 @@ class LayerWriter(BlockWriter):
         layers = chunks.require_group(split.group, "layers")
         self._homes = {name: STAGED + name if name in split.features else name for name in specs}
         for order, (name, home) in enumerate(self._homes.items(), start=len(split.features)):
+            spec = specs[name]
             for leftover in {home, STAGED + name}:
                 del layers[leftover]
-            create = partial(
-                chunks.create_feature, split.group, home, specs[name], order, complete=False
-            )
-            rows = min(chunk_rows(specs[name], split.n_rows), split.base_block)
+            create = partial(chunks.create_feature, split.group, home, spec, order, complete=False)
+            rows = min(chunk_rows(spec, split.n_rows), split.base_block)
             self._buffers[name] = RowBuffer(create, rows, split.n_rows)
         # Made before any rows come: what is begun can be seen.
         self._flush()
@@ -268,7 +257,7 @@ class LayerWriter(BlockWriter):
                 f"{stop} rows for split '{self._split.name}'", f"{self._split.n_rows}, as stored"
             )
         if labels is not None:
-            self._check_labels(labels, stop)
+            self._check_labels(labels, n)
         self._check_head(predictions)
         ids = {}
         if predictions is not None:
@@ -330,9 +319,9 @@ class LayerWriter(BlockWriter):
                 "overwrite them with --overwrite (overwrite=True)",
             )
 
-    def _check_labels(self, values: Array, stop: int) -> None:
-        stored = self._split.labels(self.position, stop)
-        labels = self._check_ids("label", values, len(stored))
+    def _check_labels(self, values: Array, n: int) -> None:
+        stored = self._split.labels(self.position, self.position + n)
+        labels = self._check_ids("label", values, n)
         for row in np.flatnonzero(labels != stored)[:1].tolist():
             raise DataError(
                 f"label {int(labels[row])} in row {self.position + row}",
@@ -362,7 +351,6 @@ class Writer(BlockWriter):
         resume: bool,
     ) -> None:
         self._named = f"split '{split}' of {where}"
-        self._share = share
         self._closed = False
         # What several writers have agreed on.
         self._layout: ranks.Layout | None = None
@@ -451,7 +439,7 @@ class Writer(BlockWriter):
         if not self._record.final:
             self._store_rest()
             self._commit(final=True)
-        if not self._share.several:
+        if self._layout is None:
             ranks.finalize_split(self._group, self._named)
         self._closed = True
 
@@ -485,7 +473,9 @@ class Writer(BlockWriter):
     def _commit(self, *, final: bool = False) -> None:
         """Record what is stored; it counts the labels, and so comes after them."""
         blocks = -(-self.position // self._ids["label"].chunk)
-        self._record = ranks.CommitRecord(self._share, blocks, self._samples, self.position, final)
+        self._record = replace(
+            self._record, blocks=blocks, rows=self._samples, position=self.position, final=final
+        )
         self._record.save(self._group)
 
     def _resume(self, split: Split) -> None:
@@ -532,13 +522,13 @@ class Writer(BlockWriter):
     def _check_room(self, n: int) -> None:
         if n and self._record.final:
             raise StoreError(
-                f"writer {self._share.rank} of {self._named} ended with {self.position} rows",
+                f"writer {self._record.rank} of {self._named} ended with {self.position} rows",
                 "no more rows",
                 "finalize the split, and write others into another one",
             )
         if self._layout is not None and self.position + n > self._layout.n_samples:
             raise DataError(
-                f"{self.position + n} rows of writer {self._share.rank} of {self._named}",
+                f"{self.position + n} rows of writer {self._record.rank} of {self._named}",
                 f"n_samples={self._layout.n_samples} at most, of all writers together",
                 "delete the split and write it with a larger n_samples, which costs nothing",
             )

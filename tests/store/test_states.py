@@ -75,14 +75,14 @@ def test_a_state_replaces_the_earlier_one(store):
 def test_a_state_that_fails_leaves_the_earlier_one(store, monkeypatch):
     store.set_state("train", "h", "moments", arrays())
     before = tree(Path(store.path))
-    stored = states._store_array
+    stored = states.chunks.store_array
 
-    def fails(group, name, values):
-        stored(group, name, values)
+    def fails(group, name, *rest):
+        stored(group, name, *rest)
         if name == "mean":
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(states, "_store_array", fails)
+    monkeypatch.setattr(states.chunks, "store_array", fails)
     with pytest.raises(OSError, match="No space"):
         store.set_state("train", "h", "moments", arrays(4))
     assert tree(Path(store.path)) == before

@@ -148,9 +148,6 @@ def import_features(
     k, n_samples = check_classes(store, opened.labels, opened.predictions, n_classes)
     if target is not None:
         check_against(target, rows, opened.labels)
-    if store is not None:
-        for name, width in rows.widths.items():
-            store.check_width(name, width, but=None if target is None else split)
     dtype = _stored_dtype(rows)
     head = None if opened.predictions is None else rows.names[0]
     # Only what passed all checks above creates or deletes anything.
@@ -368,14 +365,14 @@ def check_against(target: Split, rows: Layers, y: RowStream | None) -> None:
         raise DataError(
             f"{rows.n_rows} rows of features", f"{target.n_rows}, the rows of split '{target.name}'"
         )
+    if y is None:
+        return
     start = 0
-    for block in y.batches(read_rows_of(8)) if y is not None else ():
+    for block in y.batches(read_rows_of(8)):
         stored = target.labels(start, start + len(block))
         # All negative labels are stored as -1.
         differ = np.flatnonzero(np.where(block < 0, -1, block) != stored)
-        if differ.size:
-            row = int(differ[0])
-            assert y is not None
+        for row in differ[:1].tolist():
             raise DataError(
                 f"label {int(block[row])} in {y.row_of(start + row)}",
                 f"{int(stored[row])}, as stored in split '{target.name}'",

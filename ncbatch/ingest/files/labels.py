@@ -45,7 +45,15 @@ class Sources:
         UsageError
             When options do not belong together.
         """
-        self._check()
+        if self.labels == NEXT and self.tokens is None:
+            raise UsageError("--labels next without token ids", "--tokens")
+        for option, value in (("--tokens", self.tokens), ("--documents", self.documents)):
+            if value is not None and self.labels != NEXT:
+                raise UsageError(
+                    f"{option} without --labels next",
+                    "token ids to make labels of",
+                    "add --labels next, or leave it out",
+                )
         # Labels, or the ids that make them, tell the axes of features where those are not said.
         by_next = self.labels == NEXT
         what = "token ids" if by_next else "labels"
@@ -59,13 +67,10 @@ class Sources:
             runs = sequences(rows.shards, rows.axes)
         elif by_next and len(shards[0].shape) == 2:
             runs = sequences(shards, ("B", "T"))
+        given = {"mask": self.mask, "loss mask": self.loss_mask, "documents": self.documents}
         marks = {
             name: view_beside(without_columns(self._open(mark, name)), name, rows, runs)
-            for name, mark in (
-                ("mask", self.mask),
-                ("loss mask", self.loss_mask),
-                ("documents", self.documents),
-            )
+            for name, mark in given.items()
             if mark is not None
         }
         predictions = None
@@ -82,7 +87,7 @@ class Sources:
         if labels is not None and by_next:
             labels = next_labels(labels, check_order(shards, rows, runs), marks)
         elif marks:
-            labels = masked_labels(labels, rows.n_rows, list(marks.values()))
+            labels = masked_labels(labels, rows.n_rows, marks)
         return Opened(rows, labels, predictions)
 
     def _open(self, source: str, what: str) -> tuple[Shard, ...]:
@@ -91,17 +96,6 @@ class Sources:
             _, key = layers.find_paths(self.features, "features")
             source = self.features.removesuffix(f":{key}") + source
         return layers.open_shards(source, what)
-
-    def _check(self) -> None:
-        if self.labels == NEXT and self.tokens is None:
-            raise UsageError("--labels next without token ids", "--tokens")
-        for option, value in (("--tokens", self.tokens), ("--documents", self.documents)):
-            if value is not None and self.labels != NEXT:
-                raise UsageError(
-                    f"{option} without --labels next",
-                    "token ids to make labels of",
-                    "add --labels next, or leave it out",
-                )
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ def view_beside(
     if stream.row_shape != () or stream.dtype.kind not in ("iub" if is_mask else "iu"):
         also = " or (B, T)" if "B" in features.axes else ""
         raise DataError(
-            f"{what} of shape {stream.shape}, {stream.dtype}",
+            f"{what} of shape {(stream.n_rows, *stream.row_shape)}, {stream.dtype}",
             f"integers {'or booleans ' if is_mask else ''}of shape (N,){also}",
         )
     _check_rows(stream, features)
@@ -245,8 +239,7 @@ def next_labels(ids: RowStream, runs: Runs, marks: Mapping[str, RowStream]) -> R
     RowStream
         Labels (N,) of int64.
     """
-    lengths = np.array([length for _, length in runs], np.int64)
-    counts = np.array([count for count, _ in runs], np.int64)
+    counts, lengths = np.array(runs, np.int64).reshape(-1, 2).T
     # First rows of the runs; within one the position follows by division, without a table of rows.
     starts = np.cumsum(counts * lengths) - counts * lengths
 
@@ -270,9 +263,9 @@ def next_labels(ids: RowStream, runs: Runs, marks: Mapping[str, RowStream]) -> R
     return _labels(ids.shards[0].path, ids.n_rows, blocks)
 
 
-def masked_labels(labels: RowStream | None, n: int, masks: Sequence[RowStream]) -> RowStream:
+def masked_labels(labels: RowStream | None, n: int, masks: Mapping[str, RowStream]) -> RowStream:
     """Take rows that a mask leaves out for no samples; without labels the others are class 0."""
-    streams = {str(i): mask for i, mask in enumerate(masks)}
+    streams = dict(masks)
     if labels is not None:
         streams["labels"] = labels
 
@@ -283,7 +276,8 @@ def masked_labels(labels: RowStream | None, n: int, masks: Sequence[RowStream]) 
             kept = np.logical_and.reduce([part != 0 for part in parts.values()])
             yield np.where(kept, values, -1)
 
-    return _labels((labels or masks[0]).shards[0].path, n, blocks)
+    first = labels or next(iter(masks.values()))
+    return _labels(first.shards[0].path, n, blocks)
 
 
 def _labels(path: str, n: int, blocks: Callable[[int], Blocks]) -> RowStream:

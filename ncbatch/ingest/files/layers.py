@@ -249,16 +249,6 @@ class RowStream:
         return self.shards[0].shape[1:]
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.row_shape) * self.dtype.itemsize
-
-    @property
-    def shape(self) -> str:
-        """Shape of the whole, for messages."""
-        return str((self.n_rows, *self.row_shape))
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype that holds the values of every shard."""
         return np.result_type(*{shard.dtype for shard in self.shards})
@@ -410,9 +400,9 @@ class Layers:
     @property
     def widths(self) -> dict[str, int]:
         """D of each layer."""
-        if len(self.streams) == 1:
-            return dict.fromkeys(self.names, self.streams[0].row_shape[-1])
-        return {n: s.row_shape[0] for n, s in zip(self.names, self.streams, strict=True)}
+        # One stream of rows (L, D) holds all layers, which are equally wide.
+        widths = (stream.row_shape[-1] for stream in itertools.cycle(self.streams))
+        return dict(zip(self.names, widths, strict=False))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -422,19 +412,14 @@ class Layers:
     @property
     def rows_at_once(self) -> int:
         """How many rows to read at a time."""
-        return read_rows_of(sum(stream.row_bytes for stream in self.streams))
+        row_bytes = (math.prod(s.row_shape) * s.dtype.itemsize for s in self.streams)
+        return read_rows_of(sum(row_bytes))
 
     def batches(self, n: int) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
         """Read all rows in order, exactly `n` at a time but for the last, of all layers at once."""
-        if len(self.streams) > 1:
-            for parts in zip(*(stream.batches(n) for stream in self.streams), strict=True):
-                yield dict(zip(self.names, parts, strict=True))
-            return
-        for block in self.streams[0].batches(n):
-            if block.ndim == 2:
-                yield {self.names[0]: block}
-            else:
-                yield {name: block[:, i] for i, name in enumerate(self.names)}
+        for parts in zip(*(stream.batches(n) for stream in self.streams), strict=True):
+            blocks = np.moveaxis(parts[0], 1, 0) if parts[0].ndim == 3 else parts
+            yield dict(zip(self.names, blocks, strict=True))
 
 
 def open_layers(
@@ -489,7 +474,7 @@ def open_layers(
     for shards in arrays.values():
         _check_rows(shards, first, letters)
     numbers: list[int | None] = list(arrays)
-    if layer_index is not None and not by_array:
+    if layer_index is not None:
         numbers = [layer_index]
     elif len(streams[0].row_shape) == 2:
         numbers = list(range(streams[0].row_shape[0]))

@@ -162,8 +162,15 @@ def open_column(path: str, key: str | None, what: str, read: Callable[[str], Tab
         raise DataError(f"'{path}' holds several columns '{name}'", "columns of different names")
     where = f"{path}:{name}"
     n_rows = table.n_rows()
-    shape, dtype = _row_shape(pa, where, name, table)
-    shard.check_array(where, (n_rows, *shape), dtype)
+    kind = table.schema.field(name).type
+    shape, dtype = row_shape(pa, where, kind, None)
+    # Lengths that the type leaves open are those of the first rows whose lists hold something,
+    # mostly the first. That one by itself first: a row may be large.
+    first = itertools.islice(table.columns(name, 1), 1)
+    for array in itertools.chain(first, table.columns(name, 64)) if 0 in shape else ():
+        shape, _ = row_shape(pa, where, kind, array)
+        if 0 not in shape:
+            break
 
     def blocks(n: int) -> Blocks:
         start = 0
@@ -180,21 +187,6 @@ def open_column(path: str, key: str | None, what: str, read: Callable[[str], Tab
 def is_dataset(path: str) -> bool:
     """Tell whether a folder was made by ``datasets.save_to_disk``."""
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _row_shape(
-    pa: Any, where: str, name: str, table: Table
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Find the shape of a row by the first rows whose lists hold something, mostly the first."""
-    kind = table.schema.field(name).type
-    shape, dtype = row_shape(pa, where, kind, None)
-    # A single row first: a row may be large.
-    first = itertools.islice(table.columns(name, 1), 1)
-    for array in itertools.chain(first, table.columns(name, 64)) if 0 in shape else ():
-        shape = row_shape(pa, where, kind, array)[0]
-        if 0 not in shape:
-            break
-    return shape, dtype
 
 
 def read_parquet(path: str) -> Table:

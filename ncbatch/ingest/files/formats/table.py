@@ -52,8 +52,6 @@ def _columns(form: str, read: Callable[[str], arrow.Table]) -> Format:
 
 
 _RAW = Format(".bin:dtype:width", _open_bin, _bin_keys)
-_TORCH = Format(".pt:key", tensors.open_torch, tensors.load_tensors)
-_HDF5 = Format(".h5:dataset", groups.open_hdf5, groups.hdf5_keys)
 _SHARDED = Format(".safetensors.index.json:key", tensors.open_index, tensors.weight_map)
 _DATASET = _columns("a folder of datasets:column", arrow.read_dataset)
 _ZARR = Format("a Zarr array", groups.open_zarr, groups.zarr_keys)
@@ -63,10 +61,10 @@ FORMATS: dict[str, Format] = {
     ".npz": Format(".npz:key", binary.open_npz, binary.npz_keys),
     ".safetensors": Format(".safetensors:key", tensors.open_safetensors, tensors.safetensors_keys),
     ".safetensors.index.json": _SHARDED,
-    **dict.fromkeys((".pt", ".pth"), _TORCH),
+    **dict.fromkeys((".pt", ".pth"), Format(".pt:key", tensors.open_torch, tensors.load_tensors)),
     ".parquet": _columns(".parquet:column", arrow.read_parquet),
     **dict.fromkeys((".arrow", ".feather"), _columns(".arrow:column", arrow.read_arrow)),
-    **dict.fromkeys((".h5", ".hdf5"), _HDF5),
+    **dict.fromkeys((".h5", ".hdf5"), Format(".h5:dataset", groups.open_hdf5, groups.hdf5_keys)),
     **dict.fromkeys((".bin", ".raw", ".dat", ".memmap", ".mmap"), _RAW),
     **dict.fromkeys(binary.BINS, Format(".fbin", binary.open_bin)),
     **dict.fromkeys(binary.VECS, Format(".fvecs", binary.open_vecs)),
