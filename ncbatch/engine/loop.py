@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ncbatch.arrays.named_arrays import pack, unpack
-from ncbatch.engine.jobs import Call, Job, Pass, Progress, Step, Sweep, counted
+from ncbatch.engine.jobs import Call, Job, Pass, Progress, Sweep, counted
 from ncbatch.engine.kept import Kept
 from ncbatch.errors import DataError
 
@@ -70,16 +70,10 @@ def _run_job(job: Job, progress: Progress | None, state: Path | None) -> Any:
             results[step.name] = _run_sweep(step, inputs, progress, state)
         # Before the next step, or its peak would come on top of what no step needs any more.
         del inputs
-        _forget(results, job.steps[i + 1 :])
-    return results[job.steps[-1].name]
-
-
-def _forget(results: dict[str, Any], steps: Sequence[Step]) -> None:
-    """Let go of results that no later step needs, but the last."""
-    needed = {name for step in steps for name in step.needs}
-    if steps:
-        for name in results.keys() - needed:
+        needed = {name for later in job.steps[i + 1 :] for name in later.needs}
+        for name in results.keys() - needed - {job.steps[-1].name}:
             del results[name]
+    return results[job.steps[-1].name]
 
 
 def _run_sweep(

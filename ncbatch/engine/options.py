@@ -73,8 +73,7 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """The values of a `Literal`."""
-        literals = [kind for kind in self.kinds if get_origin(kind) is Literal]
-        return get_args(literals[0]) if literals else ()
+        return next((get_args(kind) for kind in self.kinds if get_origin(kind) is Literal), ())
 
     @property
     def limits(self) -> Limits | None:
@@ -138,8 +137,8 @@ def options_of(declaration: Callable[..., Any]) -> list[Option]:
             annotation, *marks = get_args(annotation)
         if isinstance(annotation, ForwardRef):
             annotation = annotation.__forward_arg__
-        said = [mark for mark in marks if isinstance(mark, str)]
-        text = said[0] if said else texts.get(parameter.name, "")
+        written = texts.get(parameter.name, "")
+        text = next((mark for mark in marks if isinstance(mark, str)), written)
         options.append(Option(parameter.name, annotation, parameter.default, text, tuple(marks)))
     return options
 

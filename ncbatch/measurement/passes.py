@@ -150,20 +150,18 @@ class MomentsPass(_RowsPass):
 
     def start(self) -> MomentsFold:
         """Make the fold of no samples."""
-        accumulators = {"real": self._accumulator(self.scatter)}
-        if self.null_counts is not None:
-            accumulators["null"] = self._accumulator(False)
-        return MomentsFold(accumulators, self.block)
-
-    def _accumulator(self, scatter: bool) -> MomentsAccumulator:
         first, stop = self.block or (0, self.n_classes)
-        return MomentsAccumulator(
+        accumulator = partial(
+            MomentsAccumulator,
             stop - first,
             self.source.n_features,
             like=find_device(self.device).put(self.source.empty()),
-            scatter=scatter,
             precision=self.precision,
         )
+        accumulators = {"real": accumulator(scatter=self.scatter)}
+        if self.null_counts is not None:
+            accumulators["null"] = accumulator(scatter=False)
+        return MomentsFold(accumulators, self.block)
 
     def _beside(self, item: Item) -> Any:
         counts = self.null_counts
