@@ -11,6 +11,7 @@ import zarr
 import ncbatch.measurement.grid as module
 from ncbatch.errors import BudgetError, OutputError, UnknownNameError, UsageError
 from ncbatch.measurement.grid import GridRequest, write_grid
+from ncbatch.states.moments import Moments
 from ncbatch.store import FeatureStore
 
 
@@ -63,6 +64,25 @@ def test_every_kind_equals_its_definition(tmp_path, store, monkeypatch, kind: st
     np.testing.assert_array_equal(got, got.T)
     assert group["class"][:].tolist() == [*range(7), *range(8, 13)]
     assert np.isnan(np.diag(got)).all() == (kind in ("log", "riesz", "cdnv"))
+
+
+def test_finished_moments_serve_as_well_as_samples(tmp_path, store):
+    split = store.split("train")
+    moments = Moments.from_block(split.read("h", 0, split.n_rows), split.labels(), 13)
+    seen = np.flatnonzero(moments.counts)
+    arrays = {
+        "class": seen,
+        "count": moments.counts[seen],
+        "mean": moments.means[seen],
+        "trace": moments.traces[seen],
+    }
+    summed = FeatureStore.create(tmp_path / "summed.zarr", 13)
+    summed.set_state("train", "h", "moments", arrays)
+    out = tmp_path / "g.zarr"
+    assert write_grid(GridRequest(summed.path, "cdnv", "h", str(out), dist_exp=2.0)) == 12
+    off = ~np.eye(12, dtype=bool)
+    got = zarr.open_group(str(out), mode="r")["grid"][:]
+    np.testing.assert_allclose(got[off], expected(store, "cdnv")[off], rtol=1e-9)
 
 
 def test_bad_requests_leave_nothing_behind(tmp_path, store):
