@@ -64,15 +64,12 @@ def triangular_factor(rows: Array, block_rows: int = BLOCK_ROWS) -> Array:
     for part in row_blocks(rows.shape[0], block_rows):
         block = as_float64(rows[part, :])
         # R of [R; block] is R of all rows so far: nothing of the size of A is held.
-        stacked = block if factor is None else xp.concat([factor, block], axis=0)
-        factor = _r_of_qr(stacked)
+        factor = block if factor is None else xp.concat([factor, block], axis=0)
+        if is_numpy_array(factor):  # the standard has no way to leave Q out
+            factor = np.linalg.qr(factor, mode="r")
+        else:
+            factor = xp.linalg.qr(factor, mode="reduced")[1]
     return factor
-
-
-def _r_of_qr(block: Array) -> Array:
-    if is_numpy_array(block):  # the standard has no way to leave Q out
-        return np.linalg.qr(block, mode="r")
-    return namespace(block).linalg.qr(block, mode="reduced")[1]
 
 
 # What stands for a block of rows: a slice or an array of row numbers, columns taken whole.

@@ -69,8 +69,11 @@ class ClassView:
 
     def classes(self) -> dict[str, Values]:
         """Give every value over all K classes; NaN for classes that are not used."""
-        columns = self._values | _rates(self._counts)
-        return {f"class_{name}": self._spread(values) for name, values in columns.items()}
+        arrays = {}
+        for name, values in (self._values | _rates(self._counts)).items():
+            whole = arrays[f"class_{name}"] = np.full(self.n_classes, np.nan)
+            whole[self.ids] = values
+        return arrays
 
     def deciles(self) -> dict[str, Values]:
         """Give means over tenths of the classes, from the rarest to the most frequent.
@@ -109,11 +112,6 @@ class ClassView:
                 arrays[f"{name}_i"] = ids[:, 0]
                 arrays[f"{name}_j"] = ids[:, 1]
         return arrays
-
-    def _spread(self, values: Values) -> Values:
-        whole = np.full(self.n_classes, np.nan)
-        whole[self.ids] = values
-        return whole
 
 
 def _mean(values: Values) -> float:

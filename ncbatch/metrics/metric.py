@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ncbatch.arrays.namespace import Array, namespace, scalar
@@ -75,10 +75,6 @@ class Metric:
         """The quantities of the pair sweep that it reads."""
         prefix = "pairs."
         return frozenset(r.removeprefix(prefix) for r in self.reads if r.startswith(prefix))
-
-    def alias(self, name: str, long_name: str) -> Metric:
-        """Return the same metric under another name, which results carry beside this one."""
-        return replace(self, name=name, long_name=long_name)
 
     @property
     def has_null(self) -> bool:

@@ -38,11 +38,16 @@ def _log_norms(s: Statistics) -> Array:
     return namespace(s.norms).log(s.norms[s.directed])
 
 
-def _norm_cv(s: Statistics) -> float:
-    average = mean(s.norms, "samples")
+def _cv(norms: Array, what: str, zero: str, ddof: int) -> float:
+    """Relative spread of norms over classes; `zero` says what it means that all of them are."""
+    average = mean(norms, what)
     if average == 0.0:
-        raise Undefined("S_B is zero: all class means coincide")
-    return math.sqrt(variance(s.norms, "samples", s.class_ddof)) / average
+        raise Undefined(zero)
+    return math.sqrt(variance(norms, what, ddof)) / average
+
+
+def _norm_cv(s: Statistics) -> float:
+    return _cv(s.norms, "samples", "S_B is zero: all class means coincide", s.class_ddof)
 
 
 def _coherence(s: Statistics) -> float:
@@ -80,10 +85,7 @@ def _weight_etf_error(s: Statistics) -> float:
 
 def _weight_norm_cv(s: Statistics) -> float:
     norms = namespace(s.duality.squares).sqrt(s.duality.squares)
-    average = mean(norms, "a classifier row")
-    if average == 0.0:
-        raise Undefined("W is zero")
-    return math.sqrt(variance(norms, "a classifier row", s.class_ddof)) / average
+    return _cv(norms, "a classifier row", "W is zero", s.class_ddof)
 
 
 NC2 = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 from ncbatch.arrays.namespace import as_float64, namespace, scalar
@@ -97,7 +98,10 @@ NC3 = (
         reads("classifier"), lambda s: mean(s.duality.dots, "samples"), "weight feature",
         random=yardsticks.zero,
     ),
-    UNIFORM_DUALITY.alias("nc3_dot_var", "variance of classifier-mean products"),
+    # One formula under two names, which results have both carried from the start.
+    replace(
+        UNIFORM_DUALITY, name="nc3_dot_var", long_name="variance of classifier-mean products"
+    ),
     Metric(
         "nc3_cos_mean", "mean cosine of classifier row and class mean",
         "mean over classes of cos(w_c, Mc_c)", WU,

@@ -131,7 +131,7 @@ class Decisions(NamedArrays):
         samples = to_numpy(self.samples)
         hits = to_numpy(getattr(self, kind))
         if indices is not None:
-            chosen = to_numpy(indices) if hasattr(indices, "shape") else np.asarray(indices)
+            chosen = to_numpy(indices)
             samples = samples[chosen]
             hits = hits[chosen]
         if samples.sum() == 0:

@@ -483,7 +483,7 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
     if a.scatter is not None and b.scatter is not None:
         scatter = a.scatter + b.scatter
         product = np.empty_like(scatter)
-        size = _piece_rows(n_features)
+        size = min(_PRODUCT_ROWS, max(256, _PRODUCT_BYTES // (8 * n_features)))
         apart = np.empty((min(n, size), n_features))
     # Neither is written; a state that was sent cannot be.
     sides = Sides(rows, counts, _frozen(a.means), _frozen(b.means))
@@ -499,10 +499,6 @@ def merge_seen(classes: npt.NDArray[np.int64], a: Moments, b: Moments) -> Moment
         if scatter is not None:
             scatter += symmetric_product(apart[: ends[-1]], out=product)
     return Moments(counts[0] + counts[1], means, traces, scatter, classes, a.skipped + b.skipped)
-
-
-def _piece_rows(n_features: int) -> int:
-    return min(_PRODUCT_ROWS, max(256, _PRODUCT_BYTES // (8 * n_features)))
 
 
 def _frozen(means: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,7 +7,6 @@ import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from array_api_compat import device
 
@@ -94,16 +93,29 @@ class PairMeans:
             xp.zeros((self.n_classes,), **place) for _ in range(3)
         )
         self.within: Array | None = None
+        root = None
         if within is not None:
-            if self.stored:
-                self.within = self._scratch_rows(scratch)
-            else:
-                self.within = xp.empty(means.shape, **place)
-        self._measure(None if within is None else _root(within))
+            values, vectors = xp.linalg.eigh(as_float64(within))
+            # R (D, D) with R R^T = S_W; rounding may leave eigenvalues just below zero.
+            root = vectors * xp.sqrt(xp.clip(values, 0.0, None))[None, :]
+            self.within = (
+                self._scratch_rows(scratch) if self.stored else xp.empty(means.shape, **place)
+            )
+        # All that is known of the classes, in one pass over the means.
+        for part, block in float64_blocks(
+            means, 1 if root is None else product_rows(self.n_features)
+        ):
+            centred = block - self.center
+            self._size[part] = xp.sum(block * block, axis=1)
+            self._square[part] = xp.sum(centred * centred, axis=1)
+            if self.within is not None:
+                along = xp.matmul(centred, root)
+                self.within[part, :] = along
+                self._square_within[part] = xp.sum(along * along, axis=1)
         directed = self._square > COINCIDENT * (self._size + xp.sum(self.center**2))
         # A mean at the center has no direction: 1 stands for its norm, 0 for the inverse.
-        norms = xp.sqrt(xp.where(directed, self._square, xp.ones_like(self._square)))
-        self._inverse = xp.where(directed, 1.0 / norms, xp.zeros_like(norms))
+        norms = xp.sqrt(xp.where(directed, self._square, 1.0))
+        self._inverse = xp.where(directed, 1.0 / norms, 0.0)
 
     @property
     def stored(self) -> bool:
@@ -116,19 +128,6 @@ class PairMeans:
         scratch = tempfile.TemporaryDirectory(prefix="within-", dir=folder)
         weakref.finalize(self, scratch.cleanup)
         return StoredRows.create(Path(scratch.name) / "within.rows", self.means.shape)
-
-    def _measure(self, root: Array | None) -> None:
-        """Set norms, and rows along S_W, in one pass over the means."""
-        xp = self._xp
-        least = 1 if root is None else product_rows(self.n_features)
-        for part, block in float64_blocks(self.means, least):
-            centred = block - self.center
-            self._size[part] = xp.sum(block * block, axis=1)
-            self._square[part] = xp.sum(centred * centred, axis=1)
-            if self.within is not None:
-                along = xp.matmul(centred, root)
-                self.within[part, :] = along
-                self._square_within[part] = xp.sum(along * along, axis=1)
 
     def block(self, classes: Classes) -> MeansBlock:
         """Read the means of some classes, a slice or an integer array."""
@@ -192,10 +191,3 @@ def square_differences(a: Array, b: Array, where: Array) -> Array:
         apart = xp.take(a, at_i[part], axis=0) - xp.take(b, at_j[part], axis=0)
         parts.append(xp.sum(apart * apart, axis=1))
     return xp.concat(parts)
-
-
-def _root(within: Array) -> Any:
-    """Compute R (D, D) with R R^T = S_W."""
-    xp = namespace(within)
-    values, vectors = xp.linalg.eigh(as_float64(within))
-    return vectors * xp.sqrt(xp.clip(values, 0.0, None))[None, :]
