@@ -71,13 +71,11 @@ def to_numpy(values: Array) -> npt.NDArray[Any]:
         if host.dtype == torch.bfloat16:
             import ml_dtypes
 
-            bits: npt.NDArray[Any] = host.contiguous().view(torch.int16).numpy()
+            bits = np.asarray(host.contiguous().view(torch.int16).numpy())
             return bits.view(ml_dtypes.bfloat16)
-        result: npt.NDArray[Any] = host.numpy()
-        return result
+        return np.asarray(host.numpy())
     if hasattr(values, "get") and type(values).__module__.startswith("cupy"):
-        on_host: npt.NDArray[Any] = values.get()
-        return on_host
+        return np.asarray(values.get())
     strict = sys.modules.get("array_api_strict")
     if strict is not None and isinstance(values, strict._array_object.Array):
         # Its other devices refuse NumPy, as a GPU would.
@@ -87,8 +85,7 @@ def to_numpy(values: Array) -> npt.NDArray[Any]:
 
 def scalar(value: Array) -> float:
     """Bring a 0-d array (or a number) to the host as a float."""
-    result: float = float(value)
-    return result
+    return float(value)
 
 
 def first_nonfinite_row(rows: Array) -> int | None:

@@ -190,13 +190,7 @@ class StackedRows(StoredRows):
         self.shape = int(self._starts[-1]), self.parts[0].shape[1]
 
     def _read_slice(self, start: int, stop: int) -> npt.NDArray[np.float64]:
-        block = np.empty((stop - start, self.shape[1]))
-        for part, first in zip(self.parts, self._starts.tolist(), strict=False):
-            low = max(start, first)
-            high = min(stop, first + len(part))
-            if low < high:
-                block[low - start : high - start] = part[low - first : high - first]
-        return block
+        return self._read_rows(np.arange(start, stop))
 
     def _read_rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         block = np.empty((len(numbers), self.shape[1]))
@@ -204,7 +198,8 @@ class StackedRows(StoredRows):
         homes = np.searchsorted(self._starts, numbers, side="right") - 1
         for home in np.unique(homes).tolist():
             here = homes == home
-            block[here] = self.parts[home][numbers[here] - self._starts[home]]
+            # Neighbours are read at once, and others in as few reads as there may be.
+            block[here] = take_rows(self.parts[home], numbers[here] - self._starts[home])
         return block
 
     def __setitem__(self, rows: Rows, values: npt.NDArray[np.float64]) -> None:

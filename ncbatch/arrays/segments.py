@@ -210,8 +210,6 @@ def segment_sum(values: Array, segments: Segments) -> Array:
     """
     n_segments = segments.present.shape[0]
     if is_numpy_array(values):
-        if values.ndim == 1:
-            return np.bincount(segments.index, weights=values, minlength=n_segments)
         n_rows = values.shape[0]
         # One entry a row, in the row of its class: such columns need no sorting.
         one_hot = sparse.csc_array(

@@ -68,14 +68,6 @@ class Spectrum:
         return scalar(xp.sum(spread / self.values[:kept]))
 
 
-def ridge_trace(matrix: Array, other: Array, ridge: float) -> float:
-    """Compute tr(inv(A + ridge I) B) of covariances A and B (D, D), ridge above 0."""
-    xp = namespace(matrix, other)
-    values, vectors = xp.linalg.eigh(matrix)
-    along = xp.sum(xp.matmul(other, vectors) * vectors, axis=0)
-    return scalar(xp.sum(along / (xp.clip(values, 0.0, None) + ridge)))
-
-
 def separation_eigenvalues(between: Spectrum, within: Array) -> Array:
     """Compute the eigenvalues of inv(S_W) S_B that are not 0 (r,), descending.
 

@@ -7,7 +7,7 @@ import numpy as np
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar, to_numpy
 from ncbatch.arrays.rows import square_gaps
 from ncbatch.metrics import yardsticks
-from ncbatch.metrics.geometry import ridge_trace, separation_eigenvalues, symmetric_sum
+from ncbatch.metrics.geometry import separation_eigenvalues, symmetric_sum
 from ncbatch.metrics.metric import (
     GALANTI,
     HAN,
@@ -51,7 +51,10 @@ def _lda(s: Statistics) -> float:
     ridge = 1e-6 * scalar(xp.linalg.trace(within)) / s.n_features
     if ridge <= 0.0:
         raise Undefined("S_W is zero")
-    return ridge_trace(within, symmetric_sum(s.centred) / s.n_classes, ridge)
+    values, vectors = xp.linalg.eigh(within)
+    between = symmetric_sum(s.centred) / s.n_classes
+    along = xp.sum(xp.matmul(between, vectors) * vectors, axis=0)
+    return scalar(xp.sum(along / (xp.clip(values, 0.0, None) + ridge)))
 
 
 def _trace_share(s: Statistics) -> float:

@@ -46,10 +46,6 @@ def _cv(norms: Array, what: str, zero: str, ddof: int) -> float:
     return math.sqrt(variance(norms, what, ddof)) / average
 
 
-def _norm_cv(s: Statistics) -> float:
-    return _cv(s.norms, "samples", "S_B is zero: all class means coincide", s.class_ddof)
-
-
 def _coherence(s: Statistics) -> float:
     cosines = tally(s, "cosine")
     return max(abs(cosines.minimum), abs(cosines.maximum))
@@ -149,7 +145,8 @@ NC2 = (
     ),
     Metric(
         "nc2_norm_cv", "relative spread of norms of centred class means",
-        "std over classes of |Mc_c| over their mean", PAPYAN, reads(), _norm_cv,
+        "std over classes of |Mc_c| over their mean", PAPYAN, reads(),
+        lambda s: _cv(s.norms, "samples", "S_B is zero: all class means coincide", s.class_ddof),
         random=yardsticks.norm_cv,
     ),
     Metric(

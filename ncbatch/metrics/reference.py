@@ -330,8 +330,7 @@ def variability_cdnv(
         dist_exp=dist_exp,
         tile_classes=tile_size,
     )
-    mean: float = stats.cdnv.mean
-    return mean if stats.cdnv.n else math.nan
+    return stats.cdnv.mean if stats.cdnv.n else math.nan
 
 
 def class_dist_norm_vars(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ class Running(NamedTuple):
     traces: Array
 
 
+@dataclass(eq=False)
 class Folding:
     """Folds blocks of rows into the arrays of a `MomentsAccumulator`, in place.
 
@@ -71,16 +73,14 @@ class Folding:
         Of residuals and their products.
     """
 
-    def __init__(self, running: Running, scatter: Array | None, work: Any) -> None:
-        self._xp = namespace(running.sums)
-        self._running = running
-        self._scatter = scatter
-        self._work = work
+    running: Running
+    scatter: Array | None
+    work: Any
 
     def add(self, features: Array, labels: Array) -> None:
         """Fold a block: `features` (B, D) and `labels` (B,) in 0..K-1."""
-        xp = self._xp
-        counts, _, sums, traces = self._running
+        xp = namespace(self.running.sums)
+        counts, _, sums, traces = self.running
         segments = Segments.of(labels)
         present = segments.mask(counts.shape[0])
         self._set_pilots(features, segments, present)
@@ -89,8 +89,8 @@ class Folding:
         squares = as_float64(xp.sum(residuals * residuals, axis=1))
         add_at(traces, present, segment_sum(squares, segments))
         add_at(counts, present, segments.counts)
-        if self._scatter is not None:
-            self._scatter += as_float64(symmetric_product(residuals))
+        if self.scatter is not None:
+            self.scatter += as_float64(symmetric_product(residuals))
 
     def finish(self, classes: Array) -> tuple[Array, Array]:
         """Turn sums into means, and take what the pilots missed off traces and scatter.
@@ -100,37 +100,37 @@ class Folding:
         means, traces : array (P, D), (P,)
             Of `classes` (P,), all that have samples.
         """
-        xp = self._xp
-        n_classes = self._running.sums.shape[0]
+        xp = namespace(self.running.sums)
+        n_classes = self.running.sums.shape[0]
         n_seen = classes.shape[0]
-        means = self._running.sums[:n_seen, :]
-        traces = self._running.traces[:n_seen]
+        means = self.running.sums[:n_seen, :]
+        traces = self.running.traces[:n_seen]
         if is_numpy_array(means) and 2 * n_seen <= n_classes:
             means = xp.empty_like(means)  # or a view would keep the memory of all classes
         # Elsewhere rows move up in place, whatever is read standing behind what is written: a
         # device has given memory to every row, and there is none beside them.
         for part in row_blocks(n_seen):
             ids = part if n_seen == n_classes else classes[part]
-            rows = Running(*(take(values, ids) for values in self._running))
+            rows = Running(*(take(values, ids) for values in self.running))
             means[part, :], traces[part] = self._settle(rows)
         return means, traces
 
     def _settle(self, rows: Running) -> tuple[Array, Array]:
         """Compute means and traces of some classes, and correct the scatter for them."""
-        xp = self._xp
+        xp = namespace(self.running.sums)
         n = as_float64(xp.clip(rows.counts, 1, None))
         missed = rows.sums / n[:, None]
         weighted = missed * xp.sqrt(n)[:, None]
         # Rounding may leave a class of equal samples a trace just below zero.
         traces = xp.clip(rows.traces - xp.sum(weighted * weighted, axis=1), 0.0, None)
-        if self._scatter is not None:
+        if self.scatter is not None:
             # A single sample is its own pilot: it misses nothing.
-            self._scatter -= symmetric_product(weighted[rows.counts > 1])
+            self.scatter -= symmetric_product(weighted[rows.counts > 1])
         return as_float64(rows.pilots) + missed, traces
 
     def _set_pilots(self, features: Array, segments: Segments, present: Array) -> None:
-        xp = self._xp
-        known = xp.take(self._running.counts, segments.present, axis=0) > 0
+        xp = namespace(self.running.sums)
+        known = xp.take(self.running.counts, segments.present, axis=0) > 0
         if bool(xp.all(known)):
             return
         # For classes not seen before: were a pilot moved, sums about it would be wrong.
@@ -138,17 +138,17 @@ class Folding:
         firsts = Segments.of(segments.index[rows])
         sums = segment_sum(as_float64(features[rows]), firsts)
         pilots = sums / as_float64(firsts.counts)[:, None]
-        self._running.pilots[present & (self._running.counts == 0)] = xp.astype(
-            pilots, self._running.pilots.dtype
+        self.running.pilots[present & (self.running.counts == 0)] = xp.astype(
+            pilots, self.running.pilots.dtype
         )
 
     def _residuals(self, features: Array, labels: Array) -> Array:
-        xp = self._xp
-        wide = xp.float64 if self._running.pilots.dtype == xp.float64 else self._work
-        pilots = xp.take(self._running.pilots, labels, axis=0)
+        xp = namespace(self.running.sums)
+        wide = xp.float64 if self.running.pilots.dtype == xp.float64 else self.work
+        pilots = xp.take(self.running.pilots, labels, axis=0)
         # Rounded to `work` once subtracted: differences are small, features may lie far out.
         residuals = xp.astype(features, wide) - xp.astype(pilots, wide, copy=False)
-        return xp.astype(residuals, self._work, copy=False)
+        return xp.astype(residuals, self.work, copy=False)
 
 
 def merge_rows(

@@ -492,19 +492,17 @@ def longest_row(rows: Array) -> float:
 # Rules: the nearest class mean and the linear classifier.
 
 
-def _nearness(means: Array, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _nearness(means: Array, rows: npt.NDArray[Any], k: npt.NDArray[Any]) -> Array:
     """Compute minus the squared distance to class means."""
     apart = rows - score_vectors(means, k)
-    scores: npt.NDArray[np.float64] = -np.sum(apart * apart, axis=1)
-    return scores
+    return -np.sum(apart * apart, axis=1)
 
 
 def _logits(
     weight: Array, bias: npt.NDArray[np.float64], rows: npt.NDArray[Any], k: npt.NDArray[Any]
-) -> npt.NDArray[np.float64]:
+) -> Array:
     """Compute outputs of a linear classifier."""
-    scores: npt.NDArray[np.float64] = np.sum(rows * score_vectors(weight, k), axis=1) + bias[k]
-    return scores
+    return np.sum(rows * score_vectors(weight, k), axis=1) + bias[k]
 
 
 def nearest_mean_rule(

@@ -80,14 +80,14 @@ class Numbers(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What to tally; `sphere` are distances and logarithms."""
+    """Which quantities to tally; `sphere` are distances and logarithms."""
 
     cdnv: bool
     sphere: bool
     riesz: bool
     cosine: bool
-    corrected: bool
-    directed: bool
+    cdnv_corrected: bool
+    cdnv_directional: bool
     nearest: bool
 
 
@@ -511,9 +511,9 @@ def sweep_tile(
             # Few rows hold one of the greatest: the others are not gone over again.
             if row.extremes[CDNV_RANGE + 1] > out.top[0].min():
                 keep_top(x, x, i, j, out.top[0], out.top_at[0])
-        if wanted.corrected:
+        if wanted.cdnv_corrected:
             sum_corrected(d2, me, others, numbers.dist_exp, references[CORRECTED], row)
-        if wanted.directed:
+        if wanted.cdnv_directional:
             g[:] = gram_within[a, b:]
             own = rows.within[a]
             theirs = columns.within[b:]

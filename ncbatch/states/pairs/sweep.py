@@ -129,12 +129,12 @@ class PairTiles(PairMeans):
         super().__init__(
             means, center, within if "cdnv_directional" in self.quantities else None, scratch
         )
-        self._variances = None
-        if variances is not None:
-            variances = as_float64(variances)
-            # -1 for NaN, which compiled code does not know.
-            self._variances = self._xp.where(variances >= 0.0, variances, -1.0)
-        self._counts = None if counts is None else as_float64(counts)
+        # Zeros for what is not given, which nothing reads then.
+        nothing = self._xp.zeros_like(self._square)
+        variances = nothing if variances is None else as_float64(variances)
+        # -1 for NaN, which compiled code does not know.
+        self._variances = self._xp.where(variances >= 0.0, variances, -1.0)
+        self._counts = nothing if counts is None else as_float64(counts)
         self._dist_exp = float(dist_exp)
         self._ddof = ddof
         self._riesz_exponent = float(self.n_features - 2)
@@ -197,7 +197,8 @@ class PairTiles(PairMeans):
         tile = side * (side * itemsize * sides + 1024)
         states = 3 * max_pending() * n_classes * 24 if "nearest" in quantities else 0
         copies = n_classes * n_features * 4 * sides if itemsize == 4 and not stored else 0
-        rows = min(_rows_in_flight(), -(-n_classes // side))
+        # Rows of tiles that the tasks of all threads span, at the triangle's corner.
+        rows = min(math.isqrt(2 * max_pending()) + 2, -(-n_classes // side))
         operands = copies or operand * (cpu_count() + rows)
         return fixed + operands + tile * cpu_count() + states + _COMPILER_BYTES
 
@@ -209,7 +210,10 @@ class PairTiles(PairMeans):
     def fold(self, tiles: Iterable[tuple[slice, slice]]) -> PairStats:
         """Tally the pairs i < j of some tiles, on all processors; merged in their order."""
         if self._compiled:
-            _load_kernel()
+            # Loaded where it runs: numba takes longer than the sweep of a small store.
+            global kernel
+            from ncbatch.states.pairs import kernel
+
             # Before threads do, what the tiles share.
             _ = self._copies, self._vectors, self._references
             # Merged in the order of the tiles, whichever thread is done first.
@@ -360,8 +364,6 @@ class PairTiles(PairMeans):
     def _corrected(self) -> tuple[Array, Array]:
         """V of ddof 1, or -1 for fewer than two samples, and V/n of it, the error of a mean."""
         xp = self._xp
-        assert self._variances is not None
-        assert self._counts is not None
         several = self._counts > 1.5
         n = xp.where(several, self._counts, 2.0)
         unbiased = self._variances * ((n - self._ddof) / (n - 1.0))
@@ -403,17 +405,12 @@ class PairTiles(PairMeans):
 
     @cached_property
     def _vectors(self) -> kernel.ClassVectors:
-        nothing = np.zeros(self.n_classes)
-        variances = nothing if self._variances is None else self._variances
-        corrected = (nothing, nothing)
-        if "cdnv_corrected" in self.quantities:
-            corrected = self._corrected
         return kernel.ClassVectors(
             self._square,
             COINCIDENT * self._size,
             self._inverse,
-            variances,
-            *corrected,
+            self._variances,
+            *self._corrected,
             self._square_within,
         )
 
@@ -425,15 +422,8 @@ class PairTiles(PairMeans):
 
     @cached_property
     def _wanted(self) -> kernel.Wanted:
-        return kernel.Wanted(
-            cdnv="cdnv" in self.quantities,
-            sphere=bool(self.quantities & {"distance", "log"}),
-            riesz="riesz" in self.quantities,
-            cosine="cosine" in self.quantities,
-            corrected="cdnv_corrected" in self.quantities,
-            directed="cdnv_directional" in self.quantities,
-            nearest="nearest" in self.quantities,
-        )
+        alone = {q: q in self.quantities for q in kernel.Wanted._fields if q != "sphere"}
+        return kernel.Wanted(sphere=bool(self.quantities & {"distance", "log"}), **alone)
 
     @cached_property
     def _references(self) -> Array:
@@ -544,12 +534,6 @@ class PairTiles(PairMeans):
         return Tally.of_sums(n, sign * total, sign * sign * squares, 0.0, extremes, scale)
 
 
-def _load_kernel() -> None:
-    """Load compiled code where it runs: numba takes longer than the sweep of a small store."""
-    global kernel
-    from ncbatch.states.pairs import kernel
-
-
 def sweep_pairs(
     means: Array,
     center: Array | float = 0.0,
@@ -576,8 +560,3 @@ def sweep_pairs(
 def _top_pairs(values: Any, classes: Any) -> TopPairs:
     real = values > -np.inf
     return TopPairs.none().merge(TopPairs(values[real], classes[real]))
-
-
-def _rows_in_flight() -> int:
-    """Count the rows of tiles that the tasks of all threads span, at the triangle's corner."""
-    return math.isqrt(2 * max_pending()) + 2
