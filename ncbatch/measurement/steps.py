@@ -173,7 +173,7 @@ def read_test(work: Work) -> Iterator[Step]:
 
 
 def _moments(work: Work, source: Source, reading: Reading) -> Iterator[Step]:
-    """Make the steps of a reading: the state that the store holds, or reads of source.
+    """Make the steps of a reading: the state that the store holds, or reads of samples.
 
     There is one read or, with class means in files, one per class block, joined one after another.
     """
