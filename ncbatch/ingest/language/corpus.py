@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine.jobs import Progress, Silent
+from ncbatch.engine.jobs import Progress, counted
 from ncbatch.errors import DataError, OutputError, UsageError
 from ncbatch.ingest.language.texts import (
     LARGEST_ID,
@@ -218,13 +218,14 @@ class Reading:
         self._masked = masked
         self._end = 0  # of the last document that is complete
         self._n_empty = 0
-        self._last_sample = -1
+        # The last token of a document that goes on: it has yet to learn what is next.
+        self._carried: list[TokenRow] = []
 
     def read(
         self,
         sources: Sequence[Source],
         tokenizer: Any,
-        progress: Progress,
+        progress: Progress | None,
         enough: int | None,
         context: int,
         pack: bool,
@@ -260,44 +261,39 @@ class Reading:
     def _add(self, rows: list[TokenRow]) -> npt.NDArray[np.int64]:
         """Add documents; return the positions of their samples."""
         start = len(self.ids)
-        if self._end < start:
-            # The first row goes on with a document, whose last token so far has yet to learn what
-            # is next. It is text, of which no token is masked.
-            start -= 1
-            rows = [TokenRow.of_text(self.ids.read(start, start + 1), ends=False), *rows]
+        rows = [*self._carried, *rows]
         tokens = TokenRow.join(rows)
         ends = np.cumsum([len(row) for row in rows])[[row.ends for row in rows]]
         last = np.append(ends, len(tokens)) - 1
         labels = position_labels(tokens, last[last >= 0], self._kind, self._excluded, self._masked)
+        # What goes on is text, of which no token is masked.
+        known = len(tokens) if rows[-1].ends else max(len(tokens) - 1, 0)
+        self._carried = [TokenRow.of_text(tokens.ids[known:], ends=False)]
+        labels = labels[:known]
         # One number holds token and attention: a corpus is 8 bytes per token on the disk.
-        self.ids.write(np.where(tokens.attended, tokens.ids, -1 - tokens.ids), start)
-        self.labels.write(labels, start)
+        self.ids.write(np.where(tokens.attended, tokens.ids, -1 - tokens.ids)[:known])
+        self.labels.write(labels)
         lengths = np.diff(ends + start, prepend=self._end)
         self._n_empty += int(np.count_nonzero(lengths == 0))
         self.ends.write((ends + start)[lengths > 0])
         self._end += int(lengths.sum())
         self.n_token_ids = max(self.n_token_ids, int(tokens.ids.max(initial=-1)) + 1)
         samples = np.flatnonzero(labels >= 0) + start
-        samples = samples[samples > self._last_sample]  # the token read again may be one already
-        if len(samples):
-            self._last_sample = int(samples[-1])
         self.n_samples += len(samples)
         return samples
 
 
 def _checked_documents(
-    sources: Sequence[Source], kind: Kind, progress: Progress
+    sources: Sequence[Source], kind: Kind, progress: Progress | None
 ) -> Generator[Document]:
     """Read the documents of all sources, check that each has its labels, tell how far it is."""
-    progress.begin("reading texts", sum(source.size for source in sources), "B")
-    try:
+    total = sum(source.size for source in sources)
+    with counted(progress, "reading texts", total, "B") as advance:
         for source in sources:
             for document in source.documents():
                 check_labels(document, kind)  # here, where an error can still name the document
                 yield document
-                progress.advance(document.size)
-    finally:
-        progress.end()
+                advance(document.size)
 
 
 # Which samples are taken when every class may give only so many.
@@ -576,7 +572,7 @@ def open_corpus(
     check_tokenizer(tokenizer)
     reading = Reading(labels, excluded, masked)
     enough = max_tokens if per_class_cap is None else None
-    reading.read(sources, tokenizer, progress or Silent(), enough, context, pack)
+    reading.read(sources, tokenizer, progress, enough, context, pack)
     chosen = None
     if per_class_cap is not None:
         chosen = lowest_per_class(reading.labels, per_class_cap, seed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from ncbatch.engine.jobs import Progress, Silent
+from ncbatch.engine.jobs import Progress, Silent, counted
 from ncbatch.engine.options import takes
 from ncbatch.errors import BudgetError, DataError, OutputError, StoreError, UsageError
 from ncbatch.ingest.language.corpus import Corpus, open_corpus
@@ -25,7 +25,7 @@ from ncbatch.ingest.model.capture import device_of
 from ncbatch.ingest.model.dumps import dump, make_target
 from ncbatch.ingest.model.ranks import complete_resumed, finalize_if_last
 from ncbatch.ingest.model.room import rows_room, states_room
-from ncbatch.ingest.model.target import Request, one_dtype, open_if_there, stored_dtypes
+from ncbatch.ingest.model.target import Request, open_if_there, stored_dtype
 from ncbatch.store.feature_store import FeatureStore
 from ncbatch.store.format import check_name
 from ncbatch.store.ranks import Share
@@ -233,9 +233,8 @@ def _run(
     progress: Progress,
 ) -> FeatureStore:
     """Show the pass, and say how fast it was."""
-    progress.begin(f"dump {request.split}", feed.n_samples, "rows")
-    start = time.perf_counter()
-    try:
+    with counted(progress, f"dump {request.split}", feed.n_samples, "rows"):
+        start = time.perf_counter()
         store = dump(
             lm.module,
             feed,
@@ -261,8 +260,6 @@ def _run(
             progress=progress,
             **_pick(asked, _KEEPING),
         )
-    finally:
-        progress.end()
     seconds = time.perf_counter() - start
     if feed.n_tokens:
         speed = feed.n_tokens / seconds
@@ -304,9 +301,7 @@ def _stored_dtype(
     default = "bfloat16" if lm.dtype == "bfloat16" else "float16"
     if asked.moments:
         return asked.dtype or default
-    return one_dtype(
-        stored_dtypes(store, split, layers, asked.dtype, default, overwrite=asked.overwrite)
-    )
+    return stored_dtype(store, split, layers, asked.dtype, default, overwrite=asked.overwrite)
 
 
 def _share(rank: int | None, world_size: int | None) -> Share:

@@ -14,7 +14,7 @@ from ncbatch.arrays.namespace import to_numpy
 from ncbatch.errors import DataError, StoreError, UsageError
 from ncbatch.ingest.model.head import Head
 from ncbatch.ingest.model.places import Batch
-from ncbatch.ingest.model.target import Request, Target, one_dtype, stored_dtypes, wait_for
+from ncbatch.ingest.model.target import Request, Target, stored_dtype, wait_for
 from ncbatch.store.format import LayerSpec
 from ncbatch.store.ranks import Layout
 from ncbatch.store.split import Split
@@ -42,7 +42,7 @@ class RowTarget(Target):
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self._writer: Writer | LayerWriter | None = None
-        self._specs: dict[str, LayerSpec] = {}
+        self._widths: dict[str, int] = {}
         self._stored: Split | None = None
         if self.store is not None and request.split in self.store.splits:
             self._stored = self.store.split(request.split)
@@ -51,11 +51,12 @@ class RowTarget(Target):
         self._mode = self._choose_mode()
         self.done = self._mode == "done"
         self.begins = self._mode != "add"  # to a split that was begun, and ended, with what it says
-        self._dtypes = stored_dtypes(
+        if self.done:
+            return
+        self._dtype = stored_dtype(
             self.store, request.split, request.places, request.dtype, overwrite=request.overwrite
         )
-        several = request.share.several
-        if several and request.n_samples is None and layout is None and not self.done:
+        if request.share.several and request.n_samples is None and layout is None:
             raise UsageError(
                 f"no n_samples for {request.share.world_size} ranks",
                 "the samples of all ranks together, at most",
@@ -130,31 +131,27 @@ class RowTarget(Target):
 
     def resume(self, writing: ExitStack) -> int:
         """Go on with the layers as they were begun."""
-        if self._mode != "resume":
+        if self._mode != "resume" or self._begun is None:
             return 0
-        assert self._begun is not None
         # A writer that is resumed is opened before the head is known: it finds what is stored.
         self._head = self._begun.head if self.request.share.several else None
-        self._specs = {name: self._begun.layers[name] for name in self.request.places}
-        for name, spec in self._specs.items():
+        self._widths = {name: self._begun.layers[name].n_features for name in self.request.places}
+        for name, spec in self._begun.layers.items():
             if self.request.dtype not in (None, spec.dtype):
                 raise StoreError(
                     f"layer '{name}' of {self.named} was begun as {spec.dtype}",
                     f"{self.request.dtype}, as this dump was asked for",
                     "leave --dtype (dtype=) out, or start again with --overwrite (overwrite=True)",
                 )
-        return writing.enter_context(self._open_writer()).position
+        return self._open_writer(writing).position
 
     def settle(self, head: Head, features: Mapping[str, torch.Tensor], predictions: bool) -> None:
         """Find or make the store, find the layer that the head reads, store the classifier."""
         first = 0 if self._writer is None else self._writer.position
         for name, rows in features.items():  # before a store is made that would remain
-            _check_overflow(rows, self._dtypes[name], name, first)
+            _check_overflow(rows, self._dtype, name, first)
         super().settle(head, features, predictions and self._mode != "add")
-        if self._mode != "resume":
-            return
-        assert self._begun is not None
-        if self._head != self._begun.head:
+        if self._mode == "resume" and self._begun and self._head != self._begun.head:
             raise DataError(
                 f"predictions of layer {self._head or 'none'}",
                 f"{self._begun.head or 'none'}, as split '{self.request.split}' was begun",
@@ -165,44 +162,35 @@ class RowTarget(Target):
         """Open the split, or the layers that are added to it."""
         if self._writer is not None:
             return
-        self._specs = {
-            name: LayerSpec(int(rows.shape[1]), self._dtypes[name])
-            for name, rows in features.items()
-        }
+        self._widths = {name: int(rows.shape[1]) for name, rows in features.items()}
         if self._mode == "add":
-            split = self.request.split
-            adding = self.opened.add_layers(split, self._widths, one_dtype(self._dtypes))
+            adding = self.opened.add_layers(self.request.split, self._widths, self._dtype)
             self._writer = writing.enter_context(adding)
         else:
-            writing.enter_context(self._open_writer())
+            self._open_writer(writing)
 
-    @property
-    def _widths(self) -> dict[str, int]:
-        return {name: spec.n_features for name, spec in self._specs.items()}
-
-    def _open_writer(self) -> Writer:
-        # Layers of several dtypes can be written together only if all are as declared.
+    def _open_writer(self, writing: ExitStack) -> Writer:
+        # What is declared alike is asked for by name: then its widths must be those declared.
         declared = {name: spec.dtype for name, spec in self.opened.declared_layers.items()}
-        dtypes = {name: spec.dtype for name, spec in self._specs.items()}
-        all_declared = dtypes.items() <= declared.items()
+        all_declared = dict.fromkeys(self._widths, self._dtype).items() <= declared.items()
         writer = self.opened.writer(
             self.request.split,
             rank=self.request.share.rank,
             world_size=self.request.share.world_size,
             n_samples=self.request.n_samples,
-            layers=list(self._specs) if all_declared else self._widths,
-            dtype=None if all_declared else one_dtype(dtypes),
+            layers=list(self._widths) if all_declared else self._widths,
+            dtype=self._dtype,
             head=self._head,
             resume=self.request.resume,
             overwrite=self.request.overwrite,
         )
-        self._writer = writer
+        self._writer = writing.enter_context(writer)
         return writer
 
     def receive(self, name: str, rows: torch.Tensor) -> npt.NDArray[Any]:
         """Convert rows to the stored dtype and copy them to the host."""
         assert self._writer is not None
-        return to_numpy(_cast(rows, self._specs[name].dtype, name, self._writer.position))
+        return to_numpy(_cast(rows, self._dtype, name, self._writer.position))
 
     def append(
         self, features: Mapping[str, Any], labels: npt.NDArray[Any], decisions: torch.Tensor | None
@@ -254,9 +242,11 @@ class RowTarget(Target):
         layout = wait_for(self._look_for_layout, rank)
         if rank == 0 and layout.head is not None:
             logger.warning("no classifier stored: rank 0, which stores it, had no sample")
-        self._specs = dict(layout.layers)
+        specs = layout.layers
+        self._widths = {name: spec.n_features for name, spec in specs.items()}
+        self._dtype = next(spec.dtype for spec in specs.values())
         self._head = layout.head
-        writing.enter_context(self._open_writer())
+        self._open_writer(writing)
 
     def _look_for_layout(self) -> Layout | None:
         self.open_again()

@@ -301,7 +301,7 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def stored_dtypes(
+def stored_dtype(
     store: FeatureStore | None,
     split: str,
     layers: Iterable[str],
@@ -309,8 +309,8 @@ def stored_dtypes(
     default: str = "float16",
     *,
     overwrite: bool = False,
-) -> dict[str, str]:
-    """Choose how each layer is stored: as asked, else as the store has or declares it.
+) -> str:
+    """Choose how layers are stored: as asked, else as the store has or declares them.
 
     Parameters
     ----------
@@ -319,39 +319,44 @@ def stored_dtypes(
     split : str
         The split to be written.
     layers : iterable of str
-        The layers to be written.
+        The layers to be written, in one dtype.
     asked : str or None
         What the user asked for. It also replaces what is declared but has no rows yet.
     default : str, optional
-        What layers get of which the store says nothing, where it says nothing of the others.
+        What layers get where the store says nothing of any.
     overwrite : bool, optional
         Whether the split will be replaced, so that its own rows do not matter.
 
     Raises
     ------
     UsageError
-        When the store has rows of a declared layer in another dtype than the one asked for.
+        When the store has rows of a declared layer in another dtype than the one asked for, or
+        has layers of several dtypes.
     """
-    names = list(layers)
     if store is None:
-        return dict.fromkeys(names, asked or default)
+        return asked or default
     held = _held_dtypes(store, split, overwrite)
     declared = {name: spec.dtype for name, spec in store.declared_layers.items()}
-    if asked is None:
-        known = declared | {name: dtype for name, (_, dtype) in held.items()}
-        # What is new is stored like the others if those are alike: one call writes one dtype.
-        common = {known[name] for name in names if name in known}
-        rest = common.pop() if len(common) == 1 else default
-        return {name: known.get(name, rest) for name in names}
-    for name in names:
-        where, dtype = held.get(name, (None, asked))
-        if name in declared and dtype != asked:
+    known = declared | {name: dtype for name, (_, dtype) in held.items()}
+    dtypes = {name: known[name] for name in layers if name in known}
+    if asked is None and len(set(dtypes.values())) > 1:
+        raise UsageError(
+            "layers of several dtypes: "
+            + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()),
+            "one dtype for layers that are written together",
+            "set dtype= to the one declared, or dump the others afterwards",
+        )
+    # What is new is stored like the others: one call writes one dtype.
+    dtype = asked or next(iter(dtypes.values()), default)
+    for name in dtypes:
+        where, stored = held.get(name, (None, dtype))
+        if name in declared and stored != dtype:
             raise UsageError(
-                f"dtype {asked} for layer '{name}'",
-                f"{dtype}, as in split '{where}' of {store.path}",
+                f"dtype {dtype} for layer '{name}'",
+                f"{stored}, as in split '{where}' of {store.path}",
                 "leave --dtype (dtype=) out, or write into another store",
             )
-    return dict.fromkeys(names, asked)
+    return dtype
 
 
 def _held_dtypes(
@@ -368,24 +373,6 @@ def _held_dtypes(
         for name in () if overwrite and other == split else part.features:
             held.setdefault(name, (other, part.spec(name).dtype))
     return held
-
-
-def one_dtype(dtypes: Mapping[str, str]) -> str:
-    """Return the one dtype of layers that are written together.
-
-    Raises
-    ------
-    UsageError
-        When they have several.
-    """
-    if len(set(dtypes.values())) > 1:
-        raise UsageError(
-            "layers of several dtypes: "
-            + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()),
-            "one dtype for layers that are written together",
-            "set dtype= to the one declared, or dump the others afterwards",
-        )
-    return next(iter(dtypes.values()))
 
 
 def make_store(
