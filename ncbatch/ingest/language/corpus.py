@@ -386,13 +386,9 @@ def cut_windows(ends: Column, context: int) -> Iterator[Bounds]:
         number = np.arange(n_windows.sum()) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
         first = np.repeat(stop - lengths, n_windows) + number * context
         behind = np.minimum(first + context, np.repeat(stop, n_windows))
-        # So many documents may be many tokens: yield so many windows as are few.
-        place = 0
-        while place < len(first):
-            few = int(np.searchsorted(behind, first[place] + _TOKENS, side="right"))
-            few = max(few, place + 1)
-            yield first[place:few], behind[place:few]
-            place = few
+        # So many documents may be many tokens: windows that end in one stretch go together.
+        cuts = np.flatnonzero(np.diff(behind // _TOKENS)) + 1
+        yield from zip(np.split(first, cuts), np.split(behind, cuts), strict=True)
 
 
 @dataclass(frozen=True)

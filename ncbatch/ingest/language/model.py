@@ -90,17 +90,15 @@ class LanguageModel:
         DataError
             Names both sizes.
         """
-        rows = self.n_embeddings
-        what = "rows of the input embedding"
+        rows = {"the input embedding": self.n_embeddings}
         if self.head is not None:
-            outputs = int(self.module.get_submodule(self.head).weight.shape[0])
-            if outputs < rows:
-                rows = outputs
-                what = f"rows of the head '{self.head}'"
-        if self.n_tokens > rows:
+            weight = self.module.get_submodule(self.head).weight
+            rows[f"the head '{self.head}'"] = int(weight.shape[0])
+        fewest = min(rows, key=rows.__getitem__)
+        if self.n_tokens > rows[fewest]:
             raise DataError(
                 f"the tokenizer does not match the vocabulary of {self.name}: "
-                f"{self.n_tokens:,} token ids, {rows:,} {what}",
+                f"{self.n_tokens:,} token ids, {rows[fewest]:,} rows of {fewest}",
                 "",
                 "give the tokenizer that the model was trained with (--tokenizer, tokenizer=)",
             )
@@ -267,11 +265,10 @@ def _take(module: Any, tokenizer: Any) -> LanguageModel:
     if tokenizer is None:
         raise UsageError("a loaded model without tokenizer", "tokenizer=")
     kind = type(module).__name__
-    path = getattr(module.config, "_name_or_path", "") or ""
-    _check_kind(module.config, path or kind)
-    name = name_of(path) if path else kind
+    path = getattr(module.config, "_name_or_path", "") or kind
+    _check_kind(module.config, path)
     masked = is_masked([kind], module.config)
-    return LanguageModel(module, tokenizer, name, step_of(path), head_of(module), masked)
+    return LanguageModel(module, tokenizer, name_of(path), step_of(path), head_of(module), masked)
 
 
 def _load(

@@ -131,18 +131,15 @@ def capturing(
     head: Head | None = None,
 ) -> Iterator[Capture]:
     """Hold a model in eval mode with hooks; afterwards it is as it was, module by module."""
-    # model.train() would set every module alike: a frozen batch norm would wake up.
-    modes = [(module, module.training) for module in model.modules()]
     capture = Capture(head or Head({}), model, places, pool)
-    with ExitStack() as hooks:
-        try:
-            # Dropout would make features random, and batch norm would learn from the dump.
-            model.eval()
-            capture.attach(hooks)
-            yield capture
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    with ExitStack() as undo:
+        # model.train() would set every module alike: a frozen batch norm would wake up.
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        # Dropout would make features random, and batch norm would learn from the dump.
+        model.eval()
+        capture.attach(undo)
+        yield capture
 
 
 def device_of(model: torch.nn.Module) -> torch.device | str:
@@ -162,9 +159,8 @@ def _arguments(inputs: Any, device: Any) -> tuple[list[Any], dict[str, Any]]:
 
     if isinstance(inputs, Mapping):
         return [], {name: move(value) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return [move(value) for value in inputs], {}
-    return [move(inputs)], {}
+    several = isinstance(inputs, tuple | list)
+    return [move(value) for value in (inputs if several else [inputs])], {}
 
 
 def _first_tensor(value: Any) -> torch.Tensor | None:

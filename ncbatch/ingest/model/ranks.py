@@ -335,10 +335,8 @@ class StatePlan:
         # Read once: a store of many layers and ranks holds thousands of groups.
         # Moments that decide about the split itself are not replaced.
         lasting = {"moments"} if means == request.split else set()
-        if request.overwrite:
-            self._stored = {name: kinds & lasting for name, kinds in stored.items()}
-        else:
-            self._stored = stored
+        kept = {name: kinds & lasting for name, kinds in stored.items()}
+        self._stored = kept if request.overwrite else stored
         self._replaced = {name: kinds - self._stored[name] for name, kinds in stored.items()}
         wanted = {"moments"} if means is None else {"moments", "decisions"}
         self._wanted = {name: wanted - kinds for name, kinds in self._stored.items()}

@@ -46,7 +46,8 @@ class RowTarget(Target):
         self._stored: Split | None = None
         if self.store is not None and request.split in self.store.splits:
             self._stored = self.store.split(request.split)
-        layout = self._read_layout()
+        # What several ranks have agreed on, if one has begun.
+        layout = None if self.store is None else self.store.layout(request.split)
         self._begun = self._find_begun(layout)
         self._mode = self._choose_mode()
         self.done = self._mode == "done"
@@ -71,8 +72,9 @@ class RowTarget(Target):
         return self._mode == "resume" or joins
 
     def _read_layout(self) -> Layout | None:
-        """Read what several ranks have agreed on, if one has begun."""
-        return None if self.store is None else self.store.layout(self.request.split)
+        """Read what several ranks have agreed on, if one has begun meanwhile."""
+        store = self.open_again()
+        return None if store is None else store.layout(self.request.split)
 
     def _find_begun(self, layout: Layout | None) -> Begun | None:
         if layout is not None and self.request.share.several:
@@ -239,7 +241,7 @@ class RowTarget(Target):
         self._check_several()
         # It takes its place among the writers; the others alone know widths and head.
         rank = self.request.share.rank
-        layout = wait_for(self._look_for_layout, rank)
+        layout = wait_for(self._read_layout, rank)
         if rank == 0 and layout.head is not None:
             logger.warning("no classifier stored: rank 0, which stores it, had no sample")
         specs = layout.layers
@@ -247,10 +249,6 @@ class RowTarget(Target):
         self._dtype = next(spec.dtype for spec in specs.values())
         self._head = layout.head
         self._open_writer(writing)
-
-    def _look_for_layout(self) -> Layout | None:
-        self.open_again()
-        return self._read_layout()
 
 
 def _cast(rows: torch.Tensor, dtype: str, name: str, first: int) -> torch.Tensor:

@@ -425,9 +425,9 @@ class StateTarget(Target):
         return to_numpy(wide) if self._on_host else wide
 
     def _save_if_due(self) -> None:
-        if self._unsaved < _SAVE_BYTES:  # counting the classes seen waits for the GPU
-            return
-        if self._unsaved < _SAVE_RATIO * sum(fold.running_bytes for fold in self._folds.values()):
+        # Second, for counting the classes seen waits for the GPU.
+        sizes = (fold.running_bytes for fold in self._folds.values())
+        if self._unsaved < _SAVE_BYTES or self._unsaved < _SAVE_RATIO * sum(sizes):
             return
         self._unsaved = 0
         # A layer that is ahead of the batches has been saved with them in it.
