@@ -468,23 +468,19 @@ class Corpus:
         `first + step`, ... are read.
         """
         for start in range(first * batch_size, self.n_windows, step * batch_size):
-            yield self._read_windows(start, start + batch_size)
-
-    def _read_windows(self, first: int, behind: int) -> TokenBatch:
-        """Read windows by their numbers."""
-        starts = self._starts.read(first, behind)
-        stops = self._stops.read(first, behind)
-        shape = len(starts), int((stops - starts).max())
-        ids = np.zeros(shape, np.int64)
-        mask = np.zeros(shape, np.int64)
-        labels = np.full(shape, -1, np.int64)
-        for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-            tokens = self._ids.read(start, stop)
+            starts = self._starts.read(start, start + batch_size)
+            stops = self._stops.read(start, start + batch_size)
             # Padding stands on the right: positions are those of the unpadded window.
-            mask[row, : stop - start] = tokens >= 0
-            ids[row, : stop - start] = np.where(tokens < 0, -1 - tokens, tokens)
-            labels[row, : stop - start] = self._labels.read(start, stop)
-        return TokenBatch(ids, mask, labels)
+            shape = len(starts), int((stops - starts).max())
+            ids = np.zeros(shape, np.int64)
+            mask = np.zeros(shape, np.int64)
+            labels = np.full(shape, -1, np.int64)
+            for row, (begin, stop) in enumerate(zip(starts, stops, strict=True)):
+                tokens = self._ids.read(begin, stop)
+                mask[row, : len(tokens)] = tokens >= 0
+                ids[row, : len(tokens)] = np.where(tokens < 0, -1 - tokens, tokens)
+                labels[row, : len(tokens)] = self._labels.read(begin, stop)
+            yield TokenBatch(ids, mask, labels)
 
 
 def open_corpus(

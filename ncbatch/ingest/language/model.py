@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -354,17 +354,14 @@ def _quietly() -> Iterator[None]:
     """Keep transformers from reporting what is said here, and its bars to terminals."""
     from transformers.utils import logging as reports
 
-    level = reports.get_verbosity()
-    bars = reports.is_progress_bar_enabled()
-    reports.set_verbosity_error()
-    if not sys.stderr.isatty():
-        reports.disable_progress_bar()
-    try:
+    with ExitStack() as undo:
+        undo.callback(reports.set_verbosity, reports.get_verbosity())
+        if reports.is_progress_bar_enabled():
+            undo.callback(reports.enable_progress_bar)
+        reports.set_verbosity_error()
+        if not sys.stderr.isatty():
+            reports.disable_progress_bar()
         yield
-    finally:
-        reports.set_verbosity(level)
-        if bars:
-            reports.enable_progress_bar()
 
 
 # What a checkpoint is called, and what kind of model it holds.

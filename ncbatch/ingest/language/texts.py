@@ -338,25 +338,19 @@ def _documents_of(row: Mapping[str, Any], field: str, where: str, size: int) -> 
         return
     if field not in row:
         raise unknown_name("field", field, row, where)
-    text = _checked_text(row[field], field, where)
-    for piece, begins, ends in cut_into_pieces([text]):
-        yield Document(where, piece, size * begins, begins, ends)
-
-
-def _checked_text(value: Any, field: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"field '{field}' in {where} holds {type(value).__name__}", "text")
+    text = "" if row[field] is None else row[field]
+    if not isinstance(text, str):
+        raise DataError(f"field '{field}' in {where} holds {type(text).__name__}", "text")
     # JSON may escape half a pair, which Python takes and the tokenizer does not.
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"character {error.start} of field '{field}' in {where} is half a surrogate pair",
             "text that UTF-8 can hold",
         ) from error
-    return value
+    for piece, begins, ends in cut_into_pieces([text]):
+        yield Document(where, piece, size * begins, begins, ends)
 
 
 def cut_into_pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
@@ -430,15 +424,21 @@ def read_token_row(columns: Mapping[str, Any], where: str) -> TokenRow:
     ids = _numbers(columns["input_ids"], "input_ids", where, "iu")
     for wrong in ids[(ids < 0) | (ids > LARGEST_ID)][:1].tolist():
         raise DataError(f"token id {wrong} in {where}", "ids of the vocabulary, from 0")
-    beside = {
-        name: _beside(columns[name], name, where, len(ids))
-        for name in TOKEN_FIELDS[1:]
-        if columns.get(name) is not None
-    }
+    beside: dict[str, npt.NDArray[Any]] = {}
+    for name in TOKEN_FIELDS[1:]:
+        if columns.get(name) is not None:
+            kinds = "iu" if name == "labels" else "biuf"
+            array = beside[name] = _numbers(columns[name], name, where, kinds)
+            if len(array) != len(ids):
+                raise DataError(
+                    f"{len(array)} {name} for {len(ids)} input_ids in {where}", "one per token"
+                )
     every = np.ones(len(ids), np.bool_)
     attended = beside.get("attention_mask", every) != 0
     kept = beside.get("loss_mask", every) != 0
     labels = beside.get("labels")
+    if labels is not None and (largest := int(labels.max(initial=-1))) > LARGEST_ID:
+        raise DataError(f"label {largest} in {where}", "class ids, or negative ones")
     places = np.flatnonzero(attended)
     part = slice(places[0], places[-1] + 1) if len(places) else slice(0)
     return TokenRow(
@@ -447,15 +447,6 @@ def read_token_row(columns: Mapping[str, Any], where: str) -> TokenRow:
         kept[part],
         None if labels is None else np.maximum(labels, -1)[part].astype(np.int32),
     )
-
-
-def _beside(values: Any, name: str, where: str, length: int) -> npt.NDArray[Any]:
-    array = _numbers(values, name, where, "iu" if name == "labels" else "biuf")
-    if len(array) != length:
-        raise DataError(f"{len(array)} {name} for {length} input_ids in {where}", "one per token")
-    if name == "labels" and length and int(array.max()) > LARGEST_ID:
-        raise DataError(f"label {int(array.max())} in {where}", "class ids, or negative ones")
-    return array
 
 
 def _numbers(values: Any, name: str, where: str, kinds: str) -> npt.NDArray[Any]:

@@ -185,9 +185,9 @@ def dump(
         logger.info("%s holds all of rank %d: nothing to resume", target.named, rank)
     else:
         target.check_identity()
-        where = device_of(model) if device is None else device
+        device = device_of(model) if device is None else device
         with capturing(model, places, pool, watch) as capture:
-            _fill(target, capture, batches, where, predictions, progress)
+            _fill(target, capture, batches, device, predictions, progress)
     return target.opened
 
 

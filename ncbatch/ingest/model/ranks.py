@@ -101,10 +101,9 @@ def complete_resumed(store: FeatureStore, split: str, share: Share) -> str:
 
 def _complete(store: FeatureStore, split: str) -> None:
     states = RankStates(store, split)
-    if states.parts:
-        states.check_ended()
-        for layer in sorted({part.layer for part in states.parts}):
-            states.merge(layer)
+    states.check_ended()
+    for layer in sorted({part.layer for part in states.parts}):
+        states.merge(layer)
     # Rows and states may both be there; and of a split that is not there the store says so.
     rows = split in store.splits or store.layout(split) is not None
     if rows or split not in store.state_splits:
@@ -373,14 +372,11 @@ class StatePlan:
         """Refuse what processes of a job of another size left: it is not this one's."""
         split = self._request.split
         share = self._request.share
-        mine = (self.running, self.part)
-        parts = [
-            (kind not in mine, kind, name)
-            for name, kinds in self._stored.items()
-            for kind in kinds
-            if kind.startswith((RUNNING, PART))
-        ]
-        for other, kind, name in sorted(parts):  # one of the others, behind ours, tells enough
+        mine = {self.running, self.part}
+        parts = [(kind, name) for name, kinds in self._stored.items() for kind in kinds]
+        ours = [part for part in parts if part[0] in mine]
+        others = [part for part in parts if part[0].startswith((RUNNING, PART))]
+        for kind, name in (*ours, *sorted({*others} - {*ours})[:1]):  # one of them tells enough
             # Another process may just have merged it: then it has no attributes any more.
             about = store.state_attributes(split, name, kind)
             size = about.get("world_size", share.world_size)
@@ -391,8 +387,6 @@ class StatePlan:
                     "give rank= and world_size= as they were; or complete the split "
                     "(ncbatch finalize), or delete it (ncbatch delete)",
                 )
-            if other:
-                break
 
     def _check_stored(self, named: str) -> None:
         """Refuse what is there, unless a process goes on or joins others."""
