@@ -22,7 +22,6 @@ from ncbatch.ingest.language.texts import (
     Source,
     Texts,
     TokenRow,
-    check_tokenizer,
     find_texts,
     tokenize,
     vocabulary_of,
@@ -435,11 +434,6 @@ class Corpus:
     _starts: Column  # of the windows that hold samples
     _stops: Column
 
-    @property
-    def n_windows(self) -> int:
-        """Windows that hold a sample; the others are left out."""
-        return len(self._starts)
-
     def label_counts(self, n_classes: int) -> npt.NDArray[np.int64]:
         """Count the samples of each of `n_classes` classes.
 
@@ -450,7 +444,7 @@ class Corpus:
         """
         counts = np.zeros(n_classes, np.int64)
         # Behind the last window are labels of samples that are not taken.
-        (end,) = self._stops.read(self.n_windows - 1, self.n_windows)
+        (end,) = self._stops.read(len(self._stops) - 1, len(self._stops))
         for start in range(0, int(end), _TOKENS):
             labels = self._labels.read(start, min(start + _TOKENS, int(end)))
             largest = int(labels.max())
@@ -467,7 +461,7 @@ class Corpus:
         The samples and their order are the same for any size. Of the batches only number `first`,
         `first + step`, ... are read.
         """
-        for start in range(first * batch_size, self.n_windows, step * batch_size):
+        for start in range(first * batch_size, len(self._starts), step * batch_size):
             starts = self._starts.read(start, start + batch_size)
             stops = self._stops.read(start, start + batch_size)
             # Padding stands on the right: positions are those of the unpadded window.
@@ -561,7 +555,13 @@ def open_corpus(
     """
     excluded = _check_excluded(exclude, tokenizer, labels, per_class_cap)
     sources = find_texts(texts, field)
-    check_tokenizer(tokenizer)
+    # None stands for documents that are tokenized already.
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise UsageError(
+            f"a tokenizer of type {type(tokenizer).__name__}",
+            "a tokenizer of transformers",
+            "transformers.AutoTokenizer.from_pretrained(...) makes one",
+        )
     reading = Reading(labels, excluded, masked)
     enough = max_tokens if per_class_cap is None else None
     reading.read(sources, tokenizer, progress, enough, context, pack)

@@ -500,15 +500,12 @@ def with_checked_head(model: LanguageModel) -> LanguageModel:
     if logits is None:
         return model  # nothing to compare with
     outputs = calls[0].to(logits.device)  # of several, where the model is spread over GPUs
-    if outputs.shape != logits.shape:
-        return _without_head(model, "does not give the logits")
     if torch.equal(outputs, logits):
         return model
-    bias = _bias_outside(model.module, outputs, logits)
-    if bias is not None:
-        return replace(model, head_bias=bias)
-    if _rank_alike(outputs, logits):
-        return model
+    if outputs.shape == logits.shape:
+        bias = _bias_outside(model.module, outputs, logits)
+        if bias is not None or _rank_alike(outputs, logits):
+            return replace(model, head_bias=bias)
     return _without_head(model, "does not give the logits")
 
 
@@ -557,9 +554,8 @@ def _rank_alike(outputs: torch.Tensor, logits: torch.Tensor) -> bool:
     # In the order of the outputs the logits may fall by their rounding only.
     sorted_logits = logits.gather(-1, outputs.argsort(-1)).float()
     unit = torch.finfo(logits.dtype).eps * logits.abs().amax(-1, keepdim=True).float()
-    if not bool((sorted_logits.diff(dim=-1) >= -_ROUNDINGS * unit).all()):
-        return False
-    return bool(torch.equal(outputs.argmax(-1), logits.argmax(-1)))
+    grow = (sorted_logits.diff(dim=-1) >= -_ROUNDINGS * unit).all()
+    return bool(grow) and torch.equal(outputs.argmax(-1), logits.argmax(-1))
 
 
 def _without_head(model: LanguageModel, why: str) -> LanguageModel:

@@ -464,19 +464,6 @@ def _numbers(values: Any, name: str, where: str, kinds: str) -> npt.NDArray[Any]
 # From documents to tokens: many at a time.
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is neither a tokenizer of transformers nor None.
-
-    None stands for documents that are tokenized already.
-    """
-    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise UsageError(
-            f"a tokenizer of type {type(tokenizer).__name__}",
-            "a tokenizer of transformers",
-            "transformers.AutoTokenizer.from_pretrained(...) makes one",
-        )
-
-
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     """Turn texts into token ids, with or without the special tokens at their ends.
 

@@ -48,7 +48,12 @@ class RowTarget(Target):
             self._stored = self.store.split(request.split)
         # What several ranks have agreed on, if one has begun.
         layout = None if self.store is None else self.store.layout(request.split)
-        self._begun = self._find_begun(layout)
+        self._begun: Begun | None = None
+        if layout is not None and request.share.several:
+            self._begun = Begun(layout.layers, layout.head)
+        elif self._stored is not None:
+            layers = {name: self._stored.spec(name) for name in self._stored.layers}
+            self._begun = Begun(layers, self._stored.head)
         self._mode = self._choose_mode()
         self.done = self._mode == "done"
         self.begins = self._mode != "add"  # to a split that was begun, and ended, with what it says
@@ -75,14 +80,6 @@ class RowTarget(Target):
         """Read what several ranks have agreed on, if one has begun meanwhile."""
         store = self.open_again()
         return None if store is None else store.layout(self.request.split)
-
-    def _find_begun(self, layout: Layout | None) -> Begun | None:
-        if layout is not None and self.request.share.several:
-            return Begun(layout.layers, layout.head)
-        if self._stored is None:
-            return None
-        layers = {name: self._stored.spec(name) for name in self._stored.layers}
-        return Begun(layers, self._stored.head)
 
     def _choose_mode(self) -> Literal["new", "resume", "add", "done"]:
         """Choose what to do with a split that exists."""

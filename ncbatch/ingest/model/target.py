@@ -335,7 +335,16 @@ def stored_dtype(
     """
     if store is None:
         return asked or default
-    held = _held_dtypes(store, split, overwrite)
+    # Of each layer a split with rows of it, and their dtype; the split itself comes first.
+    held: dict[str, tuple[str, str]] = {}
+    layout = store.layout(split)
+    # Ranks that have begun but committed no row yet: the split is not among `store.splits`.
+    if layout is not None:
+        held = {name: (split, spec.dtype) for name, spec in layout.layers.items()}
+    for other in sorted(store.splits, key=lambda name: name != split):
+        part = store.split(other)
+        for name in () if overwrite and other == split else part.features:
+            held.setdefault(name, (other, part.spec(name).dtype))
     declared = {name: spec.dtype for name, spec in store.declared_layers.items()}
     known = declared | {name: dtype for name, (_, dtype) in held.items()}
     dtypes = {name: known[name] for name in layers if name in known}
@@ -349,7 +358,7 @@ def stored_dtype(
     # What is new is stored like the others: one call writes one dtype.
     dtype = asked or next(iter(dtypes.values()), default)
     for name in dtypes:
-        where, stored = held.get(name, (None, dtype))
+        where, stored = held.get(name, ("", dtype))
         if name in declared and stored != dtype:
             raise UsageError(
                 f"dtype {dtype} for layer '{name}'",
@@ -357,22 +366,6 @@ def stored_dtype(
                 "leave --dtype (dtype=) out, or write into another store",
             )
     return dtype
-
-
-def _held_dtypes(
-    store: FeatureStore, split: str, overwrite: bool
-) -> dict[str, tuple[str | None, str]]:
-    """Find a split with rows of each layer, and their dtype; the split itself comes first."""
-    held: dict[str, tuple[str | None, str]] = {}
-    layout = store.layout(split)
-    # Ranks that have begun but committed no row yet: the split is not among `store.splits`.
-    if layout is not None:
-        held = {name: (split, spec.dtype) for name, spec in layout.layers.items()}
-    for other in sorted(store.splits, key=lambda name: name != split):
-        part = store.split(other)
-        for name in () if overwrite and other == split else part.features:
-            held.setdefault(name, (other, part.spec(name).dtype))
-    return held
 
 
 def make_store(

@@ -203,7 +203,7 @@ def _naive_samples(rows, context, pack):
 def test_batches_are_those_of_a_share():
     write_rows([[1, 2]] * 7 + [[3]])
     corpus = open_corpus("rows.jsonl", None, context=2)
-    assert corpus.n_windows == 7
+    assert len(corpus._starts) == 7
     assert [len(batch.labels) for batch in corpus.batches(3)] == [3, 3, 1]
     assert [len(batch.labels) for batch in corpus.batches(3, 0, 2)] == [3, 1]
     assert [len(batch.labels) for batch in corpus.batches(3, 1, 2)] == [3]
@@ -429,7 +429,7 @@ def test_windows_without_a_chosen_sample_are_left_out():
     write_rows([[1, 2, 3]] * 100)
     corpus = open_corpus("rows.jsonl", None, context=3, per_class_cap=2)
     assert corpus.n_samples == 4
-    assert corpus.n_windows <= 4
+    assert len(corpus._starts) <= 4
     for batch in corpus.batches(2):
         assert (batch.labels >= 0).any(axis=1).all()
 
@@ -607,7 +607,7 @@ def test_documents_of_one_token_and_of_none_give_no_window():
     corpus = corpus_of(row([5]), row([]), row([6, 7]), row([], attention_mask=[]))
     assert all_of(corpus)[0] == [[6, 7]]
     assert n_tokens(corpus) == 3
-    assert (corpus.n_windows, corpus.n_samples, corpus.n_token_ids) == (1, 1, 8)
+    assert (len(corpus._starts), corpus.n_samples, corpus.n_token_ids) == (1, 1, 8)
 
 
 # ----------------------------------------------------------------------------------------- padding
