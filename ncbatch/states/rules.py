@@ -254,7 +254,7 @@ def candidates(
         tile = min(max(LISTED_SCORES // n_rows, 1), most_classes)
         for first, block, offsets in class_tiles(weight, bias, rows, tile):
             scores = xp.matmul(rows[part, :], xp.matrix_transpose(block)) + offsets[None, :]
-            row, k = (to_numpy(found) for found in xp.nonzero(scores >= floor[part, None]))
+            row, k = (to_numpy(index) for index in xp.nonzero(scores >= floor[part, None]))
             for pairs in row_blocks(len(row), pair_rows(rows.shape[1])):
                 yield row[pairs] + part.start, k[pairs] + first
 

@@ -101,5 +101,5 @@ def _record_faults(split: Split, exist: int) -> Iterator[Fault]:
     for record in () if split.finalized else split.records:
         n = count_samples(split.arrays["label"], map(record.block, range(record.blocks)))
         if n != record.rows:
-            found = f"{n} samples of writer {record.rank}"
-            yield fault(f"{found}, expected {record.rows} as it recorded")
+            stored = f"{n} samples of writer {record.rank}"
+            yield fault(f"{stored}, expected {record.rows} as it recorded")
