@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from array_api_compat import device
+from array_api_compat import device, is_numpy_array
 
 from ncbatch.arrays.named_arrays import NamedArrays
 from ncbatch.arrays.namespace import Array, namespace, to_numpy
+from ncbatch.arrays.segments import Segments, segment_sum
 from ncbatch.errors import DataError, UsageError
 from ncbatch.states.fold import check_block
 from ncbatch.states.rules import Rule
@@ -88,8 +90,9 @@ class Decisions(NamedArrays):
         near = nearest_mean.decide(features)
         # The model's own predictions stand for the classifier where they are stored.
         chosen = classifier.decide(features) if isinstance(classifier, Rule) else classifier
-        kinds = (labels, labels[near == chosen], labels[near == labels], labels[chosen == labels])
-        return cls(*(_count_by_class(rows, n_classes) for rows in kinds))
+        return cls(
+            *_count_by_class(labels, (near == chosen, near == labels, chosen == labels), n_classes)
+        )
 
     def merge(self, other: Decisions) -> Decisions:
         """Combine with the state of other samples; neither operand changes.
@@ -143,7 +146,18 @@ class Decisions(NamedArrays):
 DECISIONS = ("samples", "agreements", "ncc_hits", "clf_hits")
 
 
-def _count_by_class(labels: Array, n_classes: int) -> Array:
-    """Count labels on the host, where it is one pass in their order, for wherever they are."""
-    counts = np.bincount(to_numpy(labels), minlength=n_classes)
-    return namespace(labels).asarray(counts, dtype=namespace(labels).int64, device=device(labels))
+def _count_by_class(labels: Array, marks: tuple[Array, ...], n_classes: int) -> Iterator[Array]:
+    """Count the rows of each class, then those that each of `marks` (N,) is true for."""
+    xp = namespace(labels)
+    if is_numpy_array(labels):
+        yield np.bincount(labels, minlength=n_classes)
+        for mark in marks:
+            yield np.bincount(labels[mark], minlength=n_classes)
+        return
+    segments = Segments.of(labels)
+    ones = xp.ones(labels.shape, dtype=xp.float64, device=device(labels))
+    columns = xp.stack([ones, *(xp.astype(mark, xp.float64) for mark in marks)], axis=1)
+    counts = xp.zeros((n_classes, columns.shape[1]), dtype=xp.int64, device=device(labels))
+    counts[segments.mask(n_classes)] = xp.astype(segment_sum(columns, segments), xp.int64)
+    for column in range(columns.shape[1]):
+        yield counts[:, column]
