@@ -132,6 +132,11 @@ def call(step: Call, *inputs: Any) -> Any:
 # ------------------------------------------------------------------------------------- the graph
 
 
+def _key_of(function: Callable[..., Any]) -> str:
+    """How the keys of a function's tasks begin."""
+    return f"ncbatch-{function.__name__}-"
+
+
 class _Leaf(NamedTuple):
     """An item of a sweep, and the arguments of its task."""
 
@@ -164,14 +169,17 @@ class _Graph:
             try:
                 deaths = self._wait(list(ends.values()))
                 results |= {j: end.result() for j, end in ends.items() if end.status == "finished"}
-            finally:
+            except BaseException:
                 # By key: whoever holds the traceback of an error holds its items' futures too, and
                 # workers would go on with items that nobody waits for.
-                begun = [Future(key, self._client) for key in self._leaves]
-                self._client.cancel([*ends.values(), *begun])
+                self._client.cancel([Future(key, self._client) for key in self._leaves])
+                raise
+            finally:
+                self._client.cancel(list(ends.values()))
             # Dask blames all tasks that wait on a worker that dies, so each is tried alone.
             suspects = [self._leaves[key] for key in deaths if key in self._leaves]
-            others = [key for key in deaths if key not in self._leaves]
+            # An item that was done, and is done again because its worker died, has lived once.
+            others = [key for key in deaths if not key.startswith(_key_of(fold))]
             self._leaves = {}
             for leaf in suspects:
                 alone = self._submit(fold, *leaf.arguments)
@@ -220,7 +228,7 @@ class _Graph:
         return parts[0] if parts else None
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        key = f"ncbatch-{function.__name__}-{uuid.uuid4().hex}"
+        key = f"{_key_of(function)}{uuid.uuid4().hex}"
         return self._client.submit(limited, function, self._slots, *arguments, key=key, pure=False)
 
     def _wait(self, ends: list[Any]) -> list[str]:
