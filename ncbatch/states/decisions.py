@@ -13,7 +13,7 @@ from ncbatch.arrays.named_arrays import NamedArrays
 from ncbatch.arrays.namespace import Array, namespace, to_numpy
 from ncbatch.arrays.segments import Segments, segment_sum
 from ncbatch.errors import DataError, UsageError
-from ncbatch.states.fold import check_block
+from ncbatch.states.fold import check_block, check_ids
 from ncbatch.states.rules import Rule
 
 
@@ -73,7 +73,8 @@ class Decisions(NamedArrays):
         Raises
         ------
         DataError
-            When shapes, libraries or devices do not fit, or a label is not below `n_classes`.
+            When shapes, libraries or devices do not fit, or a label or prediction is no whole number
+            below `n_classes`.
         """
         all_labels = labels
         features, labels = check_block(features, labels, n_classes)
@@ -84,7 +85,9 @@ class Decisions(NamedArrays):
                     f"predictions {tuple(classifier.shape)} for labels {tuple(all_labels.shape)}",
                     "one per label",
                 )
-            classifier = xp.astype(classifier, xp.int64)[all_labels >= 0]
+            # Whatever stands for a row that is no sample.
+            decided = xp.where(all_labels >= 0, classifier, xp.zeros_like(classifier))
+            classifier = check_ids(decided, n_classes, "prediction")[all_labels >= 0]
         if features.shape[0] == 0:
             return cls.zero(n_classes, xp=xp, device=device(features))
         near = nearest_mean.decide(features)

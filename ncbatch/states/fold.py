@@ -113,13 +113,39 @@ def check_block(features: Array, labels: Array, n_classes: int) -> tuple[Array, 
         raise DataError(
             f"features on {device(features)} with labels on {device(labels)}", "one device"
         )
-    labels = xp.astype(labels, xp.int64, copy=False)
-    if labels.shape[0] and int(xp.max(labels)) >= n_classes:
-        row = int(xp.argmax(labels))
-        raise DataError(
-            f"label {int(labels[row])} in row {row}", f"labels below {n_classes}, the classes"
-        )
+    labels = check_ids(labels, n_classes)
     samples = labels >= 0
     if bool(xp.all(samples)):
         return features, labels
     return features[samples], labels[samples]
+
+
+def check_ids(ids: Array, n_classes: int, what: str = "label") -> Array:
+    """Return class ids of any type, whole numbers below `n_classes`, as int64.
+
+    Raises
+    ------
+    DataError
+        Names the first that is none, and its row; `what` is what the message calls it.
+    """
+    xp = namespace(ids)
+    if not xp.isdtype(ids.dtype, ("bool", "integral", "real floating")):
+        raise DataError(f"{what}s of {ids.dtype}", "integers")
+    if xp.isdtype(ids.dtype, "real floating"):
+        # NaN differs from itself, and what is beyond the range of integers is no id.
+        broken = (ids != xp.floor(ids)) | (xp.abs(ids) >= 2.0**62)
+        _refuse_first(ids, broken, what, "integers")
+    whole = xp.astype(ids, xp.int64, copy=False)
+    beyond = whole >= n_classes
+    if xp.isdtype(ids.dtype, "unsigned integer"):
+        beyond = beyond | (whole < 0)  # 2^63 and more
+    _refuse_first(ids, beyond, what, f"{what}s below {n_classes}, the classes")
+    return whole
+
+
+def _refuse_first(ids: Array, bad: Array, what: str, expected: str) -> None:
+    xp = namespace(ids)
+    if bool(xp.any(bad)):
+        row = int(xp.argmax(xp.astype(bad, xp.int8)))
+        kind = float if xp.isdtype(ids.dtype, "real floating") else int
+        raise DataError(f"{what} {kind(ids[row])} in row {row}", expected)

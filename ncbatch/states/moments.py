@@ -15,7 +15,7 @@ from ncbatch.arrays.named_arrays import Arrays, NamedArrays
 from ncbatch.arrays.namespace import Array, as_float64, namespace, to_numpy, zeros
 from ncbatch.arrays.rows import row_blocks, symmetric_product
 from ncbatch.errors import DataError
-from ncbatch.states.fold import check_block, detached
+from ncbatch.states.fold import check_block
 from ncbatch.states.moments_fold import Folding, Running, Scratch, merge_rows
 
 # Names of arrays of states in a store; docs/store.md has their shapes.
@@ -553,8 +553,24 @@ class MomentsAccumulator:
         return value
 
     def add(self, features: Array, labels: Array) -> None:
-        """Fold a block: `features` (B, D) floats and `labels` (B,) ids in 0..K-1."""
-        features = detached(features)
+        """Fold a block of rows.
+
+        Parameters
+        ----------
+        features : array (B, D)
+            Floats.
+        labels : array (B,)
+            Class ids below K; rows with negative ones are no samples.
+
+        Raises
+        ------
+        DataError
+            When shapes do not fit, or a label is K or more; nothing has changed then.
+        """
+        n_classes, n_features = self._running.sums.shape
+        features, labels = check_block(features, labels, n_classes)
+        if features.shape[1] != n_features:
+            raise DataError(f"features {tuple(features.shape)}", f"(B, {n_features})")
         n_rows = features.shape[0]
         step = _piece_rows(features.shape[1]) if self._compilable else max(n_rows, 1)
         # Pieces whose residuals stay in the scratch that `peak_bytes` counts.

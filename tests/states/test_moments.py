@@ -8,9 +8,12 @@ from array_api_compat import device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ncbatch.arrays.named_arrays import pack
 from ncbatch.arrays.namespace import namespace
 from ncbatch.errors import DataError
+from ncbatch.states.decisions import Decisions
 from ncbatch.states.moments import Moments, MomentsAccumulator
+from ncbatch.states.rules import nearest_mean_rule
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
 from tests.strategies import REGIMES, Features, feature_sets, partitions
@@ -183,6 +186,69 @@ def test_save_and_load_round_trip(tmp_path):
 def test_bad_blocks_are_refused(X, y, said):
     with pytest.raises(DataError, match=said):
         Moments.from_block(X, y, 3)
+
+
+def _from_block(X, y):
+    return Moments.from_block(X, y, 3)
+
+
+def _accumulated(X, y):
+    accumulator = MomentsAccumulator(3, X.shape[1], like=X)
+    accumulator.add(X, y)
+    return accumulator.finish()
+
+
+def _decided(X, y):
+    rule = nearest_mean_rule(np.eye(3))
+    return Decisions.from_block(X, y, 3, rule, rule)
+
+
+STATES = pytest.mark.parametrize("state_of", [_from_block, _accumulated, _decided])
+
+
+@STATES
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64", "float32", "float64"]
+)
+def test_labels_of_any_type_are_the_same_labels(state_of, dtype):
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    y = np.arange(40) % 3
+    for got, expected in zip(
+        pack(state_of(X, y.astype(dtype))).values(), pack(state_of(X, y)).values(), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+@STATES
+def test_rows_with_negative_labels_are_no_samples(state_of):
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    y = np.where(np.arange(40) < 7, -1, np.arange(40) % 3)
+    kept = pack(state_of(X[7:], y[7:]))
+    for name, value in pack(state_of(X, y)).items():
+        np.testing.assert_array_equal(value, kept[name])
+
+
+@STATES
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [
+        (np.array([0, 0.5, 1]), "label 0.5 in row 1; expected integers"),
+        (np.array([0, np.nan, 1]), "label nan in row 1; expected integers"),
+        (np.array([0, 1, np.inf]), "label inf in row 2; expected integers"),
+        (np.array([0, 1, 3], np.uint8), "label 3 in row 2; expected labels below 3"),
+        (np.array([2**64 - 1, 1, 2], np.uint64), f"label {2**64 - 1} in row 0; expected labels bel"),
+        (np.array([0j, 1, 2]), "labels of complex128"),
+    ],
+)
+def test_labels_that_are_none_are_refused(state_of, y, said):
+    with pytest.raises(DataError, match=said):
+        state_of(np.ones((3, 3)), y)
+
+
+def test_an_accumulator_refuses_other_widths():
+    accumulator = MomentsAccumulator(3, 4, like=np.ones(1))
+    with pytest.raises(DataError, match=r"features \(2, 3\); expected \(B, 4\)"):
+        accumulator.add(np.ones((2, 3)), np.array([0, 1]))
 
 
 def test_different_shapes_do_not_merge():
