@@ -19,12 +19,14 @@ def _apply_preset(ctx: click.Context, _: click.Parameter, name: str | None) -> N
         ctx.default_map = {**(ctx.default_map or {}), **PRESETS[name]}
 
 
-def _read_classes(_: click.Context, __: click.Parameter, path: str | None) -> list[int] | None:
-    if path is None:
+def _read_classes(
+    _: click.Context, __: click.Parameter, paths: tuple[str, ...]
+) -> list[int] | None:
+    if not paths:
         return None
     from ncbatch.ingest.files.imports import read_classes
 
-    return read_classes(path)
+    return [class_id for path in paths for class_id in read_classes(path)]
 
 
 def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,8 +43,9 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--classes",
             type=click.Path(),
+            multiple=True,
             callback=_read_classes,
-            help="Only the classes in this file: ids, one per line, or .npy.",
+            help="Only the classes in this file: ids, one per line, or .npy; repeatable.",
         ),
         click.option(
             "--layer", "layers", multiple=True, help="Layer to measure; repeatable  [default: all]"

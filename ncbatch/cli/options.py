@@ -72,8 +72,9 @@ def click_option(option: Option, names: Iterable[str] = ()) -> click.Option:
         attributes |= {"multiple": True, "callback": _one_or_several}
         attributes["help"] += "  [repeatable]"
     elif Iterable[str] in option.kinds or Iterable[int] in option.kinds:
-        attributes["callback"] = _names if Iterable[str] in option.kinds else _token_ids
-        attributes["help"] += "  [separated by commas]"
+        callback = _names if Iterable[str] in option.kinds else _token_ids
+        attributes |= {"multiple": True, "callback": callback}
+        attributes["help"] += "  [separated by commas; repeatable]"
     return click.Option([flag, option.name], **attributes)
 
 
@@ -106,19 +107,30 @@ def _one_or_several(_: click.Context, parameter: click.Parameter, values: tuple[
     return values if len(values) > 1 else next(iter(values), None)
 
 
-def _names(_: click.Context, parameter: click.Parameter, text: str | None) -> list[str] | None:
-    if text is None:
+def _names(
+    _: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> list[str] | None:
+    if not texts:
         return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _parts(texts)
     if not names:
         raise UsageError(
-            f"{parameter.opts[0]} '{text}'", "names, separated by commas", "see 'ncbatch metrics'"
+            f"{parameter.opts[0]} '{','.join(texts)}'",
+            "names, separated by commas",
+            "see 'ncbatch metrics'",
         )
     return names
 
 
-def _token_ids(_: click.Context, parameter: click.Parameter, text: str | None) -> list[int]:
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+def _token_ids(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[int]:
+    parts = _parts(texts)
     if any(not part.isdecimal() for part in parts):
-        raise UsageError(f"{parameter.opts[0]} '{text}'", "token ids, separated by commas")
+        raise UsageError(
+            f"{parameter.opts[0]} '{','.join(texts)}'", "token ids, separated by commas"
+        )
     return [int(part) for part in parts]
+
+
+def _parts(texts: Iterable[str]) -> list[str]:
+    """Split what is separated by commas; an option that is repeated adds to the one before."""
+    return [part for text in texts for part in map(str.strip, text.split(",")) if part]

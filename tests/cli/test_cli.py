@@ -341,6 +341,10 @@ OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "min-count": (["--min-count", "20"], {"min_count": 20}),
     "max-count": (["--max-count", "100"], {"max_count": 100}),
     "classes": (["--classes", "classes.txt"], {"classes": CHOSEN}),
+    "classes of two files": (
+        ["--classes", "classes.txt", "--classes", "others.txt"],
+        {"classes": [*CHOSEN, 4]},
+    ),
     "all": (
         ["--weighted", "--max-count", "299", "--classes", "classes.txt", "--dist-exp", "2"],
         {"weighted": True, "max_count": 299, "classes": CHOSEN, "dist_exp": 2.0},
@@ -355,6 +359,7 @@ def test_options_mean_what_the_oracle_means(ncbatch, stores, case):
     with store.writer("train", overwrite=True) as writer:
         writer.append({"fc": TOY.X}, UNEVEN)
     Path("classes.txt").write_text("0, 2, 3")
+    Path("others.txt").write_text("4")
     wanted = with_logarithms(
         base_metrics(
             TOY.X, UNEVEN, 5, W=TOY.W, b=TOY.b, X_test=TOY.X_test, y_test=TOY.y_test,
@@ -424,7 +429,7 @@ def test_metrics_and_layers_can_be_chosen(ncbatch, stores):
     with store.add_layers("train", {"x": 3}, "float16") as writer:
         writer.append({"x": NARROW})
     names = ["nc5_ood_dev", "nc1_pinv"]
-    found = measured(ncbatch, "--metrics", ", ".join(names), "--layer", "fc")
+    found = measured(ncbatch, "--metrics", names[0], "--metrics", f"{names[1]},", "--layer", "fc")
     assert_equal(found, {name: oracle()[name] for name in names})
     assert list(json.loads(Path("r.json").read_text())["s"]) == ["fc"]
     assert [name for name in found if name in BASE] == ["nc1_pinv", "nc5_ood_dev"]

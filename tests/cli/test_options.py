@@ -96,6 +96,7 @@ DEFAULTS = {
         ("--layer h.0 --layer h.1", {"layers": ("h.0", "h.1")}),
         ("--names b,a", {"names": ["b", "a"]}),
         ("--ids 3,1", {"ids": [3, 1]}),
+        ("--names b,a --names c --ids 3 --ids 1,2", {"names": ["b", "a", "c"], "ids": [3, 1, 2]}),
         ("--memory 8GiB --folder f --where there", {"memory": "8GiB", "folder": "f", "where": "there"}),
         ("--fast --no-sure", {"fast": True, "sure": False}),
         ("--mine 1.5", {"mine": 1.5}),
@@ -129,7 +130,7 @@ def test_help_says_what_was_declared(run):
         "--words INTEGER RANGE How many; see --max-share. [default: 3; x>=1]",
         "--max-share FLOAT How much of all.",
         "--layer TEXT Of what. [repeatable]",
-        "--names TEXT Called what. [separated by commas]",
+        "--names TEXT Called what. [separated by commas; repeatable]",
         "--sure / --no-sure Check. [default: sure]",
         "--mine FLOAT Written out.",
     ):
