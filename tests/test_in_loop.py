@@ -112,7 +112,8 @@ def test_the_pages_training_loop_runs(tmp_path):
     assert last < first  # it trains, and its classes collapse
     assert "the same" in out
     stored = nc.measure(tmp_path / "run.zarr", ["features"], metrics=["nc1_pinv"])
-    assert f"measured: {stored.nc1_pinv.item():.4f}" in out
+    nc1 = f"{stored.nc1_pinv.item():.4f}"
+    assert f"measured: {nc1}, of the moments themselves: {nc1}" in out
 
 
 @pytest.mark.slow

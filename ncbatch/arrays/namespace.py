@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace, device, is_numpy_array
 
+from ncbatch.errors import DataError
+
 # An array of any array-API library; no static type spans NumPy, CuPy and torch.
 Array: TypeAlias = Any
 
@@ -32,10 +34,15 @@ def namespace(*arrays: Array) -> Any:
 
     Raises
     ------
-    TypeError
+    DataError
         When the arrays come from different libraries.
     """
-    return array_namespace(*(a for a in arrays if hasattr(a, "shape")))
+    shaped = [a for a in arrays if hasattr(a, "shape")]
+    try:
+        return array_namespace(*shaped)
+    except TypeError as error:
+        kinds = dict.fromkeys(f"{type(a).__module__}.{type(a).__name__}" for a in shaped)
+        raise DataError(f"arrays of {' and '.join(kinds)}", "arrays of one library") from error
 
 
 def as_float64(values: Array) -> Array:

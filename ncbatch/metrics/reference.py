@@ -1,12 +1,20 @@
-"""Functions with the names, positional order and defaults of the field's reference package."""
+"""Functions with the names, positional order and defaults of the field's reference package.
+
+All that take class means take a `Moments` as first argument too, as in ``simplex_etf_error(state)``
+or ``self_duality_error(state, W)``: in the place of means and variances, of the classes that have
+samples. `m_G` then is the mean of those means, and of W (K, D) their rows are taken.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
-from array_api_compat import device
+from array_api_compat import device, is_array_api_obj
 
 from ncbatch.arrays.namespace import Array, as_float64, namespace, scalar
 from ncbatch.arrays.rows import (
@@ -24,15 +32,74 @@ from ncbatch.metrics.geometry import (
     structure_error,
 )
 from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import Moments
 from ncbatch.states.pairs.stats import Tally
 from ncbatch.states.pairs.sweep import PairTiles, sweep_pairs
-
-# Kernels between directions of class means: distances, logarithmic and Riesz energies.
-
 
 Kernel = Callable[..., Array]
 # Classes of a tile's side where none is given.
 _TILE_CLASSES = 512
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result", covariant=True)
+
+# What a `Moments` says of its classes, by the name of the parameter that takes it.
+_OF_MOMENTS: dict[str, Callable[[Moments], Array]] = {
+    "M": lambda moments: moments.means,
+    "V_norms": lambda moments: moments.variances,
+    "V_intra": lambda moments: moments.within_covariance,
+}
+
+
+class OfMeans(Protocol[Given, Result]):
+    """A function of arrays, whose means and variances a `Moments` may give."""
+
+    @overload
+    def __call__(self, moments: Moments, /, *arguments: Any, **options: Any) -> Result: ...
+    @overload
+    def __call__(self, *arguments: Given.args, **options: Given.kwargs) -> Result: ...
+
+
+def takes_moments(function: Callable[Given, Result]) -> OfMeans[Given, Result]:
+    """Let a `Moments` stand for the arrays that follow from it, and refuse mixed libraries."""
+    signature = inspect.signature(function)
+    others = [name for name in signature.parameters if name not in _OF_MOMENTS]
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if arguments and isinstance(arguments[0], Moments):
+            if len(arguments) > 1 + len(others):
+                raise UsageError(
+                    f"{len(arguments) - 1} arguments beside moments", ", ".join(others) or "none"
+                )
+            options |= dict(zip(others, arguments[1:], strict=False))
+            options = _of_moments(arguments[0].seen(), signature, options)
+            arguments = ()
+        # What is read by blocks, or is no array, is looked at where it is used.
+        if arrays := [a for a in (*arguments, *options.values()) if is_array_api_obj(a)]:
+            namespace(*arrays)
+        return function(*arguments, **options)
+
+    return call
+
+
+def _of_moments(
+    moments: Moments, signature: inspect.Signature, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Add what moments of seen classes give to the other arguments of a function."""
+    given = {name: of(moments) for name, of in _OF_MOMENTS.items() if name in signature.parameters}
+    if "m_G" in signature.parameters:
+        given["m_G"] = mean_of_rows(moments.means)
+    if isinstance(outside := options.get("m_G_ood"), Moments):
+        given["m_G_ood"] = mean_of_rows(outside.seen().means)
+        del options["m_G_ood"]
+    if "W" in options and options["W"].shape[0] > moments.means.shape[0]:
+        given["W"] = namespace(options["W"]).take(options["W"], moments.classes, axis=0)
+        del options["W"]
+    return given | options
+
+
+# Kernels between directions of class means: distances, logarithmic and Riesz energies.
 
 
 def pair_grid(
@@ -117,6 +184,7 @@ def riesz_kernel(data: Array, tile_size: int | None = None) -> Array:
     return math.copysign(1.0, s) * xp.where(apart, values, math.inf if s > 0 else 0.0)
 
 
+@takes_moments
 def kernel_grid(
     M: Array,
     m_G: Array | float = 0,
@@ -144,6 +212,7 @@ def kernel_grid(
     return kernel(directions(as_float64(M) - m_G), tile_size=tile_size)
 
 
+@takes_moments
 def kernel_stats(
     M: Array,
     m_G: Array | float = 0,
@@ -188,6 +257,7 @@ def _exp(logarithm: float) -> float:
     return math.exp(logarithm) if logarithm < 709.0 else math.inf
 
 
+@takes_moments
 def mean_norms(
     M: Array, m_G: Array | float = 0, post_funcs: Sequence[Callable[[Array], Array]] = ()
 ) -> Array:
@@ -213,11 +283,13 @@ def mean_norms(
     return result
 
 
+@takes_moments
 def interference_grid(M: Array, m_G: Array | float = 0) -> Array:
     """Compute the K x K grid of inner products of centred means, of an array in memory."""
     return pair_grid(M, PairTiles(M, m_G, quantities=[]).interference)
 
 
+@takes_moments
 def simplex_etf_error(M: Array, m_G: Array | float = 0) -> float:
     """Measure how far the Gram matrix of centred means is from a simplex ETF (Kothapalli 2023).
 
@@ -232,6 +304,7 @@ def simplex_etf_error(M: Array, m_G: Array | float = 0) -> float:
     return structure_error(centred, centred)
 
 
+@takes_moments
 def self_duality_error(W: Array, M: Array, m_G: Array | float = 0) -> float:
     """Measure how far W Mc^T is from a simplex ETF (Kothapalli 2023).
 
@@ -250,6 +323,7 @@ def self_duality_error(W: Array, M: Array, m_G: Array | float = 0) -> float:
 # NC1: variability within classes against distances between them.
 
 
+@takes_moments
 def covariance_ratio(
     V_intra: Array, M: Array, m_G: Array | float = 0, metric: str = "pinv"
 ) -> float:
@@ -301,6 +375,7 @@ def covariance_ratio(
     return spectrum.inverse_trace(within, limit) / n_classes
 
 
+@takes_moments
 def variability_cdnv(
     V_norms: Array, M: Array, dist_exp: float = 1.0, tile_size: int | None = None
 ) -> float:
@@ -333,6 +408,7 @@ def variability_cdnv(
     return stats.cdnv.mean if stats.cdnv.n else math.nan
 
 
+@takes_moments
 def class_dist_norm_vars(
     V_norms: Array, M: Array, dist_exp: float = 1.0, tile_size: int | None = None
 ) -> Array:
@@ -362,6 +438,7 @@ def class_dist_norm_vars(
     return pair_grid(M, tile, tile_size)
 
 
+@takes_moments
 def similarities(W: Array, M: Array, m_G: Array | float = 0, cos: bool = False) -> Array:
     """Compute w_c . (m_c - m_G), or its cosine, per class.
 
@@ -391,6 +468,7 @@ def similarities(W: Array, M: Array, m_G: Array | float = 0, cos: bool = False) 
     return xp.concat([xp.sum(w * m, axis=1) for w, m in _paired_blocks(W, M, m_G, cos)])
 
 
+@takes_moments
 def distance_norms(W: Array, M: Array, m_G: Array | float = 0, norm: bool = True) -> Array:
     """Compute |w_c - (m_c - m_G)| per class, of unit vectors unless `norm` is false.
 
@@ -450,6 +528,7 @@ def clf_ncc_agreement(
     return decisions.rate("agreements", indices, weighted)
 
 
+@takes_moments
 def orthogonality_deviation(M: Array, m_G_ood: Array | float = 0) -> float:
     """Average |cos| between class means and the mean of out-of-distribution data.
 

@@ -73,8 +73,8 @@ class Decisions(NamedArrays):
         Raises
         ------
         DataError
-            When shapes, libraries or devices do not fit, or a label or prediction is no whole number
-            below `n_classes`.
+            When shapes, libraries or devices do not fit, or a label or prediction is no whole
+            number below `n_classes`.
         """
         all_labels = labels
         features, labels = check_block(features, labels, n_classes)

@@ -102,13 +102,7 @@ def check_block(features: Array, labels: Array, n_classes: int) -> tuple[Array, 
             "features (N, D) with labels (N,)",
         )
     features = detached(features)
-    try:
-        xp = namespace(features, labels)
-    except TypeError as error:
-        kinds = " with ".join(
-            f"{type(x).__module__}.{type(x).__name__}" for x in (features, labels)
-        )
-        raise DataError(f"features and labels of {kinds}", "arrays of one library") from error
+    xp = namespace(features, labels)
     if device(features) != device(labels):
         raise DataError(
             f"features on {device(features)} with labels on {device(labels)}", "one device"

@@ -1,5 +1,6 @@
 """The pure functions: equal to naive grids, to known answers, and in every array library."""
 
+import inspect
 import math
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from ncbatch import metrics as m
 from ncbatch.errors import DataError, UsageError
 from ncbatch.states.decisions import Decisions
+from ncbatch.states.moments import Moments
 from tests import oracles
-from tests.libraries import Library, each_library
+from tests.libraries import NUMPY, Library, each_library
 from tests.strategies import random_rotation
 
 
@@ -206,3 +208,89 @@ def test_signatures_are_those_of_the_reference_package():
                 else f"{p.name}={default}"
             )
         assert f"({', '.join(parts)})" == text, name
+
+
+# ---------------------------------------------------------------- moments in the place of arrays
+
+
+def some_moments(library: Library):
+    """Return moments of 12 classes, of which 3 and 7 have no samples, and those of the others."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 6)) + 2.0
+    y = rng.integers(0, 12, 300)
+    seen = np.setdiff1d(np.arange(12), [3, 7])
+    inside = np.isin(y, seen)
+    y = np.where(inside, y, -1)
+    means, variances, within = class_means(X[inside], y[inside], seen)
+    return Moments.from_block(library.put(X), library.put(y), 12), seen, means, variances, within
+
+
+def class_means(X, y, seen):
+    means = np.stack([X[y == c].mean(axis=0) for c in seen])
+    residuals = X - means[np.searchsorted(seen, y)]
+    variances = np.array([np.mean(np.sum(residuals[y == c] ** 2, axis=1)) for c in seen])
+    return means, variances, residuals.T @ residuals / len(X)
+
+
+@each_library
+def test_moments_give_the_classes_that_have_samples(library: Library):
+    state, seen, M, V, S = some_moments(library)
+    W = np.random.default_rng(1).normal(size=(12, 6))
+    m_G = M.mean(axis=0)
+    of_moments = {
+        m.covariance_ratio: [(), {"metric": "svd"}, {"metric": "quotient"}],
+        m.simplex_etf_error: [()],
+        m.mean_norms: [()],
+        m.interference_grid: [()],
+        m.kernel_grid: [(), {"kernel": m.log_kernel}],
+        m.kernel_stats: [(), {"kernel": m.log_kernel}],
+        m.variability_cdnv: [(), {"dist_exp": 2.0}],
+        m.class_dist_norm_vars: [(), {"dist_exp": 2.0}],
+        m.self_duality_error: [(W,)],
+        m.similarities: [(W,), (W, m_G)],
+        m.distance_norms: [(W,)],
+        m.orthogonality_deviation: [(np.ones(6),)],
+    }
+    arrays = {"M": M, "V_norms": V, "V_intra": S, "m_G": m_G, "W": W[seen], "m_G_ood": np.ones(6)}
+    for function, calls in of_moments.items():
+        names = inspect.signature(function).parameters
+        known = {name: value for name, value in arrays.items() if name in names}
+        for call in calls:
+            options = call if isinstance(call, dict) else {}
+            given = () if isinstance(call, dict) else map(library.put, call)
+            got = function(state, *given, **options)
+            for value, expected in zip(
+                np.atleast_1d(library.host(got) if hasattr(got, "shape") else got),
+                np.atleast_1d(function(**known, **options)),
+                strict=True,
+            ):
+                np.testing.assert_allclose(value, expected, rtol=1e-9)
+
+
+def test_the_mean_of_outside_data_may_be_moments_too():
+    state, _, M, _, _ = some_moments(NUMPY)
+    outside = Moments.from_block(np.ones((4, 6)), np.array([0, 0, 2, 2]), 3)
+    assert m.orthogonality_deviation(state, outside) == m.orthogonality_deviation(M, np.ones(6))
+
+
+def test_moments_leave_no_room_for_means():
+    state, *_ = some_moments(NUMPY)
+    with pytest.raises(UsageError, match="2 arguments beside moments; expected m_G"):
+        m.simplex_etf_error(state, 0, 0)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_arrays_of_two_libraries_are_refused(swap):
+    torch = pytest.importorskip("torch")
+    arrays = [np.ones((3, 4)), torch.ones((3, 4))]
+    W, M = arrays[::-1] if swap else arrays
+    for call in (
+        lambda: m.self_duality_error(W, M),
+        lambda: m.similarities(W, M),
+        lambda: m.simplex_etf_error(M, W[0]),
+        lambda: m.covariance_ratio(W.T @ W, M),
+        lambda: m.variability_cdnv(W[:, 0], M),
+        lambda: m.structure_error(W, M),
+    ):
+        with pytest.raises(DataError, match="expected arrays of one library"):
+            call()
