@@ -539,10 +539,16 @@ class FeatureStore(StoreHeader, StoredStates):
         groups = chunks.subgroups(self._root, CLASSIFIER)
         return [name for name, layer in groups if layer.attrs.get("complete")]
 
-    def to_dask(self, split: str, layer: str, device: Literal["cpu", "cuda"] = "cpu") -> da.Array:
+    def to_dask(
+        self,
+        split: str,
+        layer: str,
+        device: Literal["cpu", "cuda"] = "cpu",
+        dtype: npt.DTypeLike | None = None,
+    ) -> da.Array:
         """Return a layer's rows as a Dask array (sample, unit), one block per chunk.
 
-        Rows without a sample (label -1) are included; bfloat16 becomes float32.
+        Rows without a sample (label -1) are included.
 
         Parameters
         ----------
@@ -550,6 +556,9 @@ class FeatureStore(StoreHeader, StoredStates):
             Which rows.
         device : {"cpu", "cuda"}
             ``cuda``: chunks are CuPy arrays, each on the GPU of the worker that reads it.
+        dtype : dtype, optional
+            What rows are converted to. By default float32 for layers of 16 bits, whose sums
+            overflow or stand still after some thousand rows, and the layer's own dtype otherwise.
 
         Raises
         ------
@@ -563,13 +572,23 @@ class FeatureStore(StoreHeader, StoredStates):
         if device not in ("cpu", "cuda"):
             raise UsageError(f"device '{device}'", "cpu or cuda")
         array = da.from_zarr(self.split(split).feature(layer))
-        dtype = np.dtype("float32") if array.dtype.name == "bfloat16" else array.dtype
+        if dtype is None:
+            dtype = "float32" if array.dtype.itemsize < 4 else array.dtype
         if device == "cuda":
-            return array.map_blocks(cuda_chunk, dtype=dtype, meta=cuda_meta(dtype))
+            # What is copied to the GPU is as narrow as it is stored, but for bfloat16.
+            copied = np.dtype("float32") if array.dtype.name == "bfloat16" else array.dtype
+            array = array.map_blocks(cuda_chunk, dtype=copied, meta=cuda_meta(copied))
         return array.astype(dtype)
 
-    def to_xarray(self, split: str, layer: str) -> xr.Dataset:
+    def to_xarray(self, split: str, layer: str, dtype: npt.DTypeLike | None = None) -> xr.Dataset:
         """Return a layer as a Dask-backed Dataset of its samples.
+
+        Parameters
+        ----------
+        split, layer : str
+            Which rows.
+        dtype : dtype, optional
+            As for `to_dask`: features of 16 bits become float32 unless it is given.
 
         Returns
         -------
@@ -582,7 +601,7 @@ class FeatureStore(StoreHeader, StoredStates):
         rows = self.split(split)
         labels = rows.labels()
         variables: dict[str, Any] = {
-            "feature": (("sample", "unit"), self.to_dask(split, layer)),
+            "feature": (("sample", "unit"), self.to_dask(split, layer, dtype=dtype)),
             "label": (("sample",), labels),
         }
         if rows.head is not None:

@@ -236,7 +236,10 @@ def test_rows_with_negative_labels_are_no_samples(state_of):
         (np.array([0, np.nan, 1]), "label nan in row 1; expected integers"),
         (np.array([0, 1, np.inf]), "label inf in row 2; expected integers"),
         (np.array([0, 1, 3], np.uint8), "label 3 in row 2; expected labels below 3"),
-        (np.array([2**64 - 1, 1, 2], np.uint64), f"label {2**64 - 1} in row 0; expected labels bel"),
+        (
+            np.array([2**64 - 1, 1, 2], np.uint64),
+            f"label {2**64 - 1} in row 0; expected labels bel",
+        ),
         (np.array([0j, 1, 2]), "labels of complex128"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import dask
 import dask.array as da
@@ -42,7 +43,11 @@ def test_chunks_are_arrays_of_the_device(
     array = store.to_dask("train", "fc", device=device)
     assert isinstance(array, da.Array)
     assert array.npartitions > 1
-    assert array.dtype == ("float32" if dtype == "bfloat16" else dtype)
+    assert array.dtype == ("float64" if dtype == "float64" else "float32")
+    for asked in ("float16", "float32", "float64"):
+        assert store.to_dask("train", "fc", device=device, dtype=asked).dtype == asked
+    assert store.to_xarray("train", "fc").feature.dtype == array.dtype
+    assert store.to_xarray("train", "fc", dtype=np.float64).feature.dtype == "float64"
     assert isinstance(array._meta, FakeArray) == (device == "cuda")
     with dask.config.set(scheduler="synchronous"):
         blocks = [block.compute() for block in array.blocks]
@@ -52,6 +57,16 @@ def test_chunks_are_arrays_of_the_device(
         assert block.dtype == array.dtype
     np.testing.assert_array_equal(np.concatenate(blocks)[:300], X.astype(array.dtype))
     np.testing.assert_allclose(total, (X.astype(np.float64) ** 2).sum(axis=0), rtol=1e-12)
+
+
+def test_means_of_many_float16_rows_are_means(tmp_path: Path):
+    rows = np.full((70_000, 1), 0.5, np.float16)  # whose float16 sum ends at 1,024
+    store = FeatureStore.create(tmp_path / "s.zarr", n_classes=1, layers={"fc": 1}, dtype="float16")
+    with store.writer("train") as writer:
+        writer.append({"fc": rows}, np.zeros(len(rows), int))
+    with dask.config.set(scheduler="synchronous"):
+        assert float(store.to_dask("train", "fc").mean()) == 0.5
+        assert float(store.to_xarray("train", "fc").feature.mean("sample")[0]) == 0.5
 
 
 def test_cuda_without_cupy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -73,6 +88,18 @@ def test_workers_in_other_processes_read_bfloat16(tmp_path: Path, small_chunks: 
     with open_cluster("processes:1") as client:
         total = client.compute(store.to_dask("train", "fc").sum()).result()
     assert float(total) == pytest.approx(float(X.astype(np.float64).sum()), rel=1e-4)
+
+
+def test_the_pages_recipe_gives_class_means(tmp_path: Path, monkeypatch, small_chunks: None):
+    _, X = make_store(tmp_path / "run.zarr", "float16")
+    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
+    recipe = page.split("## Your own graphs")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with dask.config.set(scheduler="synchronous"):
+        exec(recipe, names)
+    means = np.stack([X[np.arange(300) % 5 == c].astype(float).mean(axis=0) for c in range(5)])
+    np.testing.assert_allclose(names["means"], means, rtol=1e-12)
 
 
 @pytest.mark.gpu
