@@ -16,7 +16,11 @@ PACKAGE = Path(__file__).parents[1] / "ncbatch"
 
 
 def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def _docstring(node: ast.AST) -> ast.Expr | None:

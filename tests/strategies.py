@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import strategies as st
 
 Array = npt.NDArray[Any]
@@ -271,3 +272,10 @@ REGIMES: dict[str, Callable[[int], Features]] = {
         constant_columns,
     )
 }
+
+# Where formulas break first; the others are slow, though each takes less than a second: there are many.
+_FIRST = ("collapsed", "offset", "exactly_coincident", "zipf", "singletons")
+each_regime = pytest.mark.parametrize(
+    "regime",
+    [pytest.param(name, marks=() if name in _FIRST else pytest.mark.slow) for name in REGIMES],
+)

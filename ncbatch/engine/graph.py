@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,8 +160,6 @@ class _Graph:
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Run until every job has its result; anew, where workers died of nothing that lasts."""
-        from distributed import Future
-
         results: dict[int, Any] = {}
         n_rounds = 0
         unexplained: list[str] = []
@@ -169,11 +168,6 @@ class _Graph:
             try:
                 deaths = self._wait(list(ends.values()))
                 results |= {j: end.result() for j, end in ends.items() if end.status == "finished"}
-            except BaseException:
-                # By key: whoever holds the traceback of an error holds its items' futures too, and
-                # workers would go on with items that nobody waits for.
-                self._client.cancel([Future(key, self._client) for key in self._leaves])
-                raise
             finally:
                 self._client.cancel(list(ends.values()))
             # Dask blames all tasks that wait on a worker that dies, so each is tried alone.
@@ -233,12 +227,16 @@ class _Graph:
 
     def _wait(self, ends: list[Any]) -> list[str]:
         """Wait for all tasks; returns the keys of those that workers died of."""
-        from distributed import KilledWorker
-
         futures = [*ends, *self._futures]
         self._futures = []
+        with closing(_completed(self._client, futures)) as completed:
+            return self._deaths(completed)
+
+    def _deaths(self, completed: Iterable[Any]) -> list[str]:
+        from distributed import KilledWorker
+
         deaths: dict[str, None] = {}  # a set in order
-        for future in _completed(self._client, futures):
+        for future in completed:
             if future.status != "error":
                 leaf = self._leaves.pop(future.key, None)
                 # An item counts once, though a later round may do it again.
@@ -267,7 +265,7 @@ def _deadly(leaf: _Leaf) -> WorkerError:
     )
 
 
-def _completed(client: Any, futures: list[Any]) -> Iterator[Any]:
+def _completed(client: Any, futures: list[Any]) -> Generator[Any]:
     """Iterate over futures as they complete; `futures` is emptied, so that none is held longer.
 
     Raises
@@ -280,16 +278,22 @@ def _completed(client: Any, futures: list[Any]) -> Iterator[Any]:
     waiting = as_completed(futures, loop=client.loop)
     futures.clear()
     last_seen = time.monotonic()
-    while not waiting.is_empty():
-        batch = waiting.next_batch(block=False)
-        yield from batch
-        if client.status == "running":
-            last_seen = time.monotonic()
-        elif time.monotonic() - last_seen > _LOST_SECONDS:
-            raise WorkerError(
-                "the scheduler has gone",
-                "one that answers",
-                "start it again, and the same command: with --state it goes on",
-            )
-        if not batch:
-            time.sleep(_POLL_SECONDS)
+    try:
+        while not waiting.is_empty():
+            batch = waiting.next_batch(block=False)
+            yield from batch
+            if client.status == "running":
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > _LOST_SECONDS:
+                raise WorkerError(
+                    "the scheduler has gone",
+                    "one that answers",
+                    "start it again, and the same command: with --state it goes on",
+                )
+            if not batch:
+                time.sleep(_POLL_SECONDS)
+    finally:
+        # Whoever holds an error's traceback holds the futures too, and workers would go on with
+        # what nobody waits for. They cannot be cancelled: a scheduler fails over their merges.
+        for future in list(waiting.futures):
+            future.release()

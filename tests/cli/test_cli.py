@@ -285,6 +285,7 @@ def test_import_loads_nothing_heavy():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+@pytest.mark.slow
 def test_the_commands_load_nothing_heavy_either(stores):
     code = (
         "import sys\nfrom ncbatch.cli import main\nsys.argv = ['ncbatch', 'measure', 's']\n"

@@ -53,7 +53,7 @@ def test_predictions_stand_for_the_classifier_at_their_head(tmp_path, small_chun
     assert float(ds.nc4_agree.sel(layer="other")[0]) == by_weights["nc4_agree"]
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_means_in_files_and_class_blocks_change_no_metric(stores, tmp_path, monkeypatch, blocks):
     asked = {"per_class": True, "null": True, "metrics": every_metric()}
     plain = nc.measure(stores, **asked)

@@ -12,10 +12,10 @@ from ncbatch.errors import DataError
 from ncbatch.store import format as store_format
 from tests.measurement.stores import assert_equals_oracle, make_store, outside
 from tests.oracles import base_metrics
-from tests.strategies import REGIMES, Features, feature_sets
+from tests.strategies import REGIMES, Features, each_regime, feature_sets
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 def test_every_regime_equals_the_oracle(tmp_path, regime: str, small_chunks):
     data = REGIMES[regime](7)
     W, b, (X_test, y_test), (X_ood, y_ood) = outside(data)

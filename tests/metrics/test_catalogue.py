@@ -9,7 +9,7 @@ import ncbatch as nc
 from ncbatch.metrics import CATALOGUE
 from tests import oracles
 from tests.measurement.stores import make_store, outside
-from tests.strategies import REGIMES, Features, random_rotation
+from tests.strategies import REGIMES, Features, each_regime, random_rotation
 
 # Metrics of uncentred features: what a translation of them changes.
 UNCENTRED = {"nc3_bias", "nc4_agree", "nc4_clf_accuracy", "nc5_ood_dev", "spec_rankme"}
@@ -42,7 +42,7 @@ def differing(got: dict[str, float], expected: dict[str, float], rel: float = 1e
     }
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 def test_every_metric_equals_the_oracle(tmp_path, regime: str):
     got, oracle = measured(tmp_path, REGIMES[regime](13), {})
     assert sum(map(math.isfinite, got.values())) >= len(CATALOGUE) - 2
@@ -59,7 +59,9 @@ CONVENTIONS = [
 
 
 @pytest.mark.parametrize("options", CONVENTIONS, ids=str)
-@pytest.mark.parametrize("regime", ["zipf", "singletons", "exactly_coincident"])
+@pytest.mark.parametrize(
+    "regime", ["zipf", "singletons", pytest.param("exactly_coincident", marks=pytest.mark.slow)]
+)
 def test_every_convention_equals_the_oracle(tmp_path, regime: str, options: dict):
     got, oracle = measured(tmp_path, REGIMES[regime](13), options)
     assert_every_metric_equals(got, oracle)
@@ -73,6 +75,7 @@ def every_metric(path, X, y, K, W, b, test, ood) -> dict[str, float]:
     return {name: float(ds[name][0, 0]) for name in CATALOGUE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["zipf", "k_less_d", "offset"])
 def test_rotation_relabelling_and_translation_change_nothing(tmp_path, regime: str):
     data = REGIMES[regime](3)

@@ -78,6 +78,7 @@ def test_papyan2020_gives_the_notebooks_numbers(store):
     assert plain["NCC_mismatch"] != pytest.approx(expected["NCC_mismatch"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_preset_follows_the_split_of_the_class_means(ncbatch, tmp_path):
     X, y, W, b = digits()
     train = nc.FeatureStore.create("s.zarr", 10, {"h": 64}, "float64")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import ncbatch as nc
 from tests import oracles
 from tests.measurement.stores import make_store, outside
-from tests.strategies import REGIMES, Features, feature_sets
+from tests.strategies import REGIMES, Features, each_regime, feature_sets
 
 
 def expected(data: Features, W, b, *, weighted=False, dist_exp=1.0, **filters) -> dict[str, float]:
@@ -32,7 +32,7 @@ def assert_equal(ds, values: dict[str, float], floor: float = 0.0):
         assert got == pytest.approx(expected, rel=1e-6, abs=floor, nan_ok=True), name
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 def test_every_regime_equals_the_oracle(tmp_path, regime: str):
     data = REGIMES[regime](11)
     W, b, test, _ = outside(data)

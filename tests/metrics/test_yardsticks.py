@@ -61,6 +61,7 @@ def assert_random_value(name: str, draws: list[Statistics], slack: float = 0.0):
     assert error < 0.05 * abs(claimed.mean()) or not claimed.any(), "too few draws to tell"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("K", "D", "n"),
     [
@@ -91,6 +92,7 @@ CONVENTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conventions", CONVENTIONS, ids=str)
 def test_random_values_follow_the_conventions(conventions: dict):
     changed = 0
@@ -125,6 +127,7 @@ def test_random_cdnv_needs_distances_that_have_the_moment():
     assert CATALOGUE["nc1_cdnv"].random(s) == pytest.approx(CATALOGUE["nc1_cdnv"].compute(s))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("K", "D", "n"), [(3, 3, 400), (3, 64, 400), (10, 30, 300), (60, 64, 150), (200, 16, 60), (400, 300, 20)]
 )  # fmt: skip
@@ -150,6 +153,7 @@ ABOUT_ANY_POINT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [10, 40])
 def test_random_values_about_a_weighted_mean_are_right_or_absent(K: int):
     counts, draws = np.array([1000] + [10] * (K - 1)), []

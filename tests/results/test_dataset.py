@@ -164,6 +164,7 @@ def test_another_exponent_has_no_threshold_of_its_own():
     assert given.collapse_layer.values.tolist() == ["h.1"]
 
 
+@pytest.mark.slow
 def test_collapse_of_real_stores(runs, tmp_path):
     ds = nc.measure(runs[:1])
     values = ds.nc1_cdnv[0].values

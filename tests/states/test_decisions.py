@@ -15,7 +15,7 @@ from ncbatch.states.decisions import Decisions
 from ncbatch.states.rules import linear_rule, nearest_mean_rule
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
-from tests.strategies import REGIMES, partitions
+from tests.strategies import REGIMES, each_regime, partitions
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def rules(means, W, b, put=lambda a: a, **how):
     )
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_float32_products_give_the_oracles_decisions(regime: str, offset: float, small_tiles):
     data = REGIMES[regime](0)

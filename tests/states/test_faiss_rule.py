@@ -13,7 +13,7 @@ from ncbatch.errors import NcbatchError
 from ncbatch.states.decisions import Decisions
 from ncbatch.states.rules import faiss_nearest_rule, nearest_mean_rule
 from tests.oracles import nearest_means
-from tests.strategies import REGIMES
+from tests.strategies import REGIMES, each_regime
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _faiss():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 def test_decisions_are_the_oracles(regime: str, offset: float):
     data = REGIMES[regime](0)
     X = data.X.astype(np.float64) + offset

@@ -16,7 +16,7 @@ from ncbatch.states.moments import Moments, MomentsAccumulator
 from ncbatch.states.rules import nearest_mean_rule
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
-from tests.strategies import REGIMES, Features, feature_sets, partitions
+from tests.strategies import REGIMES, Features, each_regime, feature_sets, partitions
 
 
 def assert_equal_to_oracle(state: Moments, data: Features, rtol: float = 1e-9) -> None:
@@ -63,7 +63,7 @@ def streamed(data: Features, cuts: list[int], precision: str = "exact") -> Momen
     return accumulator.finish()
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 @pytest.mark.parametrize("way", [merged, streamed])
 def test_every_regime_equals_the_oracle(regime: str, way):
     data = REGIMES[regime](0)

@@ -25,7 +25,7 @@ from ncbatch.states.rules import (
 )
 from tests.libraries import Library, each_library
 from tests.oracles import classifier_decisions, nearest_means
-from tests.strategies import REGIMES
+from tests.strategies import REGIMES, each_regime
 
 
 def tiles(compiled: bool, rows: int = 16, classes: int = 70, sweep_rows: int = 40) -> dict:
@@ -68,7 +68,7 @@ def decided_in_doubt(rule: Rule, X: np.ndarray, monkeypatch: pytest.MonkeyPatch)
 
 @both_ways
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 def test_decisions_are_the_oracles(regime: str, offset: float, compiled: bool):
     data = REGIMES[regime](0)
     X = data.X.astype(np.float64) + offset

@@ -13,7 +13,7 @@ from ncbatch.states.moments import Moments
 from tests.libraries import Library, each_library
 from tests.oracles import class_moments
 from tests.states.test_moments import assert_same
-from tests.strategies import REGIMES, Features, feature_sets, partitions
+from tests.strategies import REGIMES, Features, each_regime, feature_sets, partitions
 
 FIELDS = ("counts", "means", "traces", "scatter")
 
@@ -66,7 +66,7 @@ def test_merging_commutes_with_expanding(data):
     assert_same(merged.expand(features.n_classes), want)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_regime
 def test_a_tree_of_merges_equals_the_oracle(regime: str, monkeypatch: pytest.MonkeyPatch):
     data = REGIMES[regime](2)
     n = len(data.y)

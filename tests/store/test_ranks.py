@@ -102,6 +102,7 @@ def store(tmp_path: Path) -> FeatureStore:
 # ------------------------------------------------------------------------------ what is written
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -399,7 +400,9 @@ def stopping(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: 
     monkeypatch.setattr(owner, name, counted)
 
 
-@pytest.mark.parametrize("number", range(1, 6))
+@pytest.mark.parametrize(
+    "number", [1, 5, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3, 4))]
+)
 def test_finalize_that_was_interrupted_is_done_again(store, tmp_path, number):
     write(store, [300, 100, 5], head="fc")
     shutil.copytree(store.path, tmp_path / "whole")

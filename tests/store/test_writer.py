@@ -288,10 +288,18 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, what: str, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("what", "number", "n_samples"),
-    [(what, *at) for what in ARRAYS for at in [(1, None), (2, 500), (3, None)]]
+    [(what, 2, 500) for what in ARRAYS]
     # The last ones are the records of blocks, the trimming of arrays and the end.
-    + [("metadata", *at) for at in [(2, None), (7, None), (12, None), (13, None), (15, None)]]
-    + [("metadata", *at) for at in [(17, None), (1, 500), (3, 500), (5, 500), (8, 500)]],
+    + [("metadata", *at) for at in [(2, None), (12, None), (15, None), (17, None), (3, 500)]]
+    + [
+        pytest.param(what, *at, marks=pytest.mark.slow)
+        for what in ARRAYS
+        for at in [(1, None), (3, None)]
+    ]
+    + [
+        pytest.param("metadata", *at, marks=pytest.mark.slow)
+        for at in [(7, None), (13, None), (1, 500), (5, 500), (8, 500)]
+    ],
 )
 def test_a_write_that_never_happens_leaves_a_valid_store_that_resumes(
     tmp_path, whole, what, number, n_samples

@@ -474,7 +474,7 @@ def test_what_is_complete_is_not_read_again(dumped: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("moments", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_write_what_one_does(
     moments: bool, dumped: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,7 +278,7 @@ def test_no_sample_at_all(tmp_path):
 
 @pytest.mark.parametrize(
     "after",
-    [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(4, marks=pytest.mark.slow), 6],
+    [1, *(pytest.param(after, marks=pytest.mark.slow) for after in (0, 4, 6))],
 )
 def test_an_interrupted_fold_goes_on_to_the_same_bits(tmp_path, folded, after, place):
     path = tmp_path / "s.zarr"
