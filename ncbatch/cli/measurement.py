@@ -96,6 +96,8 @@ def measure(stores: tuple[str, ...], outs: tuple[str, ...], update: bool, **opti
 
     for path in outs:
         check_output(path)
+    if outs and options["partial"] is None:
+        options["partial"] = False
     earlier = _earlier(outs) if update else None
     dataset = measure(stores, update=earlier, progress=ProgressBar(), **_ask(options))
     for path in outs:

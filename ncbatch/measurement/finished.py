@@ -90,6 +90,9 @@ class Finished:
         """The store's path, for messages."""
         return self.store.path
 
+    # A state is complete or absent.
+    incomplete: ClassVar[str | None] = None
+
     @property
     def no_samples(self) -> str:
         """Why what reads samples cannot be had."""

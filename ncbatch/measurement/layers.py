@@ -151,6 +151,22 @@ class Layer:
         return ", ".join(f"{part}: {kind}" for part, kind in kinds.items())
 
     @property
+    def incomplete(self) -> dict[str, str]:
+        """What there is of splits whose writing has not ended, by the part they have."""
+        parts = {part: source.incomplete for part, source in self.used.items()}
+        return {part: there_is for part, there_is in parts.items() if there_is is not None}
+
+    def check_complete(self) -> None:
+        """Refuse splits whose writing has not ended; names the first."""
+        for part, there_is in self.incomplete.items():
+            raise DataError(
+                f"split '{self.used[part].name}' of {self.where} is not complete: {there_is}",
+                "complete splits, for results that are kept",
+                "finish that writer with resume, or take what is there with --partial "
+                "(partial=True)",
+            )
+
+    @property
     def remarks(self) -> list[str]:
         """Say what is left out or taken from elsewhere, a line of reason and consequence each."""
         applied = {metric.place for metric in self.metrics}
@@ -163,6 +179,9 @@ class Layer:
             lines.append(f"{why}: {', '.join(dict.fromkeys(names))} left out")
         if self.options.null and not self.null:
             lines.append(f"{self.train.no_samples}: labels at random left out")
+        for part, there_is in self.incomplete.items():
+            name = self.used[part].name
+            lines.append(f"split '{name}' is not complete, {there_is}: measured as it is")
         if "decisions" in self.reads and self.test is None and self.test_split is not None:
             taken = f"NC4 takes the samples of '{self.train.name}'"
             lines.append(f"no test data in split '{self.test_split}': {taken}")

@@ -54,4 +54,5 @@ class MeasureOptions(TypedDict, total=False):
     cluster: str | os.PathLike[str] | Client | None
     state: str | os.PathLike[str] | None
     update: xr.Dataset | str | os.PathLike[str] | None
+    partial: bool | None
     collapse_below: float | None

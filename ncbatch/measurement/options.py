@@ -164,6 +164,9 @@ class MeasureRequest(PlanRequest):
     state
         A directory that keeps finished work: the same call goes on after a crash to the same
         bits, and other metrics of the same states read nothing again. Workers must reach it.
+    partial
+        Take splits whose writing was interrupted as they are. Without it a note says so, and
+        where results are to be saved or updated they are refused.
     collapse_below
         Collapse sets in at the first layer, in order of depth, whose nc1_cdnv is under this; by
         default 0.1 where `dist_exp` is 1.
@@ -175,6 +178,7 @@ class MeasureRequest(PlanRequest):
         "Earlier results, .zarr or .nc. What they hold of the same data by the same version is "
         "taken from there, the rest is measured, and the result is the union of both.",
     ] = None
+    partial: bool | None = None
     collapse_below: Annotated[float | None, Limits(0)] = None
 
     def __post_init__(self) -> None:

@@ -318,6 +318,9 @@ def measure(
         saved.check(conventions(asked))
         saved, opened = saved.renamed(opened)
     tasks = choose_tasks(opened, layers, asked.options, scanned=True)
+    if asked.partial is False or (asked.partial is None and saved is not None):
+        for task in tasks:
+            task.check_complete()
     with open_cluster(asked.cluster, memory=asked.memory) as client:
         workers = Workers.find(client, asked)
         tasks = workers.place(tasks)

@@ -311,6 +311,12 @@ class Samples:
     bytes_left: ClassVar[int] = 0
 
     @property
+    def incomplete(self) -> str | None:
+        """What there is of a split whose writing has not ended; None of a complete one."""
+        split = self.split
+        return None if split.finalized else f"{split.n_samples:,} samples of an interrupted writer"
+
+    @property
     def name(self) -> str:
         """The split's name."""
         return self.split.name

@@ -165,6 +165,8 @@ def _skipped(layer: Layer, measured: Measured, results: dict[str, Any]) -> int:
 
 def _values(layer: Layer, statistics: Statistics) -> Cell:
     cell = Cell(texts={**layer.inputs, "source": layer.source})
+    if layer.incomplete:
+        cell.texts["incomplete"] = "; ".join(f"{p}: {what}" for p, what in layer.incomplete.items())
     if layer.remarks:
         cell.texts["remarks"] = "\n".join(layer.remarks)
     if "decisions" in layer.reads:

@@ -1,11 +1,14 @@
 """Commands that measure: where and how a measurement runs; plans, clusters, kept work, devices."""
 
 import importlib.util
+import json
 import re
 
 import numpy as np
 import pytest
 
+import ncbatch as nc
+from ncbatch.errors import DataError
 from ncbatch.store import FeatureStore
 from tests.conftest import Answer, make_toy, run_command
 
@@ -42,6 +45,51 @@ def test_plan_says_what_measure_would_do_and_does_nothing(ncbatch, tmp_path):
     refused = ncbatch("plan", "run.zarr", "--memory", "1MiB")
     assert refused.code == 1
     assert "give at least --memory" in refused.err
+
+
+@pytest.mark.usefixtures("toys")
+def test_an_interrupted_split_is_noted_and_refused_where_results_are_kept(ncbatch, tmp_path):
+    store = FeatureStore.open(tmp_path / "run.zarr")
+    store.delete_split("train")
+    writer = store.writer("train")
+    writer.append({"fc": TOY.X}, TOY.y)
+    writer.discard()
+    line = ("measure", "run.zarr", "--metrics", "nc1_cdnv,nc4_agree")
+    there_is = "288 samples of an interrupted writer"
+    note = f"note: split 'train' is not complete, {there_is} for layer fc: measured as it is"
+    assert note in good(ncbatch(*line))
+    for options in (("--out", "r.nc"), ("--out", "r.nc", "--update")):
+        refused = ncbatch(*line, *options)
+        assert refused.code == 1
+        assert f"split 'train' of run.zarr/fc is not complete: {there_is}; expected" in refused.err
+        assert "--partial" in refused.err
+        assert not (tmp_path / "r.nc").exists()
+    assert note in good(ncbatch(*line, "--out", "r.nc", "--partial"))
+    kept = nc.load_results(tmp_path / "r.nc")
+    assert json.loads(kept.attrs["incomplete"]) == {"run.zarr": {"fc": f"train: {there_is}"}}
+
+    with store.writer("train", resume=True) as writer:
+        writer.append({"fc": TOY.X[writer.position :]}, TOY.y[writer.position :])
+    assert "not complete" not in good(ncbatch(*line, "--out", "r.nc", "--update"))
+    whole = nc.load_results(tmp_path / "r.nc")
+    assert "incomplete" not in whole.attrs
+    assert float(whole.n_samples[0, 0]) == 300
+    assert float(whole.nc1_cdnv[0, 0]) != float(kept.nc1_cdnv[0, 0])
+
+
+def test_updates_in_python_refuse_interrupted_splits_too(tmp_path, small_chunks):
+    store = FeatureStore.create(tmp_path / "s.zarr", 5, {"fc": 6}, "float32")
+    writer = store.writer("train")
+    writer.append({"fc": TOY.X}, TOY.y)
+    writer.discard()
+    few = {"metrics": ["nc1_cdnv"]}
+    earlier = nc.measure(store, **few)
+    with pytest.raises(DataError, match="not complete: 288 samples"):
+        nc.measure(store, update=earlier, **few)
+    again = nc.measure(store, update=earlier, partial=True, **few)
+    assert float(again.nc1_cdnv[0, 0]) == float(earlier.nc1_cdnv[0, 0])
+    with pytest.raises(DataError, match="not complete: 288 samples"):
+        nc.measure(store, partial=False, **few)
 
 
 @pytest.mark.usefixtures("toys")
